@@ -1,0 +1,107 @@
+"""Corpus rows → packed batches.
+
+A chunk of n ids gives n − 1 predictions: position i has input id i and predicts id i + 1. A position whose input is EOS
+predicts the first token of an unrelated document, so its target is IGNORE: it is neither scored nor trained.
+"""
+
+import queue
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows without padding.
+
+    input_ids [T] int64; targets [T] int64, IGNORE where nothing is predicted; cu_seqlens [B+1] int32, the bounds within
+    which attention stays; max_seqlen, the longest of those; row_cu_seqlens [R+1] int32, the bounds of the corpus rows
+    (equal to cu_seqlens unless attention stays within documents).
+    """
+
+    input_ids: torch.Tensor
+    targets: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    row_cu_seqlens: torch.Tensor
+
+    def to(self, device) -> "Batch":
+        def move(tensor):
+            return tensor.to(device, non_blocking=True)
+
+        return Batch(move(self.input_ids), move(self.targets), move(self.cu_seqlens), self.max_seqlen, move(self.row_cu_seqlens))
+
+
+def pack(rows, eos_token_id: int, document_mask: bool = False) -> Batch:
+    """Pack chunks (each an int array of n ≥ 1 ids, n − 1 positions; one id alone gives none) into a Batch.
+
+    Args:
+        document_mask: attention stays within documents (they end with EOS) instead of spanning the chunk.
+    """
+    lengths = np.fromiter((len(row) - 1 for row in rows), np.int64, len(rows))
+    row_bounds = np.concatenate([[0], np.cumsum(lengths)])
+    empty = np.zeros(0, np.int64)
+    inputs = np.concatenate([*(row[:-1] for row in rows), empty]).astype(np.int64)
+    targets = np.concatenate([*(row[1:] for row in rows), empty]).astype(np.int64)
+    after_eos = inputs == eos_token_id
+    targets[after_eos] = IGNORE
+    bounds = row_bounds
+    if document_mask:
+        bounds = np.union1d(row_bounds, np.flatnonzero(after_eos) + 1)
+    longest = int(np.diff(bounds).max(initial=0))
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(bounds.astype(np.int32)), longest,
+                 torch.from_numpy(row_bounds.astype(np.int32)))
+
+
+def split_by_tokens(num_tokens, batch_tokens: int) -> list[slice]:
+    """Cut consecutive rows into groups whose positions (num_tokens − 1 each) fit into batch_tokens, one row at least.
+
+    A pure function of the row lengths: the same rows always give the same groups.
+    """
+    groups, start, total = [], 0, 0
+    for row, length in enumerate(np.asarray(num_tokens).tolist()):
+        if row > start and total + length - 1 > batch_tokens:
+            groups.append(slice(start, row))
+            start, total = row, 0
+        total += length - 1
+    if start < len(num_tokens):
+        groups.append(slice(start, len(num_tokens)))
+    return groups
+
+
+def prefetch(items, depth: int = 2):
+    """Iterate over `items` while a background thread makes the next `depth`. An exception there is raised here."""
+    ready, stop, end = queue.Queue(depth), threading.Event(), object()
+
+    def put(entry):
+        while not stop.is_set():
+            try:
+                return ready.put(entry, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work():
+        try:
+            for item in items:
+                put((item, None))
+                if stop.is_set():
+                    return
+            put((end, None))
+        except BaseException as error:
+            put((end, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        stop.set()

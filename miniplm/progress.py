@@ -1,0 +1,54 @@
+"""A progress bar on a terminal, plain lines in a log."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+LOG_INTERVAL = 30.0  # seconds between plain lines
+
+
+class Progress:
+    """Counts `unit`s up to `total`: a tqdm bar on a terminal, else a line on stderr every 30 s and one at the end.
+
+    Use as a context manager; `update(n)` counts n more, `note(text)` shows the latest figures beside the bar. `done` is
+    what an earlier run had finished (it does not count for the rate).
+    """
+
+    def __init__(self, label: str, total: int | None, unit: str = "tokens", done: int = 0):
+        self.label, self.total, self.unit, self.done, self.first = label, total, unit, done, done
+        self.text, self.start = "", time.monotonic()
+        self.logged = self.start
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=done, desc=label, unit=f" {unit}", unit_scale=True, dynamic_ncols=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if self.bar is not None:
+            self.bar.close()
+        elif kind is None:
+            self._line()
+
+    def update(self, n: int):
+        self.done += n
+        if self.bar is not None:
+            self.bar.update(n)
+        elif time.monotonic() - self.logged > LOG_INTERVAL:
+            self.logged = time.monotonic()
+            self._line()
+
+    def note(self, text: str):
+        self.text = text
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+
+    def _line(self):
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        rate = (self.done - self.first) / seconds
+        line = f"{self.label}: {self.done:,}" + (f" of {self.total:,}" if self.total is not None else "") + f" {self.unit}, {rate:,.0f}/s"
+        if self.total is not None and rate > 0 and self.done < self.total:
+            line += f", {tqdm.format_interval((self.total - self.done) / rate)} left"
+        print(line + (f", {self.text}" if self.text else ""), file=sys.stderr, flush=True)

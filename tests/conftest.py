@@ -1,0 +1,93 @@
+"""Shared fixtures: a tiny tokenizer, tiny random models and a tiny corpus, all made here, offline and seeded."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import random
+
+import pytest
+
+WORDS = ("the a of to and model teacher student reference token chunk score learns keeps drops reads (small) [large] fast slow "
+         "likelier rare noise data é 漢字 🙂 x1 3.14").split()
+
+
+def make_text(rng: random.Random, words: int) -> str:
+    """Text with sentences, brackets, newlines and non-ASCII letters."""
+    return " ".join(rng.choice(WORDS) + rng.choice(["", "", "", "", ".", "!", "?\n", ";", ","]) for _ in range(words))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory) -> str:
+    """Folder of a byte-level BPE tokenizer with 500 ids, EOS "<|endoftext|>"."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<|endoftext|>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    rng = random.Random(0)
+    tokenizer.train_from_iterator((make_text(rng, 60) + " " + "".join(rng.choices("abcdefghij", k=400)) for _ in range(200)), trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_tokenizer):
+    """tiny_model(folder, seed=0, config_class=Qwen2Config, **config) writes a random model with the tiny tokenizer, as transformers would."""
+
+    def make(folder, seed=0, config_class=None, **overrides) -> str:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+        settings = dict(vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                        max_position_embeddings=2048, initializer_range=0.3, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config((config_class or Qwen2Config)(**{**settings, **overrides}))
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tiny_tokenizer).save_pretrained(folder)
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tiny_tokenizer, tmp_path_factory) -> str:
+    """Folder of a complete corpus: 2 domains, chunks of at most 65 ids, some with EOS inside, one of a single id."""
+    import pyarrow as pa
+    from transformers import AutoTokenizer
+
+    from miniplm import storage
+    from miniplm.artifacts import complete_output, open_output
+    from miniplm.tokenizer import tokenizer_fingerprint
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    folder = tmp_path_factory.mktemp("corpus") / "corpus"
+    rng = random.Random(1)
+    chunks, domains = [], []
+    for row in range(40):
+        ids = []
+        while len(ids) < rng.choice([10, 40, 65]):
+            ids += tokenizer(make_text(rng, rng.choice([0, 2, 20])))["input_ids"] + [tokenizer.eos_token_id]
+        chunks.append([tokenizer.eos_token_id] if row == 17 else ids[:65])
+        domains.append("books" if row % 3 else "code")
+    open_output(folder, "prepare", {"made": "for the tests"})
+    columns = {"input_ids": pa.array(chunks, pa.list_(pa.int32())), "domain": pa.array(domains),
+               "num_tokens": pa.array([len(ids) for ids in chunks], pa.int32())}
+    content = storage.write_dataset_files(folder, [storage.write_shard(folder, 0, columns)], with_scores=False)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    per_domain = {name: {"documents": 0, "rows": 0, "tokens": 0} for name in sorted(set(domains))}
+    for ids, name in zip(chunks, domains, strict=True):
+        per_domain[name]["rows"] += 1
+        per_domain[name]["tokens"] += len(ids)
+        per_domain[name]["documents"] += ids.count(tokenizer.eos_token_id)
+    complete_output(folder, {
+        "fingerprint": content, "rows": len(chunks), "tokens": sum(map(len, chunks)),
+        "predictions": sum(token != tokenizer.eos_token_id for ids in chunks for token in ids[:-1]), "domains": per_domain, "bad_records": 0,
+        "eos_token_id": tokenizer.eos_token_id, "vocab_size": len(tokenizer), "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "max_length": 64, "source": "tiny.jsonl"})
+    return str(folder)
