@@ -1,0 +1,81 @@
+"""The one place that registers ops with torch.library and picks the implementation that runs.
+
+Every op has one schema `miniplm::<name>`, a fake for tracing and an autograd formula; its kernel asks `implementation`,
+at each call, which function to run. `MINIPLM_KERNELS` decides:
+
+    auto        (default) CUDA tensors: Triton where the op has it, else the reference; other tensors: the reference
+    reference   the reference everywhere
+    triton      Triton everywhere, an error where it cannot run; on the CPU it needs TRITON_INTERPRET=1
+
+A Triton file adds its launcher, which takes the arguments of the reference function of the same name, with one call:
+
+    @dispatch.triton("linear_log_prob")
+    def linear_log_prob(hidden, weight, targets, ignore_index): ...
+"""
+
+import os
+
+import torch
+
+LIBRARY = torch.library.Library("miniplm", "DEF")
+TRITON = {}  # op name → launcher
+
+
+def triton(name: str):
+    """Decorator: the function is the Triton implementation of the op `name`."""
+
+    def add(launcher):
+        TRITON[name] = launcher
+        return launcher
+
+    return add
+
+
+def implementation(name: str, reference, device: torch.device):
+    """The function that the op `name` runs on tensors of `device`."""
+    choice = os.environ.get("MINIPLM_KERNELS", "auto")
+    if choice == "reference" or (choice == "auto" and device.type != "cuda"):
+        return reference
+    launcher = TRITON.get(name)
+    if choice == "auto":
+        return launcher or reference
+    if choice != "triton":
+        raise ValueError(f"MINIPLM_KERNELS is {choice!r}; it must be auto, triton or reference")
+    if launcher is None:
+        raise RuntimeError(f"MINIPLM_KERNELS=triton, but {name} has no Triton kernel here: use MINIPLM_KERNELS=auto")
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("MINIPLM_KERNELS=triton needs TRITON_INTERPRET=1 for tensors on the CPU: set it, or use MINIPLM_KERNELS=auto")
+    return launcher
+
+
+def register(schema: str, reference, fake, backward=None, setup_context=None):
+    """Register one op with torch.library and return it.
+
+    Args:
+        schema: "name(Tensor x, ...) -> ...", the first argument a tensor; no argument is mutated and no result aliases one.
+        reference: the plain PyTorch implementation; takes the arguments of the schema by position.
+        fake: empty results of the right shapes, dtypes and strides.
+        backward, setup_context: as in torch.library.register_autograd; without them, a backward pass through the op is an error.
+    """
+    name = schema.partition("(")[0]
+
+    def kernel(*args):
+        device = args[0].device
+        run = implementation(name, reference, device)
+        if torch.is_autocast_enabled(device.type):  # the caller has cast already; the matrix products inside must stay as they are
+            with torch.autocast(device.type, enabled=False):
+                return run(*args)
+        return run(*args)
+
+    LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"miniplm::{name}", fake, lib=LIBRARY)
+    torch.library.register_autograd(f"miniplm::{name}", backward or _no_formula(name), setup_context=setup_context, lib=LIBRARY)
+    return getattr(torch.ops.miniplm, name).default
+
+
+def _no_formula(name):
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"miniplm::{name} has no derivative")
+
+    return backward

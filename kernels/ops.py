@@ -1,0 +1,438 @@
+"""The public ops: what they take and give, their checks, and their registration with torch.library.
+
+Every op takes float32, float16 or bfloat16 tensors (float64 too, on the reference path), keeps its statistics in float32, and
+returns the dtype of its inputs unless stated. Under autocast, floating-point inputs are cast to autocast's dtype first.
+Inputs may be strided; none is changed. A wrong shape, dtype or device raises ValueError. A target outside the vocabulary
+raises ValueError on the CPU; on a GPU it is undefined, because a check would make the host wait.
+
+T tokens, V vocabulary, d hidden width, H heads, D head dimension, B documents. Document b of a packed batch is the tokens
+cu_seqlens[b]:cu_seqlens[b + 1], cu_seqlens [B + 1] int32.
+"""
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .dispatch import register
+
+IGNORE_INDEX = -100
+BUDGET = 256 << 20  # bytes of logits in memory at a time, where a gradient needs them
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
+
+
+class DifferenceScore(NamedTuple):
+    """Per document [B]: score = teacher_log_prob − reference_log_prob, each the mean log-probability in nats per token over the
+    targets that count (NaN where none does), float32; num_tokens, how many count, int32."""
+
+    score: Tensor
+    teacher_log_prob: Tensor
+    reference_log_prob: Tensor
+    num_tokens: Tensor
+
+
+class DistillationLoss(NamedTuple):
+    """loss = (1 − alpha) · cross_entropy + alpha · kl_divergence, each the mean over the targets that count; float32 scalars.
+    Only loss carries gradients."""
+
+    loss: Tensor
+    cross_entropy: Tensor
+    kl_divergence: Tensor
+
+
+def _check(argument: str, tensor: Tensor, shape: tuple, dtypes: tuple, like: Optional[Tensor] = None):
+    """ValueError unless the tensor has the shape (None: any size; a leading ...: any sizes), one of the dtypes, and the device of `like`."""
+    sizes = tuple(tensor.shape)
+    if shape and shape[0] is ...:
+        shape = (None,) * (len(sizes) - len(shape) + 1) + shape[1:]
+    if len(sizes) != len(shape) or any(want is not None and size != want for size, want in zip(sizes, shape, strict=True)):
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{argument} has shape {list(sizes)}; it must have shape [{wanted}]")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{argument} is {tensor.dtype}; it must be {' or '.join(map(str, dtypes))}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{argument} is on {tensor.device}; it must be on {like.device} with the other arguments")
+
+
+def _autocast(*tensors: Tensor):
+    """The tensors in autocast's dtype where autocast is on."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    return tensors
+
+
+# --- norms -----------------------------------------------------------------------------------------------------------
+
+
+def _rms_norm_fake(x, weight, eps):
+    rstd = torch.empty(*x.shape[:-1], 1, dtype=reference.accumulate_dtype(x), device=x.device)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), rstd
+
+
+def _rms_norm_setup(ctx, inputs, output):
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight, output[-1])
+
+
+def _rms_norm_backward(ctx, grad, _):
+    x, weight, rstd = ctx.saved_tensors
+    return *_RMS_NORM_BACKWARD(grad, x, weight, rstd, None), None
+
+
+def _add_rms_norm_fake(x, residual, weight, eps):
+    normed, rstd = _rms_norm_fake(x, weight, eps)
+    return normed, torch.empty_like(normed), rstd
+
+
+def _add_rms_norm_setup(ctx, inputs, output):
+    _, _, weight, _ = inputs
+    ctx.save_for_backward(output[1], weight, output[2])
+
+
+def _add_rms_norm_backward(ctx, grad, grad_total, _):
+    total, weight, rstd = ctx.saved_tensors
+    grad_x, grad_weight = _RMS_NORM_BACKWARD(grad, total, weight, rstd, grad_total)
+    return grad_x, grad_x, grad_weight, None
+
+
+_RMS_NORM_BACKWARD = register(
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? grad_x) -> (Tensor, Tensor)",
+    reference.rms_norm_backward,
+    lambda grad, x, weight, rstd, grad_x: (torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)),
+)
+_RMS_NORM = register(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", reference.rms_norm, _rms_norm_fake, _rms_norm_backward, _rms_norm_setup
+)
+_ADD_RMS_NORM = register(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    reference.add_rms_norm,
+    _add_rms_norm_fake,
+    _add_rms_norm_backward,
+    _add_rms_norm_setup,
+)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / √(mean(x²) + eps) · weight over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467).
+
+    Args:
+        x: [..., d]. weight: [d], of x's dtype.
+    Returns: [..., d].
+    """
+    x, weight = _autocast(x, weight)
+    _check("x", x, (..., None), FLOATS)
+    _check("weight", weight, (x.shape[-1],), (x.dtype,), x)
+    return _RMS_NORM(x, weight, eps)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """The residual stream's step: (rms_norm(x + residual, weight, eps), x + residual).
+
+    Args:
+        x, residual: [..., d] of one dtype. weight: [d], of that dtype.
+    Returns: both [..., d].
+    """
+    x, residual, weight = _autocast(x, residual, weight)
+    _check("x", x, (..., None), FLOATS)
+    _check("residual", residual, tuple(x.shape), (x.dtype,), x)
+    _check("weight", weight, (x.shape[-1],), (x.dtype,), x)
+    normed, total, _ = _ADD_RMS_NORM(x, residual, weight, eps)
+    return normed, total
+
+
+# --- rotary, SwiGLU --------------------------------------------------------------------------------------------------
+
+
+def _rotary_setup(ctx, inputs, output):
+    _, _, positions, inv_freq, ctx.inverse = inputs
+    ctx.save_for_backward(positions, inv_freq)
+
+
+def _rotary_backward(ctx, grad_q, grad_k):
+    return *_ROTARY(grad_q, grad_k, *ctx.saved_tensors, not ctx.inverse), None, None, None
+
+
+_ROTARY = register(
+    "rotary(Tensor q, Tensor k, Tensor positions, Tensor inv_freq, bool inverse) -> (Tensor, Tensor)",
+    reference.rotary,
+    lambda q, k, positions, inv_freq, inverse: tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)),
+    _rotary_backward,
+    _rotary_setup,
+)
+
+
+def apply_rotary(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), rotate-half convention: dimensions i and i + D/2 are a pair,
+    rotated by the angle positions · inv_freq[i].
+
+    Args:
+        q: [T, Hq, D]. k: [T, Hk, D], of q's dtype. positions: [T] int64 or int32. inv_freq: [D/2] float32 (or float64), radians per position.
+    Returns: (q, k) rotated.
+    """
+    q, k = _autocast(q, k)
+    _check("q", q, (None, None, None), FLOATS)
+    tokens, _, dim = q.shape
+    _check("k", k, (tokens, None, dim), (q.dtype,), q)
+    _check("positions", positions, (tokens,), INTEGERS, q)
+    _check("inv_freq", inv_freq, (dim // 2,), (torch.float32, torch.float64), q)
+    if dim % 2:
+        raise ValueError(f"q has head dimension {dim}; it must be even")
+    return _ROTARY(q, k, positions, inv_freq, False)
+
+
+def _swiglu_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_backward(ctx, grad):
+    return _SWIGLU_BACKWARD(grad, *ctx.saved_tensors)
+
+
+_SWIGLU_BACKWARD = register(
+    "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    reference.swiglu_backward,
+    lambda grad, gate, up: tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up)),
+)
+_SWIGLU = register(
+    "swiglu(Tensor gate, Tensor up) -> Tensor",
+    reference.swiglu,
+    lambda gate, up: torch.empty_like(gate, memory_format=torch.contiguous_format),
+    _swiglu_backward,
+    _swiglu_setup,
+)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gate · sigmoid(gate) · up (Shazeer 2020, arXiv 2002.05202).
+
+    Args:
+        gate, up: [..., f], of one dtype.
+    Returns: [..., f].
+    """
+    gate, up = _autocast(gate, up)
+    _check("gate", gate, (..., None), FLOATS)
+    _check("up", up, tuple(gate.shape), (gate.dtype,), gate)
+    return _SWIGLU(gate, up)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def _flash_attention_fake(q, k, v, cu_seqlens, max_seqlen, scale):
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=reference.accumulate_dtype(q), device=q.device)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+def _flash_attention_setup(ctx, inputs, output):
+    q, k, v, cu_seqlens, ctx.max_seqlen, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+
+
+def _flash_attention_backward(ctx, grad, _):
+    return *_FLASH_ATTENTION_BACKWARD(grad, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale), None, None, None
+
+
+_FLASH_ATTENTION_BACKWARD = register(
+    "flash_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt? max_seqlen, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference.flash_attention_backward,
+    lambda grad, q, k, v, *_: tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)),
+)
+_FLASH_ATTENTION = register(
+    "flash_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt? max_seqlen, float scale) -> (Tensor, Tensor)",
+    reference.flash_attention,
+    _flash_attention_fake,
+    _flash_attention_backward,
+    _flash_attention_setup,
+)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: Optional[int], scale: Optional[float] = None) -> Tensor:
+    """Causal attention within each packed document, softmax(scale · q kᵀ) v (Dao 2023, arXiv 2307.08691).
+
+    Args:
+        q: [T, Hq, D]. k, v: [T, Hk, D], of q's dtype; Hq is a multiple of Hk, and query head h reads key head h // (Hq / Hk).
+        cu_seqlens: [B + 1] int32, rising from 0 to T; documents may be empty.
+        max_seqlen: the length of the longest document, or more; None where it is not known (the reference does not need it).
+        scale: D ** -0.5 if None.
+    Returns: [T, Hq, D].
+    """
+    q, k, v = _autocast(q, k, v)
+    _check("q", q, (None, None, None), FLOATS)
+    tokens, heads, dim = q.shape
+    _check("k", k, (tokens, None, dim), (q.dtype,), q)
+    _check("v", v, tuple(k.shape), (q.dtype,), q)
+    _check("cu_seqlens", cu_seqlens, (None,), (torch.int32,), q)
+    if k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(f"k has {k.shape[1]} heads; q's {heads} heads must be a multiple of them")
+    return _FLASH_ATTENTION(q, k, v, cu_seqlens, max_seqlen, dim**-0.5 if scale is None else scale)[0]
+
+
+# --- the head: log-probabilities, cross-entropy, distillation ---------------------------------------------------------
+
+
+def _check_head(hidden, weight, targets, prefix=""):
+    _check(f"{prefix}hidden", hidden, (None, None), FLOATS)
+    tokens, width = hidden.shape
+    _check(f"{prefix}weight", weight, (None, width), (hidden.dtype,), hidden)
+    _check("targets", targets, (tokens,), (torch.int64,), hidden)
+
+
+def _scalar(like):
+    return torch.empty((), dtype=reference.accumulate_dtype(like), device=like.device)
+
+
+def _gradient_fakes(hidden, weight, need_hidden, need_weight):
+    return (torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+            for x, need in ((hidden, need_hidden), (weight, need_weight)))
+
+
+def _log_prob_setup(ctx, inputs, output):
+    hidden, weight, targets, ctx.ignore_index, ctx.budget = inputs
+    ctx.save_for_backward(hidden, weight, targets)
+
+
+def _log_prob_backward(ctx, grad):
+    hidden, weight, targets = ctx.saved_tensors
+    need_hidden, need_weight = ctx.needs_input_grad[:2]
+    _, grad_hidden, grad_weight = _CROSS_ENTROPY(hidden, weight, targets, -grad, ctx.ignore_index, need_hidden, need_weight, ctx.budget)
+    return grad_hidden if need_hidden else None, grad_weight if need_weight else None, None, None, None
+
+
+def _eager_gradient_setup(ctx, inputs, output):
+    """For an op whose last two results are the gradients of its first for inputs 0 and 1."""
+    ctx.tensors = sum(isinstance(value, Tensor) for value in inputs)
+    ctx.save_for_backward(*inputs[: ctx.tensors])
+    ctx.others = inputs[ctx.tensors :]
+    ctx.gradients = output[-2:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _eager_gradient_backward(op):
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        # The first pass scales the gradients in place and gives them away; another one (retain_graph=True) computes them anew.
+        gradients = ctx.gradients or op(*ctx.saved_tensors, *ctx.others)[-2:]
+        ctx.gradients = None
+        needed = ctx.needs_input_grad
+        scaled = (gradient.mul_(grad) if need else None for gradient, need in zip(gradients, needed[:2], strict=True))
+        return *scaled, *(None for _ in needed[2:])
+
+    return backward
+
+
+_CROSS_ENTROPY = register(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor token_weight, int ignore_index, bool need_hidden, bool need_weight,"
+    " int budget) -> (Tensor, Tensor, Tensor)",
+    reference.linear_cross_entropy,
+    lambda hidden, weight, targets, token_weight, ignore_index, *rest: (_scalar(hidden), *_gradient_fakes(hidden, weight, *rest[:2])),
+    lambda ctx, *grads: _eager_gradient_backward(_CROSS_ENTROPY)(ctx, *grads),
+    _eager_gradient_setup,
+)
+_LOG_PROB = register(
+    "linear_log_prob(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, int budget) -> Tensor",
+    reference.linear_log_prob,
+    lambda hidden, weight, targets, ignore_index, budget: hidden.new_empty(len(hidden), dtype=reference.accumulate_dtype(hidden)),
+    _log_prob_backward,
+    _log_prob_setup,
+)
+_DISTILLATION = register(
+    "linear_distillation_loss(Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden, Tensor teacher_weight, Tensor targets,"
+    " float alpha, float temperature, int ignore_index, bool need_hidden, bool need_weight, int budget) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.linear_distillation_loss,
+    lambda hidden, weight, *rest: (_scalar(hidden), _scalar(hidden), _scalar(hidden), *_gradient_fakes(hidden, weight, *rest[6:8])),
+    lambda ctx, *grads: _eager_gradient_backward(_DISTILLATION)(ctx, *grads),
+    _eager_gradient_setup,
+)
+_DIFFERENCE_SCORE = register(
+    "difference_score(Tensor teacher_hidden, Tensor teacher_weight, Tensor reference_hidden, Tensor reference_weight, Tensor targets,"
+    " Tensor cu_seqlens) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.difference_score,
+    lambda hidden, tw, rh, rw, targets, cu_seqlens: (
+        *(hidden.new_empty(len(cu_seqlens) - 1, dtype=reference.accumulate_dtype(hidden)) for _ in range(3)),
+        cu_seqlens.new_empty(len(cu_seqlens) - 1),
+    ),
+)
+
+
+def linear_log_prob(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(hidden weightᵀ)[target] per token, without the logits in memory.
+
+    Args:
+        hidden: [T, d]. weight: [V, d], of hidden's dtype. targets: [T] int64 in [0, V), or -100: the result is 0 there.
+    Returns: [T] float32, nats.
+    """
+    hidden, weight = _autocast(hidden, weight)
+    _check_head(hidden, weight, targets)
+    return _LOG_PROB(hidden, weight, targets, IGNORE_INDEX, BUDGET)
+
+
+def difference_score(teacher_hidden: Tensor, teacher_weight: Tensor, reference_hidden: Tensor, reference_weight: Tensor, targets: Tensor,
+                     cu_seqlens: Tensor) -> DifferenceScore:
+    """MiniPLM's difference score per document (Gu et al. 2025, arXiv 2410.17215): mean log p_teacher − mean log p_reference.
+
+    Args:
+        teacher_hidden: [T, d]. teacher_weight: [V, d]. reference_hidden: [T, d']. reference_weight: [V', d'], all of one dtype.
+            Where V ≠ V', both softmaxes run over the first min(V, V') ids.
+        targets: [T] int64 in [0, min(V, V')), or -100: the token does not count. cu_seqlens: [B + 1] int32.
+    Returns: DifferenceScore. It has no derivative.
+    """
+    teacher_hidden, teacher_weight, reference_hidden, reference_weight = _autocast(teacher_hidden, teacher_weight, reference_hidden, reference_weight)
+    _check_head(teacher_hidden, teacher_weight, targets, "teacher_")
+    _check_head(reference_hidden, reference_weight, targets, "reference_")
+    _check("cu_seqlens", cu_seqlens, (None,), (torch.int32,), targets)
+    return DifferenceScore(*_DIFFERENCE_SCORE(teacher_hidden, teacher_weight, reference_hidden, reference_weight, targets, cu_seqlens))
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX, reduction: str = "mean",
+                         budget: int = BUDGET) -> Tensor:
+    """Cross-entropy of softmax(hidden weightᵀ), without the logits in memory.
+
+    The gradients of "mean" and "sum" are computed with the loss, from the same logits. Without gradients it costs what linear_log_prob costs.
+
+    Args:
+        hidden: [T, d]. weight: [V, d], of hidden's dtype. targets: [T] int64 in [0, V), or ignore_index: the token does not count.
+        reduction: "mean" over the targets that count (0 where none does), "sum", or "none" (0 for a token that does not count).
+        budget: bytes of logits in memory at a time.
+    Returns: scalar, or [T] for "none"; float32, nats.
+    """
+    hidden, weight = _autocast(hidden, weight)
+    _check_head(hidden, weight, targets)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
+    if reduction == "none":
+        return -_LOG_PROB(hidden, weight, targets, ignore_index, budget)
+    count = (targets != ignore_index).sum().clamp(min=1) if reduction == "mean" else 1
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        token_weight = torch.ones_like(targets, dtype=reference.accumulate_dtype(hidden)) / count
+        return _CROSS_ENTROPY(hidden, weight, targets, token_weight, ignore_index, hidden.requires_grad, weight.requires_grad, budget)[0]
+    return -_LOG_PROB(hidden, weight, targets, ignore_index, budget).sum() / count
+
+
+def linear_distillation_loss(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, targets: Tensor,
+                             alpha: float = 0.5, ignore_index: int = IGNORE_INDEX, temperature: float = 1.0,
+                             budget: int = BUDGET) -> DistillationLoss:
+    """Vanilla KD (Hinton et al. 2015, arXiv 1503.02531) against the teacher's full distribution, without logits in memory:
+    (1 − alpha) · cross-entropy + alpha · KL(softmax(teacher / temperature) ‖ softmax(student / temperature)).
+
+    The divergence is not multiplied by temperature²: give alpha accordingly.
+
+    Args:
+        student_hidden: [T, d]. student_weight: [V, d]. teacher_hidden: [T, d']. teacher_weight: [V', d'], all of one dtype.
+            Where V ≠ V', both softmaxes run over the first min(V, V') ids. The teacher gets no gradient.
+        targets: [T] int64 in [0, min(V, V')), or ignore_index: the token does not count.
+        budget: bytes of logits in memory at a time.
+    Returns: DistillationLoss; all 0 where no token counts.
+    """
+    student_hidden, student_weight, teacher_hidden, teacher_weight = _autocast(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    _check_head(student_hidden, student_weight, targets, "student_")
+    _check_head(teacher_hidden, teacher_weight, targets, "teacher_")
+    grads = torch.is_grad_enabled()
+    results = _DISTILLATION(student_hidden, student_weight, teacher_hidden.detach(), teacher_weight.detach(), targets, alpha, temperature,
+                            ignore_index, grads and student_hidden.requires_grad, grads and student_weight.requires_grad, budget)
+    return DistillationLoss(*results[:3])

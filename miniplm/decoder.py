@@ -1,0 +1,233 @@
+"""The decoder on the project's own ops: the Qwen2, Llama and Qwen3 architectures under transformers' parameter names.
+
+So a Hugging Face checkpoint is its state dict as it is, and its state dict is one (see model.py for loading).
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from miniplm.artifacts import UserError
+from miniplm.config import StudentConfig
+from miniplm.kernels import add_rms_norm, apply_rotary, flash_attention, rms_norm, swiglu
+
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+MAX_SHARD_SIZE = "5GB"
+STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose frequencies do not depend on the length of the text."""
+
+
+class LanguageModel(nn.Module):
+    """A causal language model on packed tokens: what every stage works with.
+
+    Calling it: input_ids [T] int64, cu_seqlens [B+1] int32 (document b is tokens cu_seqlens[b]:cu_seqlens[b+1], empty
+    ones allowed) and optionally max_seqlen, the longest document, which saves a wait for the GPU. It returns the
+    hidden states [T, d] after the final norm. Each document starts at position 0 and attends to itself only.
+    `head_weight` [V, d]: hidden @ head_weight.T are the logits. `config`: transformers' config.
+    """
+
+    def num_parameters(self) -> int:
+        """How many parameters there are; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual), the pair that the next residual block needs; no residual: that of x."""
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps), x
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, scale: float):
+        super().__init__()
+        d, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.scale = _head_dim(config), scale
+        qkv_bias = config.model_type == "qwen2" or config.attention_bias
+        self.q_proj = nn.Linear(d, heads * self.head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(d, kv_heads * self.head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(d, kv_heads * self.head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, d, bias=config.model_type != "qwen2" and config.attention_bias)
+        if config.model_type == "qwen3":
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = None
+
+    def forward(self, x: Tensor, positions: Tensor, inv_freq: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hq, D]
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hk, D]
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q)[0], self.k_norm(k)[0]
+        q, k = apply_rotary(q, k, positions, inv_freq)
+        return self.o_proj(flash_attention(q, k, v, cu_seqlens, max_seqlen, self.scale).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        bias = config.model_type == "llama" and config.mlp_bias
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config, scale: float):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, scale)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden: Tensor, residual: Tensor | None, *attention_inputs) -> tuple[Tensor, Tensor]:
+        # The sum that ends a block is left to the norm that opens the next one: one pass over the memory instead of two.
+        normed, residual = self.input_layernorm(hidden, residual)
+        normed, residual = self.post_attention_layernorm(self.self_attn(normed, *attention_inputs), residual)
+        return self.mlp(normed), residual
+
+
+class Decoder(LanguageModel):
+    """The Qwen2, Llama and Qwen3 architectures, randomly initialised (normal, config.initializer_range, torch's global RNG).
+
+    Args:
+        config: a Qwen2Config, LlamaConfig or Qwen3Config for which `unsupported(config)` is None; it is copied.
+            Dropout is not applied.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        if reason := unsupported(config):
+            raise UserError(f"the decoder cannot compute this architecture: {reason}")
+        self.config = copy.deepcopy(config)
+        self.inv_freq, attention_scaling = _rope(config)
+        # transformers multiplies cos and sin by attention_scaling: the scores q·k then carry its square.
+        scale = attention_scaling**2 / _head_dim(config) ** 0.5
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Layer(config, scale) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+        })
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def _apply(self, fn, recurse=True):
+        # The frequencies follow the parameters to another device, but stay float32 when those become bfloat16.
+        super()._apply(fn, recurse)
+        if self.head_weight.device.type != "meta":
+            self.inv_freq = self.inv_freq.to(self.head_weight.device)
+        return self
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
+        lengths = cu_seqlens.diff()
+        if max_seqlen is None:
+            max_seqlen = int(lengths.max()) if len(lengths) else 0
+        starts = torch.repeat_interleave(cu_seqlens[:-1], lengths, output_size=len(input_ids))
+        positions = torch.arange(len(input_ids), device=input_ids.device) - starts
+        hidden, residual = self.model.embed_tokens(input_ids), None
+        for layer in self.model.layers:
+            hidden, residual = layer(hidden, residual, positions, self.inv_freq, cu_seqlens, max_seqlen)
+        return self.model.norm(hidden, residual)[0]
+
+    def flops_per_token(self, context: int) -> int:
+        """Forward FLOPs per token in documents of `context` tokens; training takes three times as many.
+
+        2 · (weights of all matrices in the layers) + 2·d·V for the head + layers · 4·H·D · (context + 1)/2: a
+        query meets (context + 1)/2 keys on average, and q·k and p·v take 2·D each. Norms, rotary and the like do not count.
+        """
+        matrices = sum(module.weight.numel() for module in self.model.layers.modules() if isinstance(module, nn.Linear))
+        width = self.config.num_attention_heads * _head_dim(self.config)
+        return 2 * matrices + 2 * self.head_weight.numel() + 2 * self.config.num_hidden_layers * width * (context + 1)
+
+    def save_pretrained(self, folder):
+        """Write config.json, generation_config.json and model.safetensors (shards and an index above 5 GB) for transformers."""
+        from huggingface_hub import save_torch_state_dict
+        from transformers import GenerationConfig
+
+        config = copy.deepcopy(self.config)
+        config.architectures = [ARCHITECTURES[config.model_type]]
+        config.dtype = self.head_weight.dtype
+        config.save_pretrained(folder)
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        save_torch_state_dict(self.state_dict(), folder, max_shard_size=MAX_SHARD_SIZE)
+
+
+def _head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _rope(config) -> tuple[Tensor, float]:
+    """Inverse frequencies [D/2] fp32 on the CPU, and the factor on cos and sin."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = config.rope_parameters
+    with torch.device("cpu"):  # also while the parameters are made on the meta device
+        if rope["rope_type"] != "default":
+            return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
+        size = _head_dim(config)
+        return 1.0 / (rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)), 1.0
+
+
+def unsupported(config) -> str | None:
+    """Why `Decoder` cannot compute a config exactly; None if it can."""
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+    if type(config) not in (LlamaConfig, Qwen2Config, Qwen3Config):
+        return f"its type is {config.model_type!r}, not {', '.join(ARCHITECTURES)}"
+    if getattr(config, "quantization_config", None):
+        return "its weights are quantised"
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act!r}, not 'silu'"
+    if set(getattr(config, "layer_types", None) or ()) - {"full_attention"} and config.model_type != "llama":
+        return "it has sliding windows"
+    if config.rope_parameters["rope_type"] not in STATIC_ROPE_TYPES:
+        return f"its rope type is {config.rope_parameters['rope_type']!r}, not {', '.join(STATIC_ROPE_TYPES)}"
+    if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        return "it rotates only a part of each head"
+    return None
+
+
+def student_config(config: StudentConfig, vocab_size: int, eos_token_id: int):
+    """transformers' config of a model to train.
+
+    Args:
+        vocab_size: the tokenizer's length; the rows of the embedding unless config.vocab_size asks for more.
+        eos_token_id: ends documents, and so stands before each: it is the BOS token too.
+    """
+    from transformers import AutoConfig
+
+    rows = config.vocab_size or vocab_size
+    if rows < vocab_size:
+        raise UserError(f"model.vocab_size {rows} is below the tokenizer's {vocab_size}: leave it out or raise it")
+    settings = {name: getattr(config, name) for name in (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings", "rms_norm_eps",
+        "max_position_embeddings", "initializer_range")}
+    if config.head_dim or config.model_type == "qwen3":  # whose default is 128
+        settings["head_dim"] = config.head_dim or config.hidden_size // config.num_attention_heads
+    try:
+        return AutoConfig.for_model(
+            config.model_type, **settings, vocab_size=rows, num_key_value_heads=config.num_key_value_heads or config.num_attention_heads,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta}, bos_token_id=eos_token_id, eos_token_id=eos_token_id,
+            dtype=torch.float32)
+    except Exception as error:  # transformers' own rules
+        raise UserError(f"transformers refuses this model: {' '.join(str(error).split())[:300]}") from error

@@ -1,0 +1,109 @@
+"""The demo's corpus and tokenizer, from the text that every Python carries. No network.
+
+Four domains: the language reference (`pydoc_data`), the docstrings and the sources of the standard library (a source file
+stands without its docstrings, so that no text is in two domains), and the data files of Python's own tests, which are
+noisy: number tables, mail fragments, broken HTML. Where a Python comes without its tests that domain is left out.
+"""
+
+import ast
+import json
+import random
+import sysconfig
+from pathlib import Path
+
+from .artifacts import UserError, atomic_folder, atomic_write, complete_output, fingerprint, open_output
+
+DOMAIN_BYTES = 2_500_000  # at most so much text per domain: enough to learn from, few enough for minutes on two cores
+TEST_DATA = {".txt", ".html", ".xml", ".json", ".toml", ".decTest"}
+VOCABULARY = 2048
+END_OF_TEXT = "<|endoftext|>"
+SEED = 10
+
+
+def write_text(folder: Path) -> Path:
+    """Write `folder`/text.jsonl (columns text and domain, in a seeded random order) and return its path."""
+    path = folder / "text.jsonl"
+    documents = [{"text": text, "domain": domain} for domain, texts in _collect().items() for text in texts]
+    random.Random(SEED).shuffle(documents)
+    if not open_output(folder, "text", {"documents": fingerprint(documents)}):
+        with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+        complete_output(folder, {"documents": len(documents)})
+    return path
+
+
+def _collect() -> dict:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    reference, docstrings, sources = [], [], []
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise UserError("this Python has no pydoc_data: install the full standard library of Python") from None
+    reference.extend(topics[name] for name in sorted(topics))
+    for path in sorted(library.rglob("*.py")):
+        if {"site-packages", "dist-packages", "pydoc_data", "test", "tests", "idle_test"} & set(path.relative_to(library).parts):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+            found, rest = _split_docstrings(text)
+        except (OSError, UnicodeDecodeError, SyntaxError, ValueError):
+            continue  # a file that this Python itself would not read
+        if found:
+            docstrings.append(found)
+        sources.append(rest)
+    tests = [path.read_bytes() for path in sorted((library / "test").rglob("*")) if path.suffix in TEST_DATA and path.is_file()]
+    data = [text for text in (_decode(content) for content in tests) if text]
+    domains = {"language reference": reference, "docstrings": docstrings, "sources": sources, "test data": data}
+    return {name: _capped(texts) for name, texts in domains.items() if texts}
+
+
+def _decode(content: bytes):
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def _capped(texts: list) -> list:
+    """A seeded random choice of the texts, DOMAIN_BYTES long at most; one text gives a tenth of that at most."""
+    texts = [text[:DOMAIN_BYTES // 10] for text in texts]
+    random.Random(SEED).shuffle(texts)
+    kept, size = [], 0
+    for text in texts:
+        size += len(text.encode())
+        if size > DOMAIN_BYTES and kept:
+            break
+        kept.append(text)
+    return kept
+
+
+def _split_docstrings(text: str) -> tuple[str, str]:
+    """(the docstrings of a module, each under the name that it documents; the source without them)."""
+    lines = text.splitlines(keepends=True)
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (docstring := ast.get_docstring(node)):
+            found.append(f"{getattr(node, 'name', 'module')}\n\n{docstring}\n")
+            statement = node.body[0]
+            for number in range(statement.lineno - 1, statement.end_lineno):
+                lines[number] = ""
+    return "\n".join(found), "".join(lines)
+
+
+def train_tokenizer(text: Path, folder: Path) -> Path:
+    """Train a byte-level BPE on a jsonl's text column, save it to `folder` as a Hugging Face tokenizer, return the folder."""
+    if folder.exists():
+        return folder  # written whole by atomic_folder, and a pure function of the text beside it
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  show_progress=False)
+    with open(text, encoding="utf-8") as file:
+        tokenizer.train_from_iterator((json.loads(line)["text"] for line in file), trainer)
+    with atomic_folder(folder) as temporary:
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT).save_pretrained(temporary)
+    return folder

@@ -1,0 +1,69 @@
+"""Prompt → text, through transformers' own model and `generate`: what users of the exported model will run."""
+
+import sys
+
+import torch
+
+from .artifacts import UserError
+from .config import GenerateConfig
+from .model import choose_device, choose_dtype, weight_files
+from .tokenizer import load_tokenizer
+
+
+def generate(config: GenerateConfig) -> str:
+    """Print the prompt and, as it comes, its continuation to stdout; return the continuation, without special tokens.
+
+    It ends at an end-of-text token, after max_new_tokens, or where the model's context is full. An empty prompt starts a new
+    document: from the BOS token, or from EOS, which stands before every document of a corpus. Of the model's own generation
+    settings only the end-of-text tokens count. Equal settings give equal text on one machine and version.
+
+    Raises:
+        UserError: the model cannot be loaded, the prompt does not fit, or the model's output is not finite.
+    """
+    from transformers import GenerationConfig, TextStreamer
+
+    device = choose_device(config.device)
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    ids = tokenizer(config.prompt)["input_ids"] or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    if ids == [None]:
+        raise UserError(f"the tokenizer of {config.model} has neither BOS nor EOS to start from: give a --prompt that is not empty")
+    model = _load(config, choose_dtype(config.dtype, device)).to(device)
+    if max(ids) >= model.get_input_embeddings().num_embeddings:
+        raise UserError(f"the tokenizer of {config.model} has more ids than the model ({model.get_input_embeddings().num_embeddings}): "
+                        "put the model's own tokenizer into its folder")
+    room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize) - len(ids)
+    if room < 1:
+        raise UserError(f"the prompt has {len(ids)} tokens, {config.model} reads at most {len(ids) + room} with its continuation: shorten the prompt")
+    if room < config.max_new_tokens:
+        print(f"the model's context leaves room for {room} new tokens", file=sys.stderr)
+
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    # The model's own settings would fill every gap in ours (repetition penalty, top_k, …).
+    model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None, pad_token_id=min(ends, default=None))
+    sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature else {}
+    torch.manual_seed(config.seed)
+    inputs = torch.tensor([ids], device=device)
+    output = model.generate(
+        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=min(config.max_new_tokens, room), do_sample=config.temperature > 0,
+        logits_processor=[_refuse_non_finite], streamer=TextStreamer(tokenizer, skip_special_tokens=True), **sampling)
+    return tokenizer.decode(output[0, len(ids):], skip_special_tokens=True)
+
+
+def _load(config: GenerateConfig, dtype: torch.dtype):
+    """transformers' model on the CPU; `weight_files` finds (and downloads) what the name stands for."""
+    from transformers import AutoModelForCausalLM
+
+    file = weight_files(config.model)[0]
+    source = {"gguf_file": file.name} if file.suffix == ".gguf" else {"use_safetensors": True}
+    try:
+        return AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, trust_remote_code=config.trust_remote_code, **source)
+    except Exception as error:  # transformers raises anything, from KeyError to OSError
+        raise UserError(f"transformers cannot load {config.model}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _refuse_non_finite(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """A logits processor: −inf stands for a token that is ruled out, nan and +inf for a broken model."""
+    if (scores.isnan() | scores.isposinf()).any():
+        raise UserError("the model's output is not finite: its training went wrong, or --dtype float16 is too narrow for it")
+    return scores

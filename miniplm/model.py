@@ -1,0 +1,272 @@
+"""The models: Hugging Face ids, folders and .gguf files in, one interface out.
+
+`load_model` gives a LanguageModel: packed token ids in, hidden states after the final norm out, and the head's weight.
+Qwen2, Llama and Qwen3 become a Decoder; `Adapter` puts any other `AutoModelForCausalLM` behind the same interface.
+"""
+
+import importlib.util
+import itertools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from miniplm.artifacts import UserError, latest_checkpoint, read_json
+from miniplm.decoder import Decoder, LanguageModel, student_config, unsupported
+
+__all__ = ["Adapter", "Decoder", "LanguageModel", "choose_device", "choose_dtype", "load_model", "student_config", "weight_files"]
+
+
+class Adapter(LanguageModel):
+    """Any other causal LM of transformers: packed outside, right-padded inside.
+
+    Args:
+        model: the AutoModelForCausalLM. UserError where its logits are not a multiple of hidden @ head_weight.T.
+        name: what the user calls it, for messages.
+    """
+
+    def __init__(self, model, name: str):
+        super().__init__()
+        self.wrapped, self.config, self.scale = model.eval(), model.config, 1.0
+        try:
+            self._check(f"{name} ({model.config.model_type}) cannot be used")
+        except UserError:
+            raise
+        except Exception as error:  # whatever a foreign model's code raises
+            raise UserError(f"{name} ({model.config.model_type}) cannot be used: it does not compute plain text ({_one_line(error)})") from error
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.wrapped.get_output_embeddings().weight
+
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
+        bounds = cu_seqlens.tolist()
+        documents = sorted(itertools.pairwise(bounds), key=lambda bound: bound[0] - bound[1])  # longest first
+        documents = [(start, end) for start, end in documents if end > start]
+        hidden, places = [], []
+        while documents:
+            longest = documents[0][1] - documents[0][0]
+            # A batch takes documents down to three quarters of its longest: padding is at most a quarter of it.
+            group = [bound for bound in documents if 4 * (bound[1] - bound[0]) >= 3 * longest]
+            documents = documents[len(group):]
+            starts, ends = torch.tensor(group, device=input_ids.device).T[..., None]
+            index = starts + torch.arange(longest, device=input_ids.device)  # [documents of the group, longest]
+            mask = index < ends
+            ids = input_ids[index.clamp_max(len(input_ids) - 1)].where(mask, 0)
+            output = self.wrapped.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+            hidden.append(output[mask])
+            places.append(index[mask])
+        if not hidden:
+            return self.head_weight.new_zeros(0, self.head_weight.shape[1])
+        packed = torch.cat(hidden)[torch.argsort(torch.cat(places))]
+        return packed if self.scale == 1 else packed * self.scale
+
+    @torch.inference_mode()
+    def _check(self, refusal: str):
+        """Find the factor between hidden @ head_weight.T and the model's own logits; refuse a model that has none."""
+        head = self.wrapped.get_output_embeddings()
+        no_product = f"{refusal}: its logits are not hidden × head"
+        if not isinstance(getattr(head, "weight", None), Tensor):
+            raise UserError(f"{no_product} (it has no head)")
+        if getattr(head, "bias", None) is not None:
+            raise UserError(f"{no_product} (the head has a bias)")
+        if getattr(self.config, "final_logit_softcapping", None):  # invisible in the small logits of an untrained model
+            raise UserError(f"{no_product} (they are soft-capped)")
+        ids = 1 + torch.arange(9, device=head.weight.device) * ((len(head.weight) - 1) // 9)
+        lengths = [9, 5, 0, 1]  # all begin alike
+        bounds = torch.tensor([0, *lengths], device=ids.device).cumsum(0, dtype=torch.int32)
+        hidden = self(torch.cat([ids[:length] for length in lengths]), bounds)
+        logits = self.wrapped(input_ids=ids[None]).logits[0].float()
+        product = (hidden[:9] @ head.weight.T).float()
+        factor = float((product * logits).sum() / (product * product).sum())
+        precise = head.weight.dtype == torch.float32
+        if not _close(factor * product, logits, 1e-4 if precise else 5e-2):
+            raise UserError(f"{no_product} (they differ by more than a factor)")
+        if not (_close(hidden[9:14], hidden[:5], 1e-4 if precise else 5e-2) and _close(hidden[14:], hidden[:1], 1e-4 if precise else 5e-2)):
+            raise UserError(f"{refusal}: its hidden states depend on later tokens or on padding")
+        if abs(factor - 1) > (1e-4 if precise else 1e-2):
+            self.scale = factor
+
+    def flops_per_token(self, context: int) -> int:
+        """Forward FLOPs per token, estimated: 2 per parameter, embeddings only where they are the head, and causal attention if any."""
+        embedding = self.wrapped.get_input_embeddings().weight
+        looked_up = 0 if embedding is self.head_weight else embedding.numel()
+        text = self.config.get_text_config()
+        attention = 2 * text.num_hidden_layers * text.hidden_size * (context + 1) if hasattr(text, "num_attention_heads") else 0
+        return 2 * (self.num_parameters() - looked_up) + attention
+
+    def save_pretrained(self, folder):
+        self.wrapped.save_pretrained(folder)
+
+
+def _close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    return bool((ours - theirs).norm() <= tolerance * theirs.norm())
+
+
+def load_model(name, dtype: torch.dtype = torch.float32, device="cpu", trust_remote_code: bool = False) -> LanguageModel:
+    """Load a model for computing, in evaluation mode.
+
+    Args:
+        name: Hugging Face id, local folder (a training output gives its latest checkpoint), or .gguf file.
+        dtype: of the weights, whatever the file holds.
+    Raises:
+        UserError: it cannot be found, read or computed; the line says which file or tensor.
+    """
+    path = _locate(name)
+    if path.suffix == ".gguf":
+        return _load_gguf(path, dtype, device, str(name)).to(device).eval()
+    config = _read_config(path, trust_remote_code)
+    if unsupported(config):
+        return Adapter(_load_with_transformers(path, dtype, trust_remote_code=trust_remote_code).to(device), str(name)).eval()
+    return _fill_decoder(config, _read_tensors(weight_files(path), dtype, device), path).to(device).eval()
+
+
+def weight_files(name) -> list[Path]:
+    """The files that hold a model's weights (its identity is their contents): .safetensors, shards in order, or the .gguf."""
+    path = _locate(name)
+    if path.is_file():
+        return [path]
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").exists():
+        return [path / "model.safetensors"]
+    if not index.exists():
+        if any(path.glob("*.bin")):
+            raise UserError(f"{path} holds only .bin weights, which can carry code: convert them to safetensors "
+                            "(load with transformers and save_pretrained)")
+        raise UserError(f"{path} holds no model.safetensors: give a folder that transformers or miniplm wrote")
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index} has no weight_map: download the model again")
+    files = [path / file for file in sorted(set(names.values()))]
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{file} is missing, though {index.name} names it: download the model again")
+    return files
+
+
+def _read_tensors(files, dtype: torch.dtype, device) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    tensors = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                # A copy, because the tensors of an open file are the file: what overwrites it would change the model.
+                tensors.update({name: opened.get_tensor(name).to(device, dtype, copy=True) for name in opened.keys()})
+        except SafetensorError as error:
+            raise UserError(f"{file} is not a whole safetensors file ({error}): copy or download it again") from None
+    return tensors
+
+
+def _fill_decoder(config, tensors: dict[str, Tensor], path: Path) -> Decoder:
+    """A Decoder whose parameters are the tensors themselves; UserError unless names and shapes are exactly its own."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_word_embeddings and head in tensors:  # as transformers has it: a file with two different ones means two
+        if embedding not in tensors:
+            tensors[embedding] = tensors.pop(head)
+        elif torch.equal(tensors[head], tensors[embedding]):
+            del tensors[head]
+        else:
+            config.tie_word_embeddings = False
+    with torch.device("meta"):
+        model = Decoder(config)
+    expected = model.state_dict()
+    found = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}  # in old files
+    for problem, names in [("are missing", [name for name in expected if name not in found]),
+                           ("belong to another architecture", [name for name in found if name not in expected]),
+                           ("have another shape than config.json says", [name for name in expected if expected[name].shape != found[name].shape])]:
+        if names:
+            raise UserError(f"the weights in {path} do not fit its config.json: {len(names)} tensors {problem} "
+                            f"({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
+    model.load_state_dict(found, assign=True)
+    return model
+
+
+def _load_with_transformers(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False, **source):
+    from transformers import AutoModelForCausalLM
+
+    where = folder / source.get("gguf_file", "")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True,
+                                                           output_loading_info=True, **source)
+    except Exception as error:  # transformers raises anything, from KeyError to OSError
+        raise UserError(f"transformers cannot load {where}: {_one_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{where} does not fit its config: {len(missing)} tensors are missing ({', '.join(missing[:3])})")
+    return model
+
+
+def _load_gguf(path: Path, dtype: torch.dtype, device, name: str) -> LanguageModel:
+    """Dequantised by transformers, then computed by Decoder where it can."""
+    if missing := [package for package in ("gguf", "accelerate") if not importlib.util.find_spec(package)]:
+        raise UserError(f"{path} needs the package {missing[0]}: pip install miniplm[gguf]")
+    import transformers
+
+    # Newer versions of transformers would otherwise keep the weights quantised where they have a kernel for it.
+    dequantize = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    model = _load_with_transformers(path.parent, dtype, gguf_file=path.name, **dequantize)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    if unsupported(model.config):
+        return Adapter(model.to(device), name)
+    return _fill_decoder(model.config, model.state_dict(), path)
+
+
+def _locate(name) -> Path:
+    """The folder or .gguf file that a model's name stands for; a Hugging Face id is downloaded (or found in the cache)."""
+    path = Path(latest_checkpoint(name))
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.exists():
+        raise UserError(f"model {name} is a file: give a folder, a .gguf file or a Hugging Face id")
+    if path.suffix == ".gguf" or path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+        raise UserError(f"model {name} does not exist")
+    return _download(str(name))
+
+
+def _download(name: str) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        # Weights lie at the top of a repository; below are copies in other formats.
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"],
+                                      ignore_patterns=["*/*", "consolidated*"]))
+    except (httpx.HTTPError, LocalEntryNotFoundError, HFValidationError, ConnectionError) as error:
+        raise UserError(f"model {name} is neither a local folder nor a Hugging Face model that can be reached: {_one_line(error)}") from error
+
+
+def _read_config(folder: Path, trust_remote_code: bool):
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} holds no config.json: give a model's folder")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises anything, from KeyError to OSError
+        raise UserError(f"transformers cannot read {folder / 'config.json'}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def choose_device(device: str) -> torch.device:
+    """"auto" is the GPU if there is one; UserError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device {device!r} is not known: give auto, cpu, cuda or cuda:1") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {device!r} is not there, torch sees {torch.cuda.device_count()} GPUs: give --device cpu or another")
+    return chosen
+
+
+def choose_dtype(dtype: str, device) -> torch.dtype:
+    """"auto" is bfloat16 on a GPU and float32 on the CPU."""
+    if dtype == "auto":
+        return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    return getattr(torch, dtype)

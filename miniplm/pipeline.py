@@ -1,0 +1,143 @@
+"""run and demo: chain the stages of a YAML file.
+
+A pipeline file lists the stages in order, each under a name of its own:
+
+    corpus:
+      stage: prepare
+      data: books.jsonl
+      tokenizer: Qwen/Qwen1.5-1.8B
+    scores:
+      stage: score
+      data: ${corpus}
+      …
+
+Every other key is a setting of that stage's command. A stage writes to OUTPUT/<name> (evaluate: to OUTPUT/<name>.json), and
+`${name}` in a later stage is that place. All settings are checked before the first stage runs. A stage that is complete is
+skipped; one that was killed continues.
+"""
+
+import importlib
+import string
+from pathlib import Path
+
+from . import config
+from .artifacts import UserError, read_json
+
+# stage → (config class, module); the function has the stage's name
+STAGES = {
+    "prepare": (config.PrepareConfig, "corpus"),
+    "score": (config.ScoreConfig, "scoring"),
+    "select": (config.SelectConfig, "sampling"),
+    "train": (config.TrainConfig, "training"),
+    "evaluate": (config.EvaluateConfig, "evaluation"),
+    "generate": (config.GenerateConfig, "generation"),
+    "export": (config.ExportConfig, "export"),
+}
+
+
+def run(settings: config.RunConfig):
+    """Run all stages of a pipeline file. UserError before anything runs when the file asks for something that does not exist."""
+    run_stages(read_stages(settings.config), settings.output)
+
+
+def read_stages(path) -> dict:
+    """The stages of a YAML file, by name."""
+    import yaml
+
+    try:
+        stages = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"pipeline file {path} is not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(stages, dict) or not stages or not all(isinstance(values, dict) for values in stages.values()):
+        raise UserError(f"pipeline file {path} must map stage names to settings (see configs/quickstart.yaml)")
+    return stages
+
+
+def run_stages(stages: dict, output, places: dict | None = None):
+    """Check, then run the stages in order.
+
+    Args:
+        stages: name → settings, with the key `stage`.
+        places: names that `${…}` may refer to beside the stages before.
+    """
+    output, places, planned = Path(output), dict(places or {}), []
+    for name, values in stages.items():
+        values = dict(values)
+        kind = values.pop("stage", None)
+        if kind not in STAGES:
+            raise UserError(f"stage {name!r}: `stage` is {kind!r}; choose from {', '.join(STAGES)}")
+        settings, module = STAGES[kind]
+        if not name.replace("-", "").replace("_", "").isalnum() or name in places:
+            raise UserError(f"stage {name!r}: a name takes letters, digits, - and _, and is used once")
+        if kind != "generate":
+            if "output" in values:
+                raise UserError(f"stage {name!r}: leave out `output`, the stage writes to {output / name}")
+            values["output"] = str(output / (f"{name}.json" if kind == "evaluate" else name))
+        try:
+            planned.append((name, kind, module, config.from_dict(settings, _resolve(values, places))))
+        except ValueError as error:
+            raise UserError(f"stage {name!r}: {error}") from None
+        if kind != "generate":
+            places[name] = values["output"]
+    for number, (name, kind, module, settings) in enumerate(planned, 1):
+        print(f"\n[{number}/{len(planned)}] {name}: {kind}", flush=True)
+        getattr(importlib.import_module(f".{module}", __package__), kind)(settings)
+
+
+def _resolve(value, places: dict):
+    """`${name}` replaced in every string of a nested value."""
+    if isinstance(value, str):
+        try:
+            return _Template(value).substitute(places)
+        except KeyError as error:
+            raise ValueError(f"${{{error.args[0]}}} is no stage before this one; those are {', '.join(places) or 'none'}") from None
+        except ValueError:
+            raise ValueError(f"{value!r}: write ${{name}} for the place of a stage and $$ for a dollar sign") from None
+    if isinstance(value, dict):
+        return {key: _resolve(inner, places) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_resolve(inner, places) for inner in value]
+    return value
+
+
+class _Template(string.Template):
+    idpattern = r"(?a:[_a-zA-Z0-9-]+)"
+
+
+def demo(settings: config.DemoConfig):
+    """Text, tokenizer, teacher, reference, scores, selection, two students, evaluation, export: on this machine, offline, seeded."""
+    from .demo_text import train_tokenizer, write_text
+
+    output = Path(settings.output)
+    print("[0] text: what this Python carries; a tokenizer trained on it", flush=True)
+    text = write_text(output / "text")
+    tokenizer = train_tokenizer(text, output / "tokenizer")
+    stages = read_stages(Path(__file__).with_name("demo.yaml"))
+    run_stages(stages, output, {"text": str(text), "tokenizer": str(tokenizer)})
+    _print_result(output)
+
+
+def _print_result(output: Path):
+    """Both students side by side, and where the model is."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    models = {"teacher": "teacher", "reference": "reference", "student": "student, refined corpus", "control": "student, random corpus"}
+    losses = {name: read_json(output / f"{name}-loss.json") for name in models}
+    domains = list(losses["student"]["domains"])
+    table = Table(title="Held-out loss (nats per token) at equal size and equal training FLOPs of the two students")
+    table.add_column("model")
+    for heading in ["all", *domains]:
+        table.add_column(Text(heading), justify="right")
+    for name, label in models.items():
+        figures = [losses[name]["loss"], *(losses[name]["domains"][domain]["loss"] for domain in domains)]
+        table.add_row(label, *("not finite" if figure is None else f"{figure:.4f}" for figure in figures))
+    console = Console()
+    console.print(table)
+    student, control = losses["student"]["loss"], losses["control"]["loss"]
+    if student is not None and control is not None:
+        verdict = "lower" if student < control else "not lower"
+        console.print(f"Training on the refined corpus gave a {verdict} held-out loss than on the random one of the same size: "
+                      f"{student:.4f} against {control:.4f}.")
+    console.print(Text(f"The student as a Hugging Face model: {output / 'model'}  (AutoModelForCausalLM.from_pretrained opens it)"))

@@ -1,0 +1,53 @@
+"""Tokenizers: where they come from, and when two of them agree."""
+
+from pathlib import Path
+
+from .artifacts import UserError, fingerprint, latest_checkpoint
+
+REMEDY = "give a Hugging Face id, a folder with tokenizer.json, or a .gguf file"
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False):
+    """The tokenizer `name` as a transformers PreTrainedTokenizerFast.
+
+    Args:
+        name: Hugging Face id, local folder (of a training output: its latest checkpoint), or .gguf file.
+        trust_remote_code: run code that comes with the tokenizer.
+
+    Raises:
+        UserError: there is none, it cannot be read, or it is not backed by the `tokenizers` library.
+    """
+    import transformers
+
+    path = Path(latest_checkpoint(name)).expanduser()
+    if not path.exists() and (path.suffix == ".gguf" or path.is_absolute() or str(name).startswith((".", "~")) or len(path.parts) > 2):
+        raise UserError(f"tokenizer {name} does not exist: {REMEDY}")
+    if path.is_file() and path.suffix != ".gguf":
+        raise UserError(f"tokenizer {name} is neither a folder nor a .gguf file: {REMEDY}")
+    source = {"pretrained_model_name_or_path": str(path) if path.exists() else str(name)}
+    if path.is_file():
+        source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many kinds, some over many lines
+        raise UserError(f"tokenizer {name} cannot be loaded ({' '.join(str(error).split())[:200]}): {REMEDY}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"tokenizer {name} is a slow one ({type(tokenizer).__name__}): convert it to a tokenizer.json first")
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """A fingerprint of what the ids mean: the text of every id, and which one is EOS."""
+    return fingerprint({"vocabulary": tokenizer.get_vocab(), "eos_token_id": tokenizer.eos_token_id})
+
+
+def check_same_tokens(corpus_tokenizer, tokenizer, name: str):
+    """Raise UserError, naming the first token that differs, unless every token of the corpus's tokenizer has the same id in
+    `tokenizer`, which is called `name`. Further tokens in the latter are fine: the corpus does not hold them."""
+    vocabulary = tokenizer.get_vocab()
+    differing = [(index, token) for token, index in corpus_tokenizer.get_vocab().items() if vocabulary.get(token) != index]
+    if differing:
+        index, token = min(differing)
+        found = f"id {vocabulary[token]}" if token in vocabulary else "missing"
+        raise UserError(f"the tokenizer of {name} is not the corpus's: token {token!r} has id {index} in the corpus, is {found} there "
+                        f"({len(differing):,} tokens differ): use a model with the corpus's tokenizer, or prepare the corpus with this one")

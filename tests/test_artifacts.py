@@ -1,0 +1,88 @@
+import json
+
+import pytest
+
+from miniplm.artifacts import (
+    UserError,
+    atomic_folder,
+    atomic_write,
+    complete_output,
+    fingerprint,
+    hash_files,
+    latest_checkpoint,
+    open_output,
+    read_manifest,
+    write_json,
+)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path):
+    path = tmp_path / "file.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [found.name for found in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_a_failed_folder_leaves_no_trace_and_an_old_temporary_is_cleared(tmp_path):
+    folder = tmp_path / "new" / "step-1"
+    with pytest.raises(RuntimeError), atomic_folder(folder) as temporary:
+        (temporary / "half").touch()
+        raise RuntimeError
+    assert list(folder.parent.iterdir()) == []
+    (folder.parent / ".step-1.tmp").mkdir()
+    (folder.parent / ".step-1.tmp" / "stale").touch()
+    with atomic_folder(folder) as temporary:
+        (temporary / "whole").touch()
+    assert [found.name for found in folder.iterdir()] == ["whole"]
+
+
+def test_open_output_starts_continues_finishes_and_refuses(tmp_path):
+    folder = tmp_path / "out"
+    assert open_output(folder, "score", {"teacher": "a", "n": [1, 2]}) is False
+    assert open_output(folder, "score", {"teacher": "a", "n": (1, 2)}) is False  # a tuple is a list in JSON
+    with pytest.raises(UserError, match=r"teacher was \"a\", is now \"b\""):
+        open_output(folder, "score", {"teacher": "b", "n": [1, 2]})
+    with pytest.raises(UserError, match="holds a 'score' run, not a 'train' run"):
+        open_output(folder, "train", {})
+    with pytest.raises(UserError, match="not complete"):
+        read_manifest(folder, "score")
+    complete_output(folder, {"rows": 3})
+    assert open_output(folder, "score", {"teacher": "a", "n": [1, 2]}) is True
+    assert read_manifest(folder, "score")["rows"] == 3
+    with pytest.raises(UserError, match="expected that of 'prepare' or 'select'"):
+        read_manifest(folder, "prepare", "select")
+
+
+def test_somebodys_folder_is_not_written_into(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="not empty"):
+        open_output(tmp_path, "score", {})
+    with pytest.raises(UserError, match="is a file"):
+        open_output(tmp_path / "thesis.tex", "score", {})
+    assert [found.name for found in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_broken_manifest_is_a_users_error(tmp_path):
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        open_output(tmp_path, "score", {})
+    with pytest.raises(UserError, match="does not exist"):
+        read_manifest(tmp_path / "nothing")
+
+
+def test_hashes_follow_content_and_order(tmp_path):
+    for name, text in ("a", "x"), ("b", "y"), ("c", "x"):
+        (tmp_path / name).write_text(text)
+    a, b, c = (tmp_path / name for name in "abc")
+    assert hash_files([a, b]) == hash_files([c, b]) != hash_files([b, a])
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 2, "b": 1})
+
+
+def test_latest_checkpoint(tmp_path):
+    assert latest_checkpoint("org/name") == "org/name"
+    for step in (900, 1000):
+        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+    assert latest_checkpoint(str(tmp_path)).endswith("step-00001000")

@@ -1,0 +1,168 @@
+"""generate against a loop over transformers' logits, where it stops, what it prints, and what it refuses."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from miniplm.artifacts import UserError
+from miniplm.config import GenerateConfig
+from miniplm.generation import generate
+
+PROMPT = "the teacher keeps\nrare (data) 漢字 🙂"
+
+
+def run(model, prompt=PROMPT, **settings):
+    return generate(GenerateConfig(model=str(model), prompt=prompt, device="cpu", dtype="float32", **{"max_new_tokens": 12, **settings}))
+
+
+def greedy(folder, ids, count, stop=()):
+    """(text, ids) of the likeliest continuation, one forward pass over everything per token."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(ids)["input_ids"] if isinstance(ids, str) else list(ids)
+    new = []
+    while len(new) < count and not (new and new[-1] in stop):
+        with torch.no_grad():
+            new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
+    return tokenizer.decode(new, skip_special_tokens=True), new
+
+
+def edit(path, change):
+    value = json.loads(Path(path).read_text())
+    change(value)
+    Path(path).write_text(json.dumps(value))
+
+
+def poison(model, name, change):
+    tensors = load_file(Path(model) / "model.safetensors")
+    change(tensors[name])
+    save_file(tensors, Path(model) / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_greedy_text_and_what_is_printed(tiny_model, tmp_path, capsys):
+    model = tiny_model(tmp_path / "model")
+    text, _ = greedy(model, PROMPT, 12)
+    assert text.strip()
+    assert run(model, temperature=0) == text
+    assert capsys.readouterr().out == PROMPT + text + "\n"
+
+
+def test_sampling_is_seeded_and_bounded(tiny_model, tmp_path):
+    model = tiny_model(tmp_path / "model")
+    text, _ = greedy(model, PROMPT, 12)
+    first = run(model, seed=1)
+    torch.manual_seed(99)  # what went before does not count
+    assert run(model, seed=1) == first
+    assert len({first, *(run(model, seed=seed, temperature=1.5, top_p=1.0) for seed in range(4))}) == 5
+    assert run(model, seed=1, top_p=1e-9, temperature=1.5) == text  # the likeliest token alone is left
+    assert run(model, seed=1, temperature=1e-3) == text
+
+
+def test_sampling_follows_the_temperature(tiny_model, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = tiny_model(tmp_path / "model", initializer_range=0.05)  # a flat distribution: top_k = 50 would show
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(model)(**tokenizer("data", return_tensors="pt")).logits[0, -1]
+    beyond = (logits / 1.3).softmax(-1).sort(descending=True).values[50:].sum().item()
+    likeliest = {tokenizer.decode([token], skip_special_tokens=True) for token in logits.topk(50).indices.tolist()}
+    drawn = [run(model, "data", seed=seed, temperature=1.3, top_p=1.0, max_new_tokens=1) for seed in range(60)]
+    share = sum(text not in likeliest for text in drawn) / 60
+    assert beyond > 0.5 and abs(share - beyond) < 4 * math.sqrt(beyond * (1 - beyond) / 60)
+
+
+def test_end_tokens_stop_it(tiny_model, tmp_path):
+    model = tiny_model(tmp_path / "model", tie_word_embeddings=False)
+    _, new = greedy(model, PROMPT, 12)
+    assert new[4] not in new[:4]
+    edit(Path(model) / "generation_config.json", lambda config: config.update(eos_token_id=[499, new[4]]))
+    text, short = greedy(model, PROMPT, 12, stop=[new[4]])
+    assert len(short) == 5 and run(model, temperature=0) == text
+
+    with torch.no_grad():  # the tokenizer's EOS counts too, though the model's settings name another one
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        loaded = AutoModelForCausalLM.from_pretrained(model)
+        hidden = loaded.model(**AutoTokenizer.from_pretrained(model)(PROMPT, return_tensors="pt")).last_hidden_state[0, -1]
+    poison(model, "lm_head.weight", lambda weight: weight[0].copy_(hidden))
+    assert greedy(model, PROMPT, 1)[1] == [0]
+    assert run(model, temperature=0) == ""
+
+
+def test_other_generation_settings_of_the_model_do_not_count(tiny_model, tmp_path):
+    model = tiny_model(tmp_path / "model")
+    text, sampled = run(model, temperature=0, max_new_tokens=40), run(model, max_new_tokens=40)
+    assert text == greedy(model, PROMPT, 40)[0]
+    edit(Path(model) / "generation_config.json",
+         lambda config: config.update(repetition_penalty=5.0, top_k=2, min_new_tokens=3, do_sample=True, temperature=0.1, num_beams=2))
+    assert (run(model, temperature=0, max_new_tokens=40), run(model, max_new_tokens=40)) == (text, sampled)
+
+
+def test_empty_prompt_starts_a_document(tiny_model, tmp_path):
+    model = tiny_model(tmp_path / "model")
+    assert run(model, "", temperature=0) == greedy(model, [0], 12)[0]
+    edit(Path(model) / "tokenizer_config.json", lambda config: config.update(bos_token="the"))
+    from transformers import AutoTokenizer
+
+    bos = AutoTokenizer.from_pretrained(model).bos_token_id
+    assert bos not in (None, 0)
+    assert run(model, "", temperature=0) == greedy(model, [bos], 12)[0]
+
+
+def test_context(tiny_model, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    model = tiny_model(tmp_path / "model", max_position_embeddings=16)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = tokenizer("data token chunk score " * 20)["input_ids"]
+    fits, full = tokenizer.decode(ids[:10]), tokenizer.decode(ids[:16])
+    assert (len(tokenizer(fits)["input_ids"]), len(tokenizer(full)["input_ids"])) == (10, 16)
+    assert run(model, fits, temperature=0) == greedy(model, fits, 6)[0]
+    assert "room for 6 new tokens" in capsys.readouterr().err
+    with pytest.raises(UserError, match="the prompt has 16 tokens"):
+        run(model, full)
+    with pytest.raises(UserError, match=f"the prompt has {len(ids)} tokens"):
+        run(model, "data token chunk score " * 20)
+
+
+def test_training_output_and_another_architecture(tiny_model, tmp_path):
+    from transformers import GPT2Config
+
+    for step in (5, 10):
+        tiny_model(tmp_path / "run" / "checkpoints" / f"step-{step:08d}", seed=step, config_class=GPT2Config, n_embd=32, n_head=4, n_layer=2)
+    latest, older = (greedy(tmp_path / "run" / "checkpoints" / f"step-{step:08d}", PROMPT, 12)[0] for step in (10, 5))
+    assert latest != older
+    assert run(tmp_path / "run", temperature=0) == latest
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_output_that_is_not_finite(tiny_model, tmp_path, temperature):
+    model = tiny_model(tmp_path / "model")
+    poison(model, "model.norm.weight", lambda weight: weight.fill_(math.nan))
+    with pytest.raises(UserError, match="not finite"):
+        run(model, temperature=temperature)
+
+
+def test_bad_models(tiny_model, tmp_path):
+    with pytest.raises(UserError, match="missing"):
+        run(tmp_path / "missing" / "model")
+    model = Path(tiny_model(tmp_path / "model", vocab_size=300))
+    with pytest.raises(UserError, match=r"more ids than the model \(300\)"):
+        run(model)
+    model = Path(tiny_model(tmp_path / "other"))
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(UserError) as caught:
+        run(model)
+    assert "\n" not in str(caught.value)
+    (model / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        run(model)
+    edit(tmp_path / "model" / "tokenizer_config.json", lambda config: config.pop("eos_token"))
+    with pytest.raises(UserError):  # nothing to start from
+        run(tmp_path / "model", "")
