@@ -168,7 +168,7 @@ class Decoder(LanguageModel):
         config.architectures = [ARCHITECTURES[config.model_type]]
         config.dtype = self.head_weight.dtype
         config.save_pretrained(folder)
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id).save_pretrained(folder)
         save_torch_state_dict(self.state_dict(), folder, max_shard_size=MAX_SHARD_SIZE)
 
 

@@ -16,7 +16,6 @@ from .artifacts import UserError, atomic_folder, atomic_write, complete_output, 
 DOMAIN_BYTES = 2_500_000  # at most so much text per domain: enough to learn from, few enough for minutes on two cores
 TEST_DATA = {".txt", ".html", ".xml", ".json", ".toml", ".decTest"}
 VOCABULARY = 2048
-END_OF_TEXT = "<|endoftext|>"
 SEED = 10
 
 
@@ -91,19 +90,13 @@ def _split_docstrings(text: str) -> tuple[str, str]:
 
 
 def train_tokenizer(text: Path, folder: Path) -> Path:
-    """Train a byte-level BPE on a jsonl's text column, save it to `folder` as a Hugging Face tokenizer, return the folder."""
+    """Train Qwen2's byte-level BPE on a jsonl's text column, save it to `folder` as a Hugging Face tokenizer, return the folder."""
     if folder.exists():
         return folder  # written whole by atomic_folder, and a pure function of the text beside it
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import Qwen2Tokenizer
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  show_progress=False)
     with open(text, encoding="utf-8") as file:
-        tokenizer.train_from_iterator((json.loads(line)["text"] for line in file), trainer)
+        tokenizer = Qwen2Tokenizer().train_new_from_iterator((json.loads(line)["text"] for line in file), VOCABULARY, show_progress=False)
     with atomic_folder(folder) as temporary:
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
     return folder

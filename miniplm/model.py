@@ -4,8 +4,10 @@
 Qwen2, Llama and Qwen3 become a Decoder; `Adapter` puts any other `AutoModelForCausalLM` behind the same interface.
 """
 
+import contextlib
 import importlib.util
 import itertools
+import math
 from pathlib import Path
 
 import torch
@@ -15,6 +17,8 @@ from miniplm.artifacts import UserError, latest_checkpoint, read_json
 from miniplm.decoder import Decoder, LanguageModel, student_config, unsupported
 
 __all__ = ["Adapter", "Decoder", "LanguageModel", "choose_device", "choose_dtype", "load_model", "student_config", "weight_files"]
+
+MISSING, OTHER_SHAPE = "are missing", "have another shape than it says"
 
 
 class Adapter(LanguageModel):
@@ -28,6 +32,10 @@ class Adapter(LanguageModel):
     def __init__(self, model, name: str):
         super().__init__()
         self.wrapped, self.config, self.scale = model.eval(), model.config, 1.0
+        # Past these lengths position tables end, and some rotary embeddings change with the longest text of a batch.
+        rope = getattr(model.config, "rope_parameters", None) or {}
+        limits = [getattr(model.config, "max_position_embeddings", None), rope.get("rope_type") == "longrope" and rope["original_max_position_embeddings"]]
+        self.context = min(filter(None, limits), default=math.inf)
         try:
             self._check(f"{name} ({model.config.model_type}) cannot be used")
         except UserError:
@@ -43,6 +51,9 @@ class Adapter(LanguageModel):
         bounds = cu_seqlens.tolist()
         documents = sorted(itertools.pairwise(bounds), key=lambda bound: bound[0] - bound[1])  # longest first
         documents = [(start, end) for start, end in documents if end > start]
+        if documents and documents[0][1] - documents[0][0] > self.context:
+            raise UserError(f"a document of {documents[0][1] - documents[0][0]} tokens does not fit into the model's context of {self.context} "
+                            f"({self.config.model_type}): prepare the corpus with a smaller max_length")
         hidden, places = [], []
         while documents:
             longest = documents[0][1] - documents[0][0]
@@ -76,7 +87,7 @@ class Adapter(LanguageModel):
         lengths = [9, 5, 0, 1]  # all begin alike
         bounds = torch.tensor([0, *lengths], device=ids.device).cumsum(0, dtype=torch.int32)
         hidden = self(torch.cat([ids[:length] for length in lengths]), bounds)
-        logits = self.wrapped(input_ids=ids[None]).logits[0].float()
+        logits = self.wrapped(input_ids=ids[None], use_cache=False).logits[0].float()
         product = (hidden[:9] @ head.weight.T).float()
         factor = float((product * logits).sum() / (product * product).sum())
         precise = head.weight.dtype == torch.float32
@@ -151,10 +162,14 @@ def _read_tensors(files, dtype: torch.dtype, device) -> dict[str, Tensor]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                # A copy, because the tensors of an open file are the file: what overwrites it would change the model.
-                tensors.update({name: opened.get_tensor(name).to(device, dtype, copy=True) for name in opened.keys()})
+                names = opened.keys()
+            for name in names:
+                # Tensors of an open file are the file itself: a copy is not changed by whoever overwrites it. Opening it
+                # for each tensor keeps what has been copied from staying in memory a second time.
+                with safe_open(file, framework="pt") as opened:
+                    tensors[name] = opened.get_tensor(name).to(device, dtype, copy=True)
         except SafetensorError as error:
-            raise UserError(f"{file} is not a whole safetensors file ({error}): copy or download it again") from None
+            raise UserError(f"{file} is not a whole safetensors file ({_one_line(error)}): copy or download it again") from None
     return tensors
 
 
@@ -172,28 +187,48 @@ def _fill_decoder(config, tensors: dict[str, Tensor], path: Path) -> Decoder:
         model = Decoder(config)
     expected = model.state_dict()
     found = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}  # in old files
-    for problem, names in [("are missing", [name for name in expected if name not in found]),
+    for problem, names in [(MISSING, [name for name in expected if name not in found]),
                            ("belong to another architecture", [name for name in found if name not in expected]),
-                           ("have another shape than config.json says", [name for name in expected if expected[name].shape != found[name].shape])]:
-        if names:
-            raise UserError(f"the weights in {path} do not fit its config.json: {len(names)} tensors {problem} "
-                            f"({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
+                           (OTHER_SHAPE, [name for name in expected if name in found and expected[name].shape != found[name].shape])]:
+        _refuse_tensors(path, problem, names)
     model.load_state_dict(found, assign=True)
     return model
 
 
-def _load_with_transformers(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False, **source):
+def _refuse_tensors(path: Path, problem: str, names):
+    if names:
+        raise UserError(f"the weights in {path} do not fit its config: {len(names)} tensors {problem} ({', '.join(names[:3])}{', …' * (len(names) > 3)})")
+
+
+def _load_with_transformers(path: Path, dtype: torch.dtype, trust_remote_code: bool = False, **options):
     from transformers import AutoModelForCausalLM
 
-    where = folder / source.get("gguf_file", "")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True,
-                                                           output_loading_info=True, **source)
+        with _quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path if path.is_dir() else path.parent, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True,
+                ignore_mismatched_sizes=True, output_loading_info=True, **options)
     except Exception as error:  # transformers raises anything, from KeyError to OSError
-        raise UserError(f"transformers cannot load {where}: {_one_line(error)}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{where} does not fit its config: {len(missing)} tensors are missing ({', '.join(missing[:3])})")
+        raise UserError(f"transformers cannot load {path}: {_one_line(error)}") from error
+    _refuse_tensors(path, MISSING, sorted(info["missing_keys"]))
+    _refuse_tensors(path, OTHER_SHAPE, sorted(name for name, *_ in info["mismatched_keys"]))
     return model
+
+
+@contextlib.contextmanager
+def _quiet_transformers():
+    """Without its progress bars and reports: what they would say comes in the one line of an error."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _load_gguf(path: Path, dtype: torch.dtype, device, name: str) -> LanguageModel:
@@ -204,7 +239,7 @@ def _load_gguf(path: Path, dtype: torch.dtype, device, name: str) -> LanguageMod
 
     # Newer versions of transformers would otherwise keep the weights quantised where they have a kernel for it.
     dequantize = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
-    model = _load_with_transformers(path.parent, dtype, gguf_file=path.name, **dequantize)
+    model = _load_with_transformers(path, dtype, gguf_file=path.name, **dequantize)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     if unsupported(model.config):
@@ -225,15 +260,14 @@ def _locate(name) -> Path:
 
 
 def _download(name: str) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     try:
         # Weights lie at the top of a repository; below are copies in other formats.
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"],
                                       ignore_patterns=["*/*", "consolidated*"]))
-    except (httpx.HTTPError, LocalEntryNotFoundError, HFValidationError, ConnectionError) as error:
+    except (HTTPError, LocalEntryNotFoundError, HFValidationError, ConnectionError) as error:
         raise UserError(f"model {name} is neither a local folder nor a Hugging Face model that can be reached: {_one_line(error)}") from error
 
 
@@ -243,13 +277,17 @@ def _read_config(folder: Path, trust_remote_code: bool):
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no config.json: give a model's folder")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with _quiet_transformers():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises anything, from KeyError to OSError
         raise UserError(f"transformers cannot read {folder / 'config.json'}: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in text:
+        return "it comes with code of its own: set trust_remote_code if you trust it"
+    return text[:300]
 
 
 def choose_device(device: str) -> torch.device:

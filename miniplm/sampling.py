@@ -44,29 +44,23 @@ def select(config: SelectConfig) -> None:
         print(f"The refined corpus {output} is complete, nothing to do.")
         return
 
-    predictions, scores = _read_sources(sources, len(corpus))
+    columns = _read_sources(sources, len(corpus))
     domain, names = corpus.domains
-    keep = choose(config, scores["score"], corpus.num_tokens, domain)
+    keep = choose(config, columns["score"], corpus.num_tokens, domain)
     if not keep.any():
-        raise UserError(f"nothing of corpus {config.data} is kept: {_why_nothing(config, scores['score'])}")
+        raise UserError(f"nothing of corpus {config.data} is kept: {_why_nothing(config, columns['score'])}")
+    selection = _summary(rule, keep, columns["score"], corpus.num_tokens, domain, names)
+    columns = {name: values[keep] for name, values in columns.items()}
 
     open_output(output, "select", identity)  # claimed only now: a rule that keeps nothing leaves no folder behind
-    hashes, kept_rows, written = [], np.flatnonzero(keep), 0
-    with Progress("select", len(kept_rows), unit="rows") as progress:
-        for number, table in enumerate(_kept_tables(corpus, keep)):
-            rows = kept_rows[written:written + table.num_rows]
-            columns = {name: table.column(name) for name in table.column_names}
-            hashes.append(write_shard(output, number, columns | {name: _nullable(scores[name][rows]) for name in SCORE_COLUMNS}))
-            written += table.num_rows
-            progress.update(table.num_rows)
+    hashes = _write_rows(corpus, keep, columns, output)
     if not (output / "tokenizer").exists():
         with atomic_folder(output / "tokenizer") as folder:
             shutil.copytree(corpus.tokenizer, folder, dirs_exist_ok=True)
-    selection = _summary(rule, keep, scores["score"], corpus.num_tokens, domain, names)
     carried = ("bad_records", "eos_token_id", "vocab_size", "tokenizer_fingerprint", "max_length", "source")
     complete_output(output, {
         "fingerprint": write_dataset_files(output, hashes, with_scores=True),
-        "rows": selection["kept"], "tokens": selection["kept_tokens"], "predictions": int(predictions[keep].sum(dtype=np.int64)),
+        "rows": selection["kept"], "tokens": selection["kept_tokens"], "predictions": int(columns["num_tokens"].sum(dtype=np.int64)),
         "domains": {name: {"rows": part["kept"], "tokens": part["kept_tokens"]} for name, part in selection["domains"].items() if part["kept"]},
         **{key: corpus.manifest[key] for key in carried},
         "parent": corpus.fingerprint, "selection": selection, "scores": _score_summaries(sources)})
@@ -77,7 +71,7 @@ def choose(config: SelectConfig, score, num_tokens, domain) -> np.ndarray:
     """The rule: which rows to keep, bool [rows].
 
     Args:
-        score: float [rows], nats per token; rows that are not finite are never kept.
+        score: float32 [rows], nats per token; rows that are not finite are never kept.
         num_tokens: int [rows], the lengths that count against a token budget.
         domain: int [rows], the number of the domain, 0, 1, …
 
@@ -87,25 +81,44 @@ def choose(config: SelectConfig, score, num_tokens, domain) -> np.ndarray:
     finite = np.isfinite(score)
     if config.threshold is not None:
         return finite & (score >= config.threshold)
-    ranked = np.flatnonzero(finite)
     if config.random_seed is not None:
-        ranked = np.random.default_rng(config.random_seed).permutation(ranked)
+        ranked = np.random.default_rng(config.random_seed).permutation(np.flatnonzero(finite))
     else:
-        ranked = ranked[np.argsort(-score[ranked], kind="stable")]  # stable: ties stay in corpus order
-    if not config.per_domain:
+        ranked = best_first(score)
+    if config.per_domain:
+        ranked = ranked[np.argsort(domain[ranked], kind="stable")]  # the domains one after the other, each in rank order
+    else:
         domain = np.zeros(len(score), np.int8)
-    ranked = ranked[np.argsort(domain[ranked], kind="stable")]  # the domains one after the other, each in rank order
-    rows, tokens = np.bincount(domain), np.bincount(domain, weights=num_tokens)
+    rows = np.bincount(domain)
+    if config.token_budget is not None:
+        tokens = np.bincount(domain, weights=num_tokens).astype(int).tolist()
+        total = sum(tokens)
     keep = np.zeros(len(score), bool)
     for number, (start, stop) in enumerate(pairwise(np.searchsorted(domain[ranked], np.arange(len(rows) + 1)))):
         group = ranked[start:stop]
         if config.token_budget is not None:
-            budget = config.token_budget * int(tokens[number]) // int(tokens.sum())
+            budget = config.token_budget * tokens[number] // total
             count = np.searchsorted(np.cumsum(num_tokens[group]), budget, side="right")
         else:
             count = int(config.ratio * rows[number])
         keep[group[:count]] = True
     return keep
+
+
+def best_first(score) -> np.ndarray:
+    """The rows with a finite score (float32 [rows]) in descending order of it, ties in ascending order of the row: uint32.
+
+    Score and row share one int64 key, so that a plain sort in place does it: a third of the time and memory of a stable argsort.
+    """
+    rows = np.flatnonzero(np.isfinite(score)).astype(np.uint32)
+    bits = (np.float32(0) - score[rows]).view(np.int32)  # a difference is never −0, which has other bits than 0
+    bits ^= (bits >> 31) & 0x7FFFFFFF  # IEEE floats sort as integers once the negative ones have their other bits flipped
+    keys = bits.astype(np.int64)
+    keys <<= 32
+    keys |= rows
+    keys.sort()
+    rows[:] = keys  # their low halves
+    return rows
 
 
 def _why_nothing(config: SelectConfig, score) -> str:
@@ -153,17 +166,16 @@ def _fact(manifest: dict, key: str):
     return manifest.get(key, manifest["identity"].get(key))
 
 
-def _read_sources(sources: dict, rows: int):
-    """(num_tokens int32 [rows], {score column: float32 [rows]}) from one folder with both models or from two."""
+def _read_sources(sources: dict, rows: int) -> dict[str, np.ndarray]:
+    """num_tokens (int32 [rows]) and the score columns (float32 [rows]) from one folder with both models or from two."""
     (teacher, _), (reference, _) = sources.values()
     if teacher == reference:
-        columns = read_scores(teacher, rows, SCORE_COLUMNS)
-        return columns.pop("num_tokens"), columns
+        return read_scores(teacher, rows, SCORE_COLUMNS)
     columns = read_scores(teacher, rows, SCORE_COLUMNS[:1])
     columns["reference_log_prob"] = read_scores(reference, rows, SCORE_COLUMNS[1:2])["reference_log_prob"]
     with np.errstate(invalid="ignore"):  # inf − inf
         columns["score"] = columns["teacher_log_prob"] - columns["reference_log_prob"]
-    return columns.pop("num_tokens"), columns
+    return columns
 
 
 def read_scores(folder, rows: int, names) -> dict[str, np.ndarray]:
@@ -195,6 +207,19 @@ def read_scores(folder, rows: int, names) -> dict[str, np.ndarray]:
         raise UserError(f"score folder {folder} has {entries} entries for the {rows} rows of the corpus and none for {rows - seen.sum()} of them: "
                         "run score again, it writes missing files anew")
     return result
+
+
+def _write_rows(corpus: Corpus, keep, columns: dict, output) -> list[str]:
+    """Write the kept rows of the corpus with their score columns (of the kept rows) and return the hashes of the files."""
+    hashes, written = [], 0
+    with Progress("select", len(columns["score"]), unit="rows") as progress:
+        for number, table in enumerate(_kept_tables(corpus, keep)):
+            rows = slice(written, written + table.num_rows)
+            scores = {name: _nullable(columns[name][rows]) for name in SCORE_COLUMNS}
+            hashes.append(write_shard(output, number, dict(zip(table.column_names, table.columns, strict=True)) | scores))
+            written += table.num_rows
+            progress.update(table.num_rows)
+    return hashes
 
 
 def _kept_tables(corpus: Corpus, keep):
@@ -256,7 +281,5 @@ def _print_summary(selection: dict, output):
         table.add_row(Text(name), *(f"{value:,}" for value in part.values()))  # Text: a domain's name may look like markup
     quantiles = Table(*selection["quantiles"], title="Score quantiles (nats per token)")
     quantiles.add_row(*(f"{value:.4f}" for value in selection["quantiles"].values()))
-    console = Console()
-    console.print(table, quantiles)
-    console.print(Text(f"below 0: {selection['below_zero']:.1%} of the finite scores; not finite: {selection['non_finite']:,}"))
-    console.print(Text(f"refined corpus: {output}"))
+    Console().print(table, quantiles)
+    print(f"below 0: {selection['below_zero']:.1%} of the finite scores; not finite: {selection['non_finite']:,}\nrefined corpus: {output}")

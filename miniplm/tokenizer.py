@@ -28,7 +28,11 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     if path.is_file():
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=trust_remote_code)
+        if (path / "tokenizer.json").exists():
+            # It says it all. AutoTokenizer goes by the model's type instead: to a qwen2 model it gives Qwen2's way of cutting text into words.
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(**source)
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds, some over many lines
         raise UserError(f"tokenizer {name} cannot be loaded ({' '.join(str(error).split())[:200]}): {REMEDY}") from error
     if not getattr(tokenizer, "is_fast", False):
@@ -50,4 +54,4 @@ def check_same_tokens(corpus_tokenizer, tokenizer, name: str):
         index, token = min(differing)
         found = f"id {vocabulary[token]}" if token in vocabulary else "missing"
         raise UserError(f"the tokenizer of {name} is not the corpus's: token {token!r} has id {index} in the corpus, is {found} there "
-                        f"({len(differing):,} tokens differ): use a model with the corpus's tokenizer, or prepare the corpus with this one")
+                        f"({len(differing):,} differ): use a model with the corpus's tokenizer, or prepare the corpus with this one")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from miniplm.artifacts import UserError
 from miniplm.config import GenerateConfig
 from miniplm.generation import generate
+from miniplm.tokenizer import load_tokenizer
 
 PROMPT = "the teacher keeps\nrare (data) 漢字 🙂"
 
@@ -21,9 +22,9 @@ def run(model, prompt=PROMPT, **settings):
 
 def greedy(folder, ids, count, stop=()):
     """(text, ids) of the likeliest continuation, one forward pass over everything per token."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(str(folder))
     ids = tokenizer(ids)["input_ids"] if isinstance(ids, str) else list(ids)
     new = []
     while len(new) < count and not (new and new[-1] in stop):
@@ -63,33 +64,36 @@ def test_sampling_is_seeded_and_bounded(tiny_model, tmp_path):
     assert run(model, seed=1, temperature=1e-3) == text
 
 
-def test_sampling_follows_the_temperature(tiny_model, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def test_sampling_follows_the_temperature(tiny_model, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, TextStreamer
 
-    model = tiny_model(tmp_path / "model", initializer_range=0.05)  # a flat distribution: top_k = 50 would show
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    model = tiny_model(tmp_path / "model", initializer_range=0.05)  # a flat distribution: transformers' own top_k of 50 would show
+    tokenizer = load_tokenizer(model)
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(model)(**tokenizer("data", return_tensors="pt")).logits[0, -1]
-    beyond = (logits / 1.3).softmax(-1).sort(descending=True).values[50:].sum().item()
-    likeliest = {tokenizer.decode([token], skip_special_tokens=True) for token in logits.topk(50).indices.tolist()}
-    drawn = [run(model, "data", seed=seed, temperature=1.3, top_p=1.0, max_new_tokens=1) for seed in range(60)]
-    share = sum(text not in likeliest for text in drawn) / 60
-    assert beyond > 0.5 and abs(share - beyond) < 4 * math.sqrt(beyond * (1 - beyond) / 60)
+    probability, order = (logits / 1.3).softmax(-1).sort(descending=True)
+    beyond = probability[50:].sum().item()
+    drawn = []
+    monkeypatch.setattr(TextStreamer, "put", lambda streamer, ids: drawn.append(ids.flatten()[-1].item()))
+    for seed in range(60):
+        run(model, "data", seed=seed, temperature=1.3, top_p=1.0, max_new_tokens=1)
+    share = sum(token in order[50:] for token in drawn[1::2]) / 60
+    assert len(drawn) == 120 and 0.2 < beyond < 0.95 and abs(share - beyond) < 4 * math.sqrt(beyond * (1 - beyond) / 60)
 
 
 def test_end_tokens_stop_it(tiny_model, tmp_path):
     model = tiny_model(tmp_path / "model", tie_word_embeddings=False)
     _, new = greedy(model, PROMPT, 12)
-    assert new[4] not in new[:4]
-    edit(Path(model) / "generation_config.json", lambda config: config.update(eos_token_id=[499, new[4]]))
-    text, short = greedy(model, PROMPT, 12, stop=[new[4]])
-    assert len(short) == 5 and run(model, temperature=0) == text
+    end = new[5]
+    edit(Path(model) / "generation_config.json", lambda config: config.update(eos_token_id=[499, end]))
+    text, short = greedy(model, PROMPT, 12, stop=[end])
+    assert 1 <= len(short) < 12 and run(model, temperature=0) == text
 
     with torch.no_grad():  # the tokenizer's EOS counts too, though the model's settings name another one
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         loaded = AutoModelForCausalLM.from_pretrained(model)
-        hidden = loaded.model(**AutoTokenizer.from_pretrained(model)(PROMPT, return_tensors="pt")).last_hidden_state[0, -1]
+        hidden = loaded.model(**load_tokenizer(model)(PROMPT, return_tensors="pt")).last_hidden_state[0, -1]
     poison(model, "lm_head.weight", lambda weight: weight[0].copy_(hidden))
     assert greedy(model, PROMPT, 1)[1] == [0]
     assert run(model, temperature=0) == ""
@@ -107,19 +111,16 @@ def test_other_generation_settings_of_the_model_do_not_count(tiny_model, tmp_pat
 def test_empty_prompt_starts_a_document(tiny_model, tmp_path):
     model = tiny_model(tmp_path / "model")
     assert run(model, "", temperature=0) == greedy(model, [0], 12)[0]
-    edit(Path(model) / "tokenizer_config.json", lambda config: config.update(bos_token="the"))
-    from transformers import AutoTokenizer
-
-    bos = AutoTokenizer.from_pretrained(model).bos_token_id
-    assert bos not in (None, 0)
+    token = load_tokenizer(model).convert_ids_to_tokens(300)
+    edit(Path(model) / "tokenizer_config.json", lambda config: config.update(bos_token=token))
+    bos = load_tokenizer(model).bos_token_id
+    assert bos == 300
     assert run(model, "", temperature=0) == greedy(model, [bos], 12)[0]
 
 
 def test_context(tiny_model, tmp_path, capsys):
-    from transformers import AutoTokenizer
-
     model = tiny_model(tmp_path / "model", max_position_embeddings=16)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     ids = tokenizer("data token chunk score " * 20)["input_ids"]
     fits, full = tokenizer.decode(ids[:10]), tokenizer.decode(ids[:16])
     assert (len(tokenizer(fits)["input_ids"]), len(tokenizer(full)["input_ids"])) == (10, 16)
@@ -163,6 +164,12 @@ def test_bad_models(tiny_model, tmp_path):
     (model / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"model\.safetensors"):
         run(model)
-    edit(tmp_path / "model" / "tokenizer_config.json", lambda config: config.pop("eos_token"))
-    with pytest.raises(UserError):  # nothing to start from
-        run(tmp_path / "model", "")
+
+
+def test_empty_prompt_without_a_token_to_start_from(tiny_model, tmp_path):
+    from transformers import LlamaConfig
+
+    model = tiny_model(tmp_path / "model", config_class=LlamaConfig)
+    edit(Path(model) / "tokenizer_config.json", lambda config: config.pop("eos_token"))
+    with pytest.raises(UserError, match="neither BOS nor EOS"):
+        run(model, "")

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # module → level; a module imports only from lower levels, so stages never import one another
 LEVELS = {
-    "artifacts": 0, "config": 0, "progress": 0,
-    "batches": 1, "storage": 1, "tokenizer": 1, "demo_text": 1,
+    "artifacts": 0, "config": 0, "progress": 0, "signals": 0, "processes": 0,
+    "batches": 1, "storage": 1, "tokenizer": 1, "sources": 1, "checkpoints": 1, "demo_text": 1,
     "decoder": 2, "model": 3,
     "corpus": 4, "scoring": 4, "sampling": 4, "training": 4, "evaluation": 4, "generation": 4, "export": 4,
     "pipeline": 5, "cli": 6,
@@ -85,3 +85,14 @@ def test_readme_tree_is_the_disk():
                 assert f"{folder}/{path.name}" in listed or path.name == "__init__.py", f"{folder}/{path.name} is not in the README's tree"
     for entry in listed:
         assert (ROOT / entry).exists(), f"the README's tree lists {entry}, which does not exist"
+
+
+def test_the_folder_kernels_does_not_shadow_the_package_of_that_name(tmp_path):
+    """From the repository's root, where `kernels/` is importable, transformers must not take it for the PyPI package."""
+    code = "from transformers import LlamaForCausalLM; import miniplm.kernels; from transformers.utils import is_kernels_available as a; print(a())"
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "False"
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("real = True")
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; assert kernels.real; from miniplm.kernels import rms_norm"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

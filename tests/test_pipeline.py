@@ -35,3 +35,73 @@ def test_a_file_that_is_no_pipeline(text, tmp_path):
     path.write_text(text)
     with pytest.raises(UserError, match=r"pipeline\.yaml"):
         read_stages(path)
+
+
+TINY = """
+split: &prepare {stage: prepare, data: "TEXT", tokenizer: "TOKENIZER", domain_column: domain, max_length: 32, take: [0.0, 0.3], workers: 1}
+pool: {<<: *prepare, take: [0.3, 1.0]}
+teacher:
+  stage: train
+  data: ${pool}
+  eval_data: ${split}
+  model: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}
+  optimizer: {lr: 1.0e-2, warmup_steps: 2}
+  steps: 8
+  batch_tokens: 512
+reference:
+  stage: train
+  data: ${split}
+  model: {hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}
+  steps: 3
+  batch_tokens: 512
+scores: {stage: score, data: "${pool}", teacher: "${teacher}", reference: "${reference}"}
+refined: {stage: select, data: "${pool}", scores: ["${scores}"], ratio: 0.4}
+student:
+  stage: train
+  data: ${refined}
+  model: {hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}
+  steps: 3
+  batch_tokens: 512
+loss: {stage: evaluate, model: "${student}", data: "${split}"}
+model: {stage: export, checkpoint: "${student}", evaluation: "${loss}"}
+sample: {stage: generate, model: "${model}", prompt: "the teacher", max_new_tokens: 4}
+"""
+
+
+def contents(folder):
+    """Every file under a folder but TensorBoard's (its names and bytes hold the time)."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and "tensorboard" not in path.parts}
+
+
+def test_text_to_model_then_skipped_when_complete(tiny_tokenizer, tmp_path, capsys):
+    import json
+    import random
+
+    from conftest import make_text
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from miniplm.config import RunConfig
+    from miniplm.pipeline import run
+
+    rng = random.Random(5)
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": make_text(rng, rng.randrange(60)), "domain": rng.choice("ab")}) + "\n" for _ in range(150)))
+    pipeline = tmp_path / "pipeline.yaml"
+    pipeline.write_text(TINY.replace("TEXT", str(text)).replace("TOKENIZER", tiny_tokenizer))
+    settings = RunConfig(config=str(pipeline), output=str(tmp_path / "out"))
+    run(settings)
+    first = contents(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert model.config.hidden_size == 16 and AutoTokenizer.from_pretrained(tmp_path / "out" / "model").eos_token == "<|endoftext|>"
+    selected = json.loads(first["refined/manifest.json"])
+    assert selected["rows"] == int(0.4 * json.loads(first["pool/manifest.json"])["rows"])
+    assert "40" in first["model/README.md"].decode() and json.loads(first["loss.json"])["loss"] > 0
+    capsys.readouterr()
+    run(settings)
+    assert capsys.readouterr().out.count("nothing to do") == 9  # every stage but generate
+    assert contents(tmp_path / "out") == first
+    pipeline.write_text(pipeline.read_text().replace("ratio: 0.4", "ratio: 0.5"))
+    with pytest.raises(UserError, match="holds another select run"):
+        run(settings)
+    assert contents(tmp_path / "out") == first

@@ -1,0 +1,74 @@
+"""A map over worker processes that keeps order, does not read ahead, and leaves nobody behind."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from .artifacts import UserError
+
+UNDER_WAY = 4  # items per worker that are read, worked on, or waiting for their turn
+
+
+def ordered_map(make, argument, items, workers: int):
+    """Yield function(item) for each of `items`, in their order, where function = make(argument) is made once in each worker.
+
+    One worker is this process. More are started fresh (not forked: this process may have threads), leave Ctrl-C to this one, and end
+    with it, however it ends. At most UNDER_WAY items per worker are under way. Close the generator to stop early.
+
+    Raises:
+        UserError: a worker died. What make and function raise is raised here.
+    """
+    if workers == 1:
+        yield from map(make(argument), items)
+        return
+    context = multiprocessing.get_context("spawn")
+    life_line, hold = context.Pipe(duplex=False)
+    under_way = deque()
+    with ProcessPoolExecutor(workers, context, _start, (life_line, make, argument)) as pool:
+        try:
+            for item in items:
+                with _interrupts_blocked():  # submit starts processes, and they inherit it
+                    under_way.append(pool.submit(_call, item))
+                if len(under_way) == UNDER_WAY * workers:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        except BrokenProcessPool:
+            raise UserError("a worker process died (killed, or out of memory): the same command continues, --workers 1 needs the least memory") from None
+        except BaseException:
+            hold.close()
+            raise
+
+
+@contextlib.contextmanager
+def _interrupts_blocked():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_function = None  # in a worker
+
+
+def _start(life_line, make, argument):
+    global _function
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    threading.Thread(target=_die_with, args=(life_line,), daemon=True).start()
+    _function = make(argument)
+
+
+def _die_with(life_line):
+    with contextlib.suppress(EOFError, OSError):
+        life_line.recv()  # nothing is ever sent: this returns when the other end closes, by kill -9 too
+    os._exit(1)
+
+
+def _call(item):
+    return _function(item)

@@ -1,0 +1,35 @@
+"""SIGTERM and SIGINT at a moment of one's own choosing."""
+
+import contextlib
+import signal
+import threading
+
+
+class Interrupted(SystemExit):
+    """SIGTERM or SIGINT came; the exit code is 128 + the signal's number."""
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yield a poll() that raises Interrupted once SIGTERM or SIGINT has come. A second signal ends the process at once.
+
+    Outside the main thread, where Python allows no handlers, poll() never raises.
+    """
+    received, previous = [], {}
+
+    def receive(signum, _):
+        received.append(signum)
+        for each in previous:
+            signal.signal(each, signal.SIG_DFL)
+
+    def poll():
+        if received:
+            raise Interrupted(128 + received[0])
+
+    if threading.current_thread() is threading.main_thread():
+        previous.update({signum: signal.signal(signum, receive) for signum in (signal.SIGTERM, signal.SIGINT)})
+    try:
+        yield poll
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

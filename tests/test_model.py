@@ -1,0 +1,562 @@
+"""miniplm.model and miniplm.decoder against transformers itself: logits, gradients, files in and out, refusals."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MambaConfig,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from miniplm import decoder
+from miniplm.artifacts import UserError
+from miniplm.config import StudentConfig
+from miniplm.model import Adapter, Decoder, choose_device, choose_dtype, load_model, student_config, weight_files
+
+LENGTHS = [5, 0, 1, 17, 40, 0, 2]  # documents; the longest is past the rope scalings' original context of 16
+SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64,
+             initializer_range=0.3, bos_token_id=1, eos_token_id=2)
+LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)
+DECODED = {
+    "qwen2 gqa": Qwen2Config(**SIZES, num_key_value_heads=2),
+    "qwen2 mha tied": Qwen2Config(**SIZES, num_key_value_heads=4, tie_word_embeddings=True),
+    "qwen2 head_dim": Qwen2Config(**SIZES, num_key_value_heads=2, head_dim=16),
+    "qwen2 linear": Qwen2Config(**SIZES, num_key_value_heads=2, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0)),
+    "qwen2 unused window": Qwen2Config(**SIZES, num_key_value_heads=2, use_sliding_window=True, sliding_window=8, max_window_layers=3),
+    "llama mqa": LlamaConfig(**SIZES, num_key_value_heads=1),
+    "llama biased tied": LlamaConfig(**SIZES, num_key_value_heads=2, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "llama mlp bias": LlamaConfig(**SIZES, mlp_bias=True, rms_norm_eps=1e-3),
+    "llama llama3": LlamaConfig(**SIZES, num_key_value_heads=2, rope_parameters=LLAMA3),
+    "llama yarn": LlamaConfig(**SIZES, num_key_value_heads=2, rope_parameters=YARN),
+    "llama yarn factor": LlamaConfig(**SIZES, head_dim=16, rope_parameters={**YARN, "attention_factor": 0.7}),
+    "qwen3 gqa": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16),
+    "qwen3 biased tied yarn": Qwen3Config(**SIZES, num_key_value_heads=4, head_dim=32, attention_bias=True, tie_word_embeddings=True,
+                                          rope_parameters=YARN),
+}
+ADAPTED = {
+    "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3),
+    "gpt_neox": GPTNeoXConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, initializer_range=0.3),
+    "mamba": MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.3),
+    "cohere, scaled logits": CohereConfig(**{**SIZES, "eos_token_id": 2}, num_key_value_heads=2, logit_scale=0.3),
+    "granite, divided logits": GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=3.0),
+    "qwen2 sliding window": Qwen2Config(**SIZES, num_key_value_heads=2, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    "llama dynamic rope": LlamaConfig(**SIZES, rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)),
+    "llama longrope": LlamaConfig(**SIZES, rope_parameters=dict(rope_type="longrope", rope_theta=1e4, factor=2.0, short_factor=[1.0, 1.5, 2.0, 2.5],
+                                                                long_factor=[2.0, 3.0, 4.0, 5.0], original_max_position_embeddings=48)),
+    "llama gelu": LlamaConfig(**SIZES, hidden_act="gelu"),
+}
+
+
+def random_model(config, seed=0):
+    """A transformers model with random weights, biases and norms too (theirs start as zeros and ones)."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 and not name.endswith((".D", "dt_proj.bias")):  # Mamba's dynamics must stay stable
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
+    return model
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    return folder
+
+
+def documents(lengths=LENGTHS, vocab_size=97, seed=0):
+    """Packed random documents: input_ids [T], cu_seqlens [B + 1]."""
+    input_ids = torch.randint(0, vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+    return input_ids, torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def split(input_ids, cu_seqlens):
+    return [part for part in input_ids.tensor_split(cu_seqlens[1:-1].tolist()) if len(part)]
+
+
+def transformers_logits(model, input_ids, cu_seqlens):
+    """[T, V]: each document on its own, no padding."""
+    return torch.cat([model(input_ids=document[None]).logits[0] for document in split(input_ids, cu_seqlens)])
+
+
+def logits(model, input_ids, cu_seqlens, **options):
+    return model(input_ids, cu_seqlens, **options) @ model.head_weight.T
+
+
+def rewrite(folder, change):
+    """Apply change(tensors) to the weights in a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a tiny Qwen2 (tied: 97 x 32 embedding) as transformers writes it."""
+    return saved(random_model(DECODED["qwen2 mha tied"]), tmp_path / "model")
+
+
+# Decoder ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", DECODED)
+@torch.inference_mode()
+def test_decoder_equals_transformers(name, seed, tmp_path):
+    theirs = random_model(DECODED[name], seed)
+    ours = load_model(saved(theirs, tmp_path))
+    assert type(ours) is Decoder and not ours.training
+    assert set(ours.state_dict()) == {key for key in theirs.state_dict() if key != "lm_head.weight" or not theirs.config.tie_word_embeddings}
+    batch = documents(seed=seed)
+    expected = transformers_logits(theirs, *batch)
+    torch.testing.assert_close(logits(ours, *batch), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(ours, *batch, max_seqlen=max(LENGTHS)), expected, atol=1e-4, rtol=0)
+    assert expected.std() > 0.5  # the comparison is not one of zeros
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0], [1], [0, 3]])
+@torch.inference_mode()
+def test_decoder_on_few_tokens(lengths):
+    torch.manual_seed(0)
+    model = Decoder(DECODED["qwen3 gqa"])
+    input_ids, cu_seqlens = documents([*lengths, 7])
+    few = model(input_ids[:sum(lengths)], cu_seqlens[:-1])
+    torch.testing.assert_close(few, model(input_ids, cu_seqlens)[:sum(lengths)], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama llama3", "llama biased tied", "qwen3 biased tied yarn"])
+def test_gradients_equal_transformers(name, tmp_path):
+    theirs = random_model(DECODED[name])
+    ours = load_model(saved(theirs, tmp_path))
+    input_ids, cu_seqlens = documents()
+    targets = input_ids.roll(-1)
+    F.cross_entropy(logits(ours, input_ids, cu_seqlens), targets).backward()
+    F.cross_entropy(transformers_logits(theirs, input_ids, cu_seqlens), targets).backward()
+    expected = {key: parameter.grad for key, parameter in theirs.named_parameters()}
+    assert dict(ours.named_parameters()).keys() == expected.keys()
+    for key, parameter in ours.named_parameters():
+        assert (parameter.grad - expected[key]).norm() <= 1e-4 * expected[key].norm(), key
+
+
+def test_new_decoder_is_initialised_as_in_transformers():
+    torch.manual_seed(0)
+    config = student_config(StudentConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4), 1000, 5)
+    weights, theirs = Decoder(config).state_dict(), AutoModelForCausalLM.from_config(config).state_dict()
+    for name, weight in weights.items():
+        assert weight.shape == theirs[name].shape and weight.dtype == torch.float32
+        if weight.ndim == 2:
+            assert weight.std().item() == pytest.approx(0.02, rel=0.05) and abs(weight.mean()) < 1e-3, name
+        else:
+            assert torch.equal(weight, theirs[name]), name
+    torch.manual_seed(0)
+    assert all(torch.equal(weight, weights[name]) for name, weight in Decoder(config).state_dict().items())
+    assert config.dtype == torch.float32
+
+
+def test_flops_are_those_of_the_matrix_products(tmp_path):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = DECODED["qwen3 gqa"]
+    theirs = random_model(config)
+    theirs.set_attn_implementation("eager")
+    ours = load_model(saved(theirs, tmp_path))
+    context = 24
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        theirs(input_ids=documents([context])[0][None])
+    counts = counter.get_flop_counts()  # some versions write the angles of the rotary embedding as a matrix product
+    flops = sum(counts["Global"].values()) - sum(counts.get("Qwen3ForCausalLM.model.rotary_emb", {}).values())
+    # This attention computes all context² pairs, of which context·(context + 1)/2 are causal.
+    per_pair = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    assert context * ours.flops_per_token(context) == flops - per_pair * context * (context - 1) // 2
+    assert ours.num_parameters() == theirs.num_parameters()
+
+
+def test_student_config_carries_every_setting():
+    student = StudentConfig(model_type="llama", hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+                            num_key_value_heads=2, head_dim=16, tie_word_embeddings=False, rope_theta=5e5, rms_norm_eps=1e-5,
+                            max_position_embeddings=512, initializer_range=0.01)
+    config = student_config(student, vocab_size=300, eos_token_id=7)
+    for name in ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+                 "tie_word_embeddings", "rms_norm_eps", "max_position_embeddings", "initializer_range"):
+        assert getattr(config, name) == getattr(student, name), name
+    assert config.rope_parameters["rope_theta"] == 5e5
+    assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (300, 7, 7)
+    assert student_config(StudentConfig(vocab_size=512), 300, 7).vocab_size == 512
+    for model_type in ("qwen2", "qwen3"):  # the default width of a head is d / heads, whatever transformers' own default
+        config = student_config(StudentConfig(model_type=model_type), 300, 7)
+        with torch.device("meta"):
+            assert Decoder(config).model.layers[0].self_attn.head_dim == 64 and config.num_key_value_heads == 12
+
+
+def test_student_config_refuses(monkeypatch):
+    with pytest.raises(UserError, match="vocab_size 200 is below the tokenizer's 300"):
+        student_config(StudentConfig(vocab_size=200), 300, 7)
+
+    def refuse(*args, **settings):
+        raise ValueError("a rule\nof its own")
+
+    monkeypatch.setattr(AutoConfig, "for_model", refuse)
+    with pytest.raises(UserError, match="transformers refuses this model: a rule of its own"):
+        student_config(StudentConfig(), 300, 7)
+
+
+def test_decoder_refuses_what_it_cannot_compute():
+    with pytest.raises(UserError, match="sliding windows"):
+        Decoder(ADAPTED["qwen2 sliding window"])
+
+
+# Adapter ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+@torch.inference_mode()
+def test_adapter_equals_transformers(name, tmp_path):
+    theirs = random_model(ADAPTED[name])
+    ours = load_model(saved(theirs, tmp_path / "model"))
+    assert type(ours) is Adapter and not ours.training
+    batch = documents()
+    expected = transformers_logits(theirs, *batch)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits(ours, *batch), expected, atol=1e-4, rtol=0)
+    assert ours(torch.zeros(0, dtype=torch.long), torch.tensor([0, 0], dtype=torch.int32)).shape == (0, ours.head_weight.shape[1])
+    assert ours.num_parameters() == theirs.num_parameters()
+    ours.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logits(load_model(tmp_path / "again"), *batch), expected, atol=1e-4, rtol=0)
+
+
+def test_adapter_gradients_equal_transformers(tmp_path):
+    theirs = random_model(ADAPTED["gpt_neox"])
+    ours = load_model(saved(theirs, tmp_path))
+    input_ids, cu_seqlens = documents()
+    F.cross_entropy(logits(ours, input_ids, cu_seqlens), input_ids.roll(-1)).backward()
+    F.cross_entropy(transformers_logits(theirs, input_ids, cu_seqlens), input_ids.roll(-1)).backward()
+    for (key, parameter), expected in zip(ours.wrapped.named_parameters(), theirs.parameters(), strict=True):
+        assert (parameter.grad - expected.grad).norm() <= 1e-4 * expected.grad.norm() + 1e-9, key
+
+
+def test_adapter_pads_at_most_a_quarter(tmp_path):
+    model = load_model(saved(random_model(ADAPTED["gpt2"]), tmp_path))
+    computed = []
+    model.wrapped.base_model.register_forward_pre_hook(lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    lengths = [1, 200, 3, 150, 0, 149, 2, 2, 90, 64, 31]
+    model(*documents(lengths))
+    assert sum(lengths) <= sum(computed) <= sum(lengths) / 0.75
+    assert len(computed) < len(lengths)
+
+
+@pytest.mark.parametrize(("name", "context"), [("gpt2", 1024), ("llama dynamic rope", 64), ("llama longrope", 48)])
+@torch.inference_mode()
+def test_adapter_refuses_documents_past_the_context(name, context, tmp_path):
+    model = load_model(saved(random_model(ADAPTED[name]), tmp_path))
+    assert model(*documents([3, context])).isfinite().all()
+    with pytest.raises(UserError, match=f"a document of {context + 1} tokens does not fit into the model's context of {context}"):
+        model(*documents([3, context + 1]))
+
+
+def test_adapter_refuses_models_without_a_plain_head(tmp_path):
+    with pytest.raises(UserError, match=r"logits are not hidden × head \(the head has a bias\)"):
+        load_model(saved(random_model(PhiConfig(**SIZES, pad_token_id=0)), tmp_path / "phi"))
+    with pytest.raises(UserError, match=r"logits are not hidden × head \(they are soft-capped\)"):
+        load_model(saved(random_model(Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=16)), tmp_path / "gemma2"))
+    bent = random_model(ADAPTED["gpt2"])
+    bent.lm_head.register_forward_hook(lambda module, args, output: output.tanh())
+    with pytest.raises(UserError, match=r"bent \(gpt2\) cannot be used: its logits are not hidden × head \(they differ by more than a factor\)"):
+        Adapter(bent, "bent")
+
+
+def test_adapter_refuses_models_that_look_ahead():
+    model = random_model(ADAPTED["gpt_neox"])
+
+    def look_ahead(module, args, output):
+        output.last_hidden_state = output.last_hidden_state + 0.1 * output.last_hidden_state.mean(1, keepdim=True)
+        return output
+
+    model.base_model.register_forward_hook(look_ahead)
+    with pytest.raises(UserError, match="depend on later tokens or on padding"):
+        Adapter(model, "seer")
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["qwen2 gqa", "llama llama3", "llama biased tied", "qwen3 biased tied yarn"])
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
+@torch.inference_mode()
+def test_saved_decoder_opens_in_transformers(name, shard_size, tmp_path, monkeypatch):
+    monkeypatch.setattr(decoder, "MAX_SHARD_SIZE", shard_size)
+    torch.manual_seed(3)
+    model = Decoder(DECODED[name])
+    model.save_pretrained(tmp_path)
+    files = weight_files(tmp_path)
+    assert len(files) == 1 if shard_size == "5GB" else len(files) > 3
+    found = set()
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata()["format"] == "pt"
+            found |= set(opened.keys())
+    assert ("lm_head.weight" in found) != model.config.tie_word_embeddings
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert theirs.dtype == torch.float32 and theirs.generation_config.eos_token_id == 2
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(theirs).__name__]
+    batch = documents()
+    torch.testing.assert_close(logits(model, *batch), transformers_logits(theirs, *batch), atol=1e-4, rtol=0)
+    again = load_model(tmp_path)
+    assert all(torch.equal(weight, model.state_dict()[key]) for key, weight in again.state_dict().items())
+
+
+def test_equal_models_are_equal_bytes(tmp_path):
+    for name in "ab":
+        torch.manual_seed(0)
+        Decoder(DECODED["qwen2 gqa"]).save_pretrained(tmp_path / name)
+        load_model(tmp_path / name).save_pretrained(tmp_path / f"{name}2")
+    for file in (tmp_path / "a").iterdir():
+        for other in ("b", "a2", "b2"):
+            assert file.read_bytes() == (tmp_path / other / file.name).read_bytes(), (other, file.name)
+
+
+@torch.inference_mode()
+def test_sharded_weights_of_transformers(tmp_path):
+    theirs = random_model(DECODED["llama mqa"])
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    files = weight_files(tmp_path)
+    assert len(files) > 3 and files == sorted(tmp_path.glob("model-*.safetensors"))
+    batch = documents()
+    torch.testing.assert_close(logits(load_model(tmp_path), *batch), transformers_logits(theirs, *batch), atol=1e-4, rtol=0)
+    files[1].unlink()
+    with pytest.raises(UserError, match=f"{files[1].name} is missing, though model.safetensors.index.json names it"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="no weight_map"):
+        load_model(tmp_path)
+
+
+@torch.inference_mode()
+def test_half_precision_files_and_models(folder):
+    model = load_model(folder, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    whole = load_model(folder)
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight.bfloat16(), model.state_dict()[name])
+    # The rotary frequencies stay in float32, also through .to(dtype).
+    assert torch.equal(model.inv_freq, whole.inv_freq) and torch.equal(load_model(folder).to(torch.bfloat16).inv_freq, whole.inv_freq)
+    model.save_pretrained(folder)
+    assert AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
+    batch = documents()
+    error = logits(model, *batch).float() - logits(whole, *batch)
+    assert 0 < error.norm() / logits(whole, *batch).norm() < 0.05
+    widened = load_model(folder)
+    assert {parameter.dtype for parameter in widened.parameters()} == {torch.float32}
+    assert torch.equal(widened.head_weight, model.head_weight.float())
+
+
+def test_loaded_weights_do_not_hang_on_the_file(folder):
+    model = load_model(folder)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.write(b"\0" * (folder / "model.safetensors").stat().st_size)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@torch.inference_mode()
+def test_a_tied_head_in_the_file(folder):
+    """A second copy is dropped, a lone head is the embedding, and two different matrices are two: as in transformers."""
+    batch = documents()
+    expected = logits(load_model(folder), *batch)
+
+    def check(change, equal):
+        rewrite(folder, change)
+        model = load_model(folder)
+        torch.testing.assert_close(logits(model, *batch), transformers_logits(AutoModelForCausalLM.from_pretrained(folder), *batch), atol=1e-4, rtol=0)
+        assert torch.equal(logits(model, *batch), expected) is equal
+        return model
+
+    check(lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}), True)
+    check(lambda tensors: tensors.pop("model.embed_tokens.weight"), True)
+    check(lambda tensors: tensors.update({"model.embed_tokens.weight": tensors["lm_head.weight"] * 2}), False)
+
+
+def test_old_buffers_in_the_file_are_passed_over(folder):
+    expected = load_model(folder).state_dict()
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    assert load_model(folder).state_dict().keys() == expected.keys()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "1 tensors are missing (model.layers.1.mlp.up_proj.weight)"),
+    (lambda t: t.update({"model.layers.9.extra": torch.ones(2)}), "1 tensors belong to another architecture (model.layers.9.extra)"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(31)}), "1 tensors have another shape than it says (model.norm.weight)"),
+])
+def test_weights_that_do_not_fit_the_config(folder, change, message):
+    rewrite(folder, change)
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_model(folder)
+
+
+def test_adapter_weights_that_do_not_fit_the_config(tmp_path):
+    saved(random_model(ADAPTED["gpt_neox"]), tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.pop("gpt_neox.final_layer_norm.weight"))
+    with pytest.raises(UserError, match=r"1 tensors are missing \(gpt_neox\.final_layer_norm\.weight\)"):
+        load_model(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.update({"gpt_neox.final_layer_norm.weight": torch.ones(7)}))
+    with pytest.raises(UserError, match=r"1 tensors have another shape than it says \(gpt_neox\.final_layer_norm\.weight\)"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+@pytest.mark.parametrize("name", ["qwen2 gqa", "gpt2"])
+def test_truncated_weights(name, keep, tmp_path):
+    saved(random_model({**DECODED, **ADAPTED}[name]), tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError) as caught:
+        load_model(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_folders_that_are_not_models(folder, tmp_path):
+    def refused(name, message):
+        with pytest.raises(UserError, match=message) as caught:
+            load_model(name)
+        assert "\n" not in str(caught.value)
+
+    refused(tmp_path / "absent", "absent does not exist")
+    refused("./absent", "absent does not exist")
+    refused(tmp_path / "absent.gguf", "absent.gguf does not exist")
+    refused(folder / "config.json", "is a file")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "holds no config.json")
+    shutil.copytree(folder, tmp_path / "config")
+    (tmp_path / "config" / "config.json").write_text("{")
+    refused(tmp_path / "config", "config.json")
+    (tmp_path / "config" / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
+    refused(tmp_path / "config", "config.json.*nonsense")
+    (folder / "model.safetensors").unlink()
+    refused(folder, "holds no model.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"pickled")
+    refused(folder, "only .bin weights.*convert them to safetensors")
+    refused("nobody/nothing", "neither a local folder nor a Hugging Face model that can be reached")
+    refused("not a name", "neither a local folder nor a Hugging Face model that can be reached")
+
+
+def test_remote_code_runs_only_when_asked(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    config.update(model_type="own", auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"})
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+                                   "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
+                                   "class OwnConfig(Qwen2Config):\n    model_type = 'own'\n"
+                                   "class OwnModel(Qwen2ForCausalLM):\n    config_class = OwnConfig\n")
+    with pytest.raises(UserError, match="trust_remote_code"):
+        load_model(folder)
+    assert not (tmp_path / "ran").exists()
+    assert type(load_model(folder, trust_remote_code=True)) is Adapter
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_training_output_gives_its_latest_checkpoint(tmp_path):
+    for step in (200, 1000):
+        Decoder(student_config(StudentConfig(hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2), step, 1)
+                ).save_pretrained(tmp_path / "checkpoints" / f"step-{step:08d}")
+    assert load_model(tmp_path).head_weight.shape[0] == 1000
+    assert weight_files(str(tmp_path)) == [tmp_path / "checkpoints" / "step-00001000" / "model.safetensors"]
+
+
+# GGUF ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gguf_file(tmp_path):
+    """A tiny random Llama as llama.cpp's converter writes it, and the transformers model it came from."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    theirs = random_model(LlamaConfig(**{**SIZES, "hidden_size": 64, "intermediate_size": 96}, num_key_value_heads=2, rms_norm_eps=1e-5))
+    config, path = theirs.config, tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "self_attn.q_proj": "attn_q",
+             "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
+             "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    for name, tensor in theirs.state_dict().items():
+        layer, stem = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.weight", name).groups()
+        heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}.get(stem)
+        if heads:  # GGUF interleaves the two halves that rotary embeddings pair
+            tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor((f"blk.{layer}." if layer else "") + names[stem] + ".weight", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, theirs
+
+
+@torch.inference_mode()
+def test_gguf_equals_the_model_it_was_made_of(gguf_file, tmp_path):
+    path, theirs = gguf_file
+    model = load_model(path)
+    assert type(model) is Decoder and weight_files(path) == [path]
+    batch = documents()
+    expected = transformers_logits(theirs, *batch)
+    torch.testing.assert_close(logits(model, *batch), expected, atol=1e-4, rtol=0)
+    model.save_pretrained(tmp_path / "converted")
+    torch.testing.assert_close(logits(load_model(tmp_path / "converted"), *batch), expected, atol=1e-4, rtol=0)
+    assert {parameter.dtype for parameter in load_model(path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_gguf_refusals(gguf_file, monkeypatch):
+    path, _ = gguf_file
+    content = path.read_bytes()
+    for bad in (b"", content[:3], content[:300], content[:-5000], b"x" * 1000):
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match=r"tiny\.gguf") as caught:
+            load_model(path)
+        assert "\n" not in str(caught.value)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install miniplm\[gguf\]"):
+        load_model(path)
+
+
+# Devices ------------------------------------------------------------------------------------------------------------
+
+
+def test_choosing_device_and_dtype(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(UserError, match=f"{device}.*0 GPUs"):
+            choose_device(device)
+    with pytest.raises(UserError, match="gpu"):
+        choose_device("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto") == torch.device("cuda") and choose_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match="2 GPUs"):
+        choose_device("cuda:2")
+    assert choose_dtype("auto", torch.device("cpu")) == torch.float32
+    assert choose_dtype("auto", torch.device("cuda")) == choose_dtype("bfloat16", "cpu") == torch.bfloat16
