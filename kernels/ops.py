@@ -16,11 +16,10 @@ from torch import Tensor
 
 from . import reference
 from .dispatch import register
+from .reference import IGNORE_INDEX, accumulate_dtype
 
-IGNORE_INDEX = -100
 BUDGET = 256 << 20  # bytes of logits in memory at a time, where a gradient needs them
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-INTEGERS = (torch.int64, torch.int32)
 
 
 class DifferenceScore(NamedTuple):
@@ -45,15 +44,15 @@ class DistillationLoss(NamedTuple):
 def _check(argument: str, tensor: Tensor, shape: tuple, dtypes: tuple, like: Optional[Tensor] = None):
     """ValueError unless the tensor has the shape (None: any size; a leading ...: any sizes), one of the dtypes, and the device of `like`."""
     sizes = tuple(tensor.shape)
-    if shape and shape[0] is ...:
-        shape = (None,) * (len(sizes) - len(shape) + 1) + shape[1:]
+    if shape[:1] == (...,):
+        shape = sizes[: len(sizes) - len(shape) + 1] + shape[1:]
     if len(sizes) != len(shape) or any(want is not None and size != want for size, want in zip(sizes, shape, strict=True)):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"{argument} has shape {list(sizes)}; it must have shape [{wanted}]")
+        raise ValueError(f"{argument} has shape {list(sizes)}; it must be [{wanted}]")
     if tensor.dtype not in dtypes:
         raise ValueError(f"{argument} is {tensor.dtype}; it must be {' or '.join(map(str, dtypes))}")
     if like is not None and tensor.device != like.device:
-        raise ValueError(f"{argument} is on {tensor.device}; it must be on {like.device} with the other arguments")
+        raise ValueError(f"{argument} is on {tensor.device}; it must be on {like.device}, where the other arguments are")
 
 
 def _autocast(*tensors: Tensor):
@@ -64,54 +63,38 @@ def _autocast(*tensors: Tensor):
     return tensors
 
 
+def _like(*tensors):
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
+
+
+def _statistic(like, *sizes):
+    return like.new_empty(sizes, dtype=accumulate_dtype(like))
+
+
 # --- norms -----------------------------------------------------------------------------------------------------------
-
-
-def _rms_norm_fake(x, weight, eps):
-    rstd = torch.empty(*x.shape[:-1], 1, dtype=reference.accumulate_dtype(x), device=x.device)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), rstd
-
-
-def _rms_norm_setup(ctx, inputs, output):
-    x, weight, _ = inputs
-    ctx.save_for_backward(x, weight, output[-1])
-
-
-def _rms_norm_backward(ctx, grad, _):
-    x, weight, rstd = ctx.saved_tensors
-    return *_RMS_NORM_BACKWARD(grad, x, weight, rstd, None), None
-
-
-def _add_rms_norm_fake(x, residual, weight, eps):
-    normed, rstd = _rms_norm_fake(x, weight, eps)
-    return normed, torch.empty_like(normed), rstd
-
-
-def _add_rms_norm_setup(ctx, inputs, output):
-    _, _, weight, _ = inputs
-    ctx.save_for_backward(output[1], weight, output[2])
-
-
-def _add_rms_norm_backward(ctx, grad, grad_total, _):
-    total, weight, rstd = ctx.saved_tensors
-    grad_x, grad_weight = _RMS_NORM_BACKWARD(grad, total, weight, rstd, grad_total)
-    return grad_x, grad_x, grad_weight, None
-
 
 _RMS_NORM_BACKWARD = register(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? grad_x) -> (Tensor, Tensor)",
     reference.rms_norm_backward,
-    lambda grad, x, weight, rstd, grad_x: (torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)),
+    lambda grad, x, weight, rstd, grad_x: _like(x, weight),
 )
+
+
+def _rms_norm_setup(ctx, inputs, output):
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _rms_norm_backward(ctx, grad, _):
+    return *_RMS_NORM_BACKWARD(grad, *ctx.saved_tensors, None), None
+
+
 _RMS_NORM = register(
-    "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", reference.rms_norm, _rms_norm_fake, _rms_norm_backward, _rms_norm_setup
-)
-_ADD_RMS_NORM = register(
-    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
-    reference.add_rms_norm,
-    _add_rms_norm_fake,
-    _add_rms_norm_backward,
-    _add_rms_norm_setup,
+    "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    reference.rms_norm,
+    lambda x, weight, eps: (*_like(x), _statistic(x, *x.shape[:-1], 1)),
+    _rms_norm_backward,
+    _rms_norm_setup,
 )
 
 
@@ -124,8 +107,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """
     x, weight = _autocast(x, weight)
     _check("x", x, (..., None), FLOATS)
-    _check("weight", weight, (x.shape[-1],), (x.dtype,), x)
+    _check("weight", weight, x.shape[-1:], (x.dtype,), x)
     return _RMS_NORM(x, weight, eps)[0]
+
+
+def _add_rms_norm_setup(ctx, inputs, output):
+    _, total, rstd = output
+    ctx.save_for_backward(total, inputs[2], rstd)
+
+
+def _add_rms_norm_backward(ctx, grad, grad_total, _):
+    grad_x, grad_weight = _RMS_NORM_BACKWARD(grad, *ctx.saved_tensors, grad_total)
+    return grad_x, grad_x, grad_weight, None
+
+
+_ADD_RMS_NORM = register(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    reference.add_rms_norm,
+    lambda x, residual, weight, eps: (*_like(x, x), _statistic(x, *x.shape[:-1], 1)),
+    _add_rms_norm_backward,
+    _add_rms_norm_setup,
+)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -137,10 +139,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
     """
     x, residual, weight = _autocast(x, residual, weight)
     _check("x", x, (..., None), FLOATS)
-    _check("residual", residual, tuple(x.shape), (x.dtype,), x)
-    _check("weight", weight, (x.shape[-1],), (x.dtype,), x)
-    normed, total, _ = _ADD_RMS_NORM(x, residual, weight, eps)
-    return normed, total
+    _check("residual", residual, x.shape, (x.dtype,), x)
+    _check("weight", weight, x.shape[-1:], (x.dtype,), x)
+    return _ADD_RMS_NORM(x, residual, weight, eps)[:2]
 
 
 # --- rotary, SwiGLU --------------------------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def _rotary_backward(ctx, grad_q, grad_k):
 _ROTARY = register(
     "rotary(Tensor q, Tensor k, Tensor positions, Tensor inv_freq, bool inverse) -> (Tensor, Tensor)",
     reference.rotary,
-    lambda q, k, positions, inv_freq, inverse: tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)),
+    lambda q, k, positions, inv_freq, inverse: _like(q, k),
     _rotary_backward,
     _rotary_setup,
 )
@@ -169,39 +170,32 @@ def apply_rotary(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> t
     rotated by the angle positions · inv_freq[i].
 
     Args:
-        q: [T, Hq, D]. k: [T, Hk, D], of q's dtype. positions: [T] int64 or int32. inv_freq: [D/2] float32 (or float64), radians per position.
+        q: [T, Hq, D]. k: [T, Hk, D], of q's dtype. positions: [T] int64 or int32. inv_freq: [D/2] float32 (or float64), radians
+            per position; it gets no gradient.
     Returns: (q, k) rotated.
     """
     q, k = _autocast(q, k)
     _check("q", q, (None, None, None), FLOATS)
     tokens, _, dim = q.shape
-    _check("k", k, (tokens, None, dim), (q.dtype,), q)
-    _check("positions", positions, (tokens,), INTEGERS, q)
-    _check("inv_freq", inv_freq, (dim // 2,), (torch.float32, torch.float64), q)
     if dim % 2:
-        raise ValueError(f"q has head dimension {dim}; it must be even")
+        raise ValueError(f"q has shape {list(q.shape)}; its last size must be even")
+    _check("k", k, (tokens, None, dim), (q.dtype,), q)
+    _check("positions", positions, (tokens,), (torch.int64, torch.int32), q)
+    _check("inv_freq", inv_freq, (dim // 2,), (torch.float32, torch.float64), q)
     return _ROTARY(q, k, positions, inv_freq, False)
-
-
-def _swiglu_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _swiglu_backward(ctx, grad):
-    return _SWIGLU_BACKWARD(grad, *ctx.saved_tensors)
 
 
 _SWIGLU_BACKWARD = register(
     "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     reference.swiglu_backward,
-    lambda grad, gate, up: tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up)),
+    lambda grad, gate, up: _like(gate, up),
 )
 _SWIGLU = register(
     "swiglu(Tensor gate, Tensor up) -> Tensor",
     reference.swiglu,
-    lambda gate, up: torch.empty_like(gate, memory_format=torch.contiguous_format),
-    _swiglu_backward,
-    _swiglu_setup,
+    lambda gate, up: _like(gate)[0],
+    lambda ctx, grad: _SWIGLU_BACKWARD(grad, *ctx.saved_tensors),
+    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
 
@@ -214,16 +208,18 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     gate, up = _autocast(gate, up)
     _check("gate", gate, (..., None), FLOATS)
-    _check("up", up, tuple(gate.shape), (gate.dtype,), gate)
+    _check("up", up, gate.shape, (gate.dtype,), gate)
     return _SWIGLU(gate, up)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
 
-
-def _flash_attention_fake(q, k, v, cu_seqlens, max_seqlen, scale):
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=reference.accumulate_dtype(q), device=q.device)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+_FLASH_ATTENTION_BACKWARD = register(
+    "flash_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt? max_seqlen, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference.flash_attention_backward,
+    lambda grad, q, k, v, *_: _like(q, k, v),
+)
 
 
 def _flash_attention_setup(ctx, inputs, output):
@@ -235,16 +231,10 @@ def _flash_attention_backward(ctx, grad, _):
     return *_FLASH_ATTENTION_BACKWARD(grad, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale), None, None, None
 
 
-_FLASH_ATTENTION_BACKWARD = register(
-    "flash_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt? max_seqlen, float scale)"
-    " -> (Tensor, Tensor, Tensor)",
-    reference.flash_attention_backward,
-    lambda grad, q, k, v, *_: tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)),
-)
 _FLASH_ATTENTION = register(
     "flash_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt? max_seqlen, float scale) -> (Tensor, Tensor)",
     reference.flash_attention,
-    _flash_attention_fake,
+    lambda q, *_: (*_like(q), _statistic(q, *q.shape[:2])),
     _flash_attention_backward,
     _flash_attention_setup,
 )
@@ -264,10 +254,10 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seq
     _check("q", q, (None, None, None), FLOATS)
     tokens, heads, dim = q.shape
     _check("k", k, (tokens, None, dim), (q.dtype,), q)
-    _check("v", v, tuple(k.shape), (q.dtype,), q)
-    _check("cu_seqlens", cu_seqlens, (None,), (torch.int32,), q)
+    _check("v", v, k.shape, (q.dtype,), q)
     if k.shape[1] == 0 or heads % k.shape[1]:
-        raise ValueError(f"k has {k.shape[1]} heads; q's {heads} heads must be a multiple of them")
+        raise ValueError(f"k has {k.shape[1]} heads; q's {heads} must be a multiple of them")
+    _check("cu_seqlens", cu_seqlens, (None,), (torch.int32,), q)
     return _FLASH_ATTENTION(q, k, v, cu_seqlens, max_seqlen, dim**-0.5 if scale is None else scale)[0]
 
 
@@ -275,53 +265,38 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seq
 
 
 def _check_head(hidden, weight, targets, prefix=""):
-    _check(f"{prefix}hidden", hidden, (None, None), FLOATS)
-    tokens, width = hidden.shape
-    _check(f"{prefix}weight", weight, (None, width), (hidden.dtype,), hidden)
-    _check("targets", targets, (tokens,), (torch.int64,), hidden)
+    _check(f"{prefix}hidden", hidden, (len(targets), None), FLOATS)
+    _check(f"{prefix}weight", weight, (None, hidden.shape[1]), (hidden.dtype,), hidden)
+    _check("targets", targets, (len(hidden),), (torch.int64,), hidden)
 
 
-def _scalar(like):
-    return torch.empty((), dtype=reference.accumulate_dtype(like), device=like.device)
+def _gradients(need_hidden, need_weight, hidden, weight):
+    """What stands for the gradients: empty where not needed."""
+    return (_like(x)[0] if need else x.new_empty(0) for need, x in ((need_hidden, hidden), (need_weight, weight)))
 
 
-def _gradient_fakes(hidden, weight, need_hidden, need_weight):
-    return (torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
-            for x, need in ((hidden, need_hidden), (weight, need_weight)))
-
-
-def _log_prob_setup(ctx, inputs, output):
-    hidden, weight, targets, ctx.ignore_index, ctx.budget = inputs
-    ctx.save_for_backward(hidden, weight, targets)
-
-
-def _log_prob_backward(ctx, grad):
-    hidden, weight, targets = ctx.saved_tensors
-    need_hidden, need_weight = ctx.needs_input_grad[:2]
-    _, grad_hidden, grad_weight = _CROSS_ENTROPY(hidden, weight, targets, -grad, ctx.ignore_index, need_hidden, need_weight, ctx.budget)
-    return grad_hidden if need_hidden else None, grad_weight if need_weight else None, None, None, None
-
-
-def _eager_gradient_setup(ctx, inputs, output):
-    """For an op whose last two results are the gradients of its first for inputs 0 and 1."""
-    ctx.tensors = sum(isinstance(value, Tensor) for value in inputs)
-    ctx.save_for_backward(*inputs[: ctx.tensors])
-    ctx.others = inputs[ctx.tensors :]
-    ctx.gradients = output[-2:]
+def _loss_setup(ctx, inputs, output):
+    """For an op whose last two results are the gradients of its first result for its first two inputs."""
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    ctx.save_for_backward(*tensors)
+    ctx.others, ctx.gradients = inputs[len(tensors) :], output[-2:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _eager_gradient_backward(op):
+def _scale(gradient, grad):
+    return gradient.mul_(grad) if type(gradient) is Tensor else gradient * grad  # a traced graph plans its own memory
+
+
+def _loss_backward(name):
     def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         # The first pass scales the gradients in place and gives them away; another one (retain_graph=True) computes them anew.
-        gradients = ctx.gradients or op(*ctx.saved_tensors, *ctx.others)[-2:]
+        gradients = ctx.gradients or getattr(torch.ops.miniplm, name)(*ctx.saved_tensors, *ctx.others)[-2:]
         ctx.gradients = None
-        needed = ctx.needs_input_grad
-        scaled = (gradient.mul_(grad) if need else None for gradient, need in zip(gradients, needed[:2], strict=True))
-        return *scaled, *(None for _ in needed[2:])
+        need = ctx.needs_input_grad
+        return *(_scale(gradient, grad) if wanted else None for gradient, wanted in zip(gradients, need[:2], strict=True)), *(None for _ in need[2:])
 
     return backward
 
@@ -330,14 +305,28 @@ _CROSS_ENTROPY = register(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor token_weight, int ignore_index, bool need_hidden, bool need_weight,"
     " int budget) -> (Tensor, Tensor, Tensor)",
     reference.linear_cross_entropy,
-    lambda hidden, weight, targets, token_weight, ignore_index, *rest: (_scalar(hidden), *_gradient_fakes(hidden, weight, *rest[:2])),
-    lambda ctx, *grads: _eager_gradient_backward(_CROSS_ENTROPY)(ctx, *grads),
-    _eager_gradient_setup,
+    lambda hidden, weight, targets, token_weight, ignore_index, need_hidden, need_weight, budget: (
+        _statistic(hidden), *_gradients(need_hidden, need_weight, hidden, weight)),
+    _loss_backward("linear_cross_entropy"),
+    _loss_setup,
 )
+
+
+def _log_prob_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.ignore_index, ctx.budget = inputs[3:]
+
+
+def _log_prob_backward(ctx, grad):
+    need = ctx.needs_input_grad[:2]
+    _, *gradients = _CROSS_ENTROPY(*ctx.saved_tensors, -grad, ctx.ignore_index, *need, ctx.budget)
+    return *(gradient if wanted else None for gradient, wanted in zip(gradients, need, strict=True)), None, None, None
+
+
 _LOG_PROB = register(
     "linear_log_prob(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, int budget) -> Tensor",
     reference.linear_log_prob,
-    lambda hidden, weight, targets, ignore_index, budget: hidden.new_empty(len(hidden), dtype=reference.accumulate_dtype(hidden)),
+    lambda hidden, weight, targets, ignore_index, budget: _statistic(hidden, len(hidden)),
     _log_prob_backward,
     _log_prob_setup,
 )
@@ -345,18 +334,17 @@ _DISTILLATION = register(
     "linear_distillation_loss(Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden, Tensor teacher_weight, Tensor targets,"
     " float alpha, float temperature, int ignore_index, bool need_hidden, bool need_weight, int budget) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.linear_distillation_loss,
-    lambda hidden, weight, *rest: (_scalar(hidden), _scalar(hidden), _scalar(hidden), *_gradient_fakes(hidden, weight, *rest[6:8])),
-    lambda ctx, *grads: _eager_gradient_backward(_DISTILLATION)(ctx, *grads),
-    _eager_gradient_setup,
+    lambda hidden, weight, th, tw, targets, alpha, temperature, ignore_index, need_hidden, need_weight, budget: (
+        *(_statistic(hidden) for _ in range(3)), *_gradients(need_hidden, need_weight, hidden, weight)),
+    _loss_backward("linear_distillation_loss"),
+    _loss_setup,
 )
 _DIFFERENCE_SCORE = register(
     "difference_score(Tensor teacher_hidden, Tensor teacher_weight, Tensor reference_hidden, Tensor reference_weight, Tensor targets,"
     " Tensor cu_seqlens) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.difference_score,
     lambda hidden, tw, rh, rw, targets, cu_seqlens: (
-        *(hidden.new_empty(len(cu_seqlens) - 1, dtype=reference.accumulate_dtype(hidden)) for _ in range(3)),
-        cu_seqlens.new_empty(len(cu_seqlens) - 1),
-    ),
+        *(_statistic(hidden, len(cu_seqlens) - 1) for _ in range(3)), cu_seqlens.new_empty(len(cu_seqlens) - 1)),
 )
 
 
@@ -377,9 +365,9 @@ def difference_score(teacher_hidden: Tensor, teacher_weight: Tensor, reference_h
     """MiniPLM's difference score per document (Gu et al. 2025, arXiv 2410.17215): mean log p_teacher − mean log p_reference.
 
     Args:
-        teacher_hidden: [T, d]. teacher_weight: [V, d]. reference_hidden: [T, d']. reference_weight: [V', d'], all of one dtype.
-            Where V ≠ V', both softmaxes run over the first min(V, V') ids.
-        targets: [T] int64 in [0, min(V, V')), or -100: the token does not count. cu_seqlens: [B + 1] int32.
+        teacher_hidden: [T, d]. teacher_weight: [V, d]. reference_hidden: [T, d']. reference_weight: [V', d']. Where V ≠ V', both
+            softmaxes run over the first min(V, V') ids.
+        targets: [T] int64 in [0, min(V, V')), or -100: the token does not count. cu_seqlens: [B + 1] int32, rising from 0 to T.
     Returns: DifferenceScore. It has no derivative.
     """
     teacher_hidden, teacher_weight, reference_hidden, reference_weight = _autocast(teacher_hidden, teacher_weight, reference_hidden, reference_weight)
@@ -393,7 +381,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
                          budget: int = BUDGET) -> Tensor:
     """Cross-entropy of softmax(hidden weightᵀ), without the logits in memory.
 
-    The gradients of "mean" and "sum" are computed with the loss, from the same logits. Without gradients it costs what linear_log_prob costs.
+    The gradients of "mean" and "sum" are computed with the loss, from the same logits; the backward pass of "none" computes the
+    logits again. Without gradients it costs what linear_log_prob costs.
 
     Args:
         hidden: [T, d]. weight: [V, d], of hidden's dtype. targets: [T] int64 in [0, V), or ignore_index: the token does not count.
@@ -405,13 +394,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     _check_head(hidden, weight, targets)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
-    if reduction == "none":
-        return -_LOG_PROB(hidden, weight, targets, ignore_index, budget)
-    count = (targets != ignore_index).sum().clamp(min=1) if reduction == "mean" else 1
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        token_weight = torch.ones_like(targets, dtype=reference.accumulate_dtype(hidden)) / count
-        return _CROSS_ENTROPY(hidden, weight, targets, token_weight, ignore_index, hidden.requires_grad, weight.requires_grad, budget)[0]
-    return -_LOG_PROB(hidden, weight, targets, ignore_index, budget).sum() / count
+    need_hidden, need_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
+    if reduction == "none" or not (need_hidden or need_weight):
+        loss = -_LOG_PROB(hidden, weight, targets, ignore_index, budget)
+        if reduction != "none":
+            loss = loss.sum()
+        return loss / (targets != ignore_index).sum().clamp(min=1) if reduction == "mean" else loss
+    token_weight = hidden.new_ones(len(hidden), dtype=accumulate_dtype(hidden))
+    if reduction == "mean":
+        token_weight /= (targets != ignore_index).sum().clamp(min=1)
+    return _CROSS_ENTROPY(hidden, weight, targets, token_weight, ignore_index, need_hidden, need_weight, budget)[0]
 
 
 def linear_distillation_loss(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, targets: Tensor,
@@ -423,16 +415,16 @@ def linear_distillation_loss(student_hidden: Tensor, student_weight: Tensor, tea
     The divergence is not multiplied by temperature²: give alpha accordingly.
 
     Args:
-        student_hidden: [T, d]. student_weight: [V, d]. teacher_hidden: [T, d']. teacher_weight: [V', d'], all of one dtype.
-            Where V ≠ V', both softmaxes run over the first min(V, V') ids. The teacher gets no gradient.
+        student_hidden: [T, d]. student_weight: [V, d]. teacher_hidden: [T, d']. teacher_weight: [V', d']. Where V ≠ V', all
+            softmaxes run over the first min(V, V') ids. The teacher gets no gradient.
         targets: [T] int64 in [0, min(V, V')), or ignore_index: the token does not count.
-        budget: bytes of logits in memory at a time.
+        budget: bytes of logits of both models in memory at a time.
     Returns: DistillationLoss; all 0 where no token counts.
     """
     student_hidden, student_weight, teacher_hidden, teacher_weight = _autocast(student_hidden, student_weight, teacher_hidden, teacher_weight)
     _check_head(student_hidden, student_weight, targets, "student_")
     _check_head(teacher_hidden, teacher_weight, targets, "teacher_")
-    grads = torch.is_grad_enabled()
+    need_hidden, need_weight = (torch.is_grad_enabled() and x.requires_grad for x in (student_hidden, student_weight))
     results = _DISTILLATION(student_hidden, student_weight, teacher_hidden.detach(), teacher_weight.detach(), targets, alpha, temperature,
-                            ignore_index, grads and student_hidden.requires_grad, grads and student_weight.requires_grad, budget)
+                            ignore_index, need_hidden, need_weight, budget)
     return DistillationLoss(*results[:3])

@@ -1,7 +1,7 @@
 """Every op in plain PyTorch: the mathematics, the CPU path, and (in float64) the truth of the tests.
 
-Statistics, softmaxes and sums are in float32, or in float64 for float64 inputs. No function makes a [T, V] tensor: logits
-exist in chunks of rows, or in tiles, of a stated number of bytes.
+Statistics, softmaxes and sums are in float32, or in float64 for float64 inputs. No function holds a [T, V] tensor: logits
+exist in tiles of TILE_BYTES where no gradient is needed, else in chunks of tokens within a budget of bytes.
 
 T tokens, V vocabulary, d hidden width, H heads, D head dimension, B documents.
 """
@@ -11,8 +11,10 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-TILE_BYTES = 2 << 20  # of logits in scoring: a tile stays in the cache between the matrix product and the passes of the softmax
-TILE_TOKENS = 512
+IGNORE_INDEX = -100
+CHUNK_TOKENS = 512  # rows of logits at a time: enough for the matrix product, few enough for the cache
+TILE_BYTES = 4 << 20  # of logits in a tile: it stays in the cache between its product and its softmax
+BLOCK_BYTES = 1 << 20  # of logits that pass through a softmax at a time
 
 
 def accumulate_dtype(x):
@@ -24,25 +26,23 @@ def accumulate_dtype(x):
 
 
 def rms_norm(x, weight, eps):
-    """y = x / rms(x) · weight with rms(x) = √(mean x² + eps). Returns (y, 1 / rms [..., 1])."""
+    """x / rms(x) · weight with rms(x) = √(mean x² + eps). Returns (that, 1 / rms [..., 1])."""
     x32 = x.to(accumulate_dtype(x))
-    rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return ((x32 * rstd) * weight).to(x.dtype), rstd
+    rstd = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x32 * rstd).mul_(weight).to(x.dtype), rstd
 
 
 def rms_norm_backward(grad, x, weight, rstd, grad_x):
-    """Gradients of rms_norm; grad_x, if given, is added to that of x. With x̂ = x·rstd and w = weight:
-
-    dx = rstd · (g·w − x̂ · mean(g·w·x̂)),  dw = Σ g·x̂
-    """
-    grad32 = grad.to(rstd.dtype)
-    normed = x.to(rstd.dtype) * rstd
-    grad_weight = (grad32 * normed).flatten(0, -2).sum(0).to(weight.dtype)
-    grad32 = grad32 * weight
-    dx = (grad32 - normed * (grad32 * normed).mean(-1, keepdim=True)) * rstd
+    """With r = rstd, dx = r · g·w − x · r³/d · Σ_d g·w·x and dw = Σ g·x·r; grad_x, if given, is added to dx."""
+    dtype, width = rstd.dtype, x.shape[-1]
+    grad32, x32, rstd = grad.reshape(-1, width).to(dtype), x.reshape(-1, width).to(dtype), rstd.reshape(-1, 1)
+    product = grad32 * x32
+    grad_weight = (rstd.T @ product).squeeze(0)
+    projection = (product @ weight.to(dtype))[:, None].mul_(rstd.pow(3)).div_(-width)
+    dx = torch.mul(grad32, weight, out=product).mul_(rstd).addcmul_(x32, projection).view(x.shape)
     if grad_x is not None:
-        dx = dx + grad_x
-    return dx.to(x.dtype), grad_weight
+        dx += grad_x
+    return dx.to(x.dtype), grad_weight.to(weight.dtype)
 
 
 def add_rms_norm(x, residual, weight, eps):
@@ -54,90 +54,98 @@ def add_rms_norm(x, residual, weight, eps):
 
 def rotary(q, k, positions, inv_freq, inverse):
     """Rotate the pairs (x_i, x_{i + D/2}) by the angle positions · inv_freq_i, or back by it if `inverse`."""
-    dtype = accumulate_dtype(q)
+    dtype, half = accumulate_dtype(q), len(inv_freq)
     angles = positions.to(dtype)[:, None, None] * inv_freq.to(dtype)
-    cos, sin = angles.cos(), angles.sin()
-    if inverse:
-        sin = -sin
+    cos, sin = torch.cat((angles, angles), -1).cos_(), angles.sin()
+    sign = -1 if inverse else 1
 
     def rotate(x):
-        first, second = x.to(dtype).chunk(2, -1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+        x32 = x.to(dtype)
+        rotated = torch.mul(x32, cos).contiguous()
+        rotated[..., :half].addcmul_(x32[..., half:], sin, value=-sign)
+        rotated[..., half:].addcmul_(x32[..., :half], sin, value=sign)
+        return rotated.to(x.dtype)
 
     return rotate(q), rotate(k)
 
 
 def swiglu(gate, up):
-    """silu(gate) · up."""
+    """gate · sigmoid(gate) · up."""
     dtype = accumulate_dtype(gate)
-    return (F.silu(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
+    return F.silu(gate.to(dtype)).mul_(up).to(gate.dtype)
 
 
 def swiglu_backward(grad, gate, up):
-    """With s = sigmoid(gate): dgate = grad · up · s · (1 + gate · (1 − s)),  dup = grad · gate · s."""
+    """dgate = grad · up · silu'(gate), dup = grad · silu(gate)."""
     dtype = accumulate_dtype(gate)
     grad32, gate32 = grad.to(dtype), gate.to(dtype)
-    grad_gate = torch.ops.aten.silu_backward(grad32 * up, gate32)
-    return grad_gate.to(gate.dtype), (grad32 * F.silu(gate32)).to(up.dtype)
+    grad_gate = grad32 * up
+    torch.ops.aten.silu_backward.grad_input(grad_gate, gate32, grad_input=grad_gate)
+    return grad_gate.to(gate.dtype), F.silu(gate32).mul_(grad32).to(up.dtype)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
-def _runs(cu_seqlens, tokens):
-    """Split the packed tokens into runs of documents of equal length: yields (start, end, documents), none empty."""
+def _bounds(cu_seqlens, tokens):
+    """cu_seqlens as a list, checked."""
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in pairwise(bounds)):
+    if not bounds or bounds[0] != 0 or bounds[-1] != tokens or any(start > end for start, end in pairwise(bounds)):
         raise ValueError(f"cu_seqlens must rise from 0 to T = {tokens}; got {bounds[:8]}{' …' if len(bounds) > 8 else ''}")
-    run = None
-    for start, end in pairwise(bounds):
-        if start == end:
-            continue
-        if run and end - start == (run[1] - run[0]) // run[2]:
-            run = (run[0], end, run[2] + 1)
-            continue
-        if run:
-            yield run
-        run = (start, end, 1)
-    if run:
-        yield run
+    return bounds
+
+
+def _runs(cu_seqlens, tokens, max_seqlen):
+    """The packed documents as [(start, end, documents)]: runs of documents of equal length. Empty documents are left out."""
+    runs = []
+    for start, end in pairwise(_bounds(cu_seqlens, tokens)):
+        if max_seqlen is not None and end - start > max_seqlen:
+            raise ValueError(f"max_seqlen is {max_seqlen}, but a document has {end - start} tokens; it must be at least the longest")
+        if runs and (end - start) * runs[-1][2] == start - runs[-1][0]:
+            runs[-1] = (runs[-1][0], end, runs[-1][2] + 1)
+        elif end > start:
+            runs.append((start, end, 1))
+    return runs
 
 
 def _documents(x, run):
-    """[T, H, D] → [documents, H, length, D], a view where x is contiguous."""
+    """The run's part of x [T, H, D] as [documents, H, length, D]."""
     start, end, documents = run
     return x[start:end].unflatten(0, (documents, -1)).transpose(1, 2)
 
 
-def flash_attention(q, k, v, cu_seqlens, max_seqlen, scale):
-    """softmax(scale · q kᵀ) v, causal within each document; query head h reads key head h // (H_q / H_k).
+def _packed(parts, like):
+    """Join [documents, H, length, D] parts into one [T, H, D]. No copy where there is one part."""
+    parts = [part.transpose(1, 2).flatten(0, 1) for part in parts]
+    return (torch.cat(parts) if len(parts) != 1 else parts[0]) if parts else torch.empty_like(like)
 
-    Returns (out [T, H_q, D], log-sum-exp of the scaled scores [H_q, T]).
+
+def flash_attention(q, k, v, cu_seqlens, max_seqlen, scale):
+    """softmax(scale · q kᵀ) v, causal within each document; query head h reads key head h // (Hq / Hk).
+
+    Returns (out [T, Hq, D], log-sum-exp of the scaled scores [T, Hq]).
     """
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = torch.zeros(q.shape[1], q.shape[0], dtype=accumulate_dtype(q), device=q.device)
-    for run in _runs(cu_seqlens, q.shape[0]):
-        forward = _attend_cpu if q.device.type == "cpu" else _attend
-        run_out, run_lse = forward(*(_documents(x, run) for x in (q, k, v)), scale)
-        _documents(out, run).copy_(run_out)
-        lse[:, run[0] : run[1]] = run_lse.transpose(0, 1).flatten(1)
-    return out, lse
+    runs = _runs(cu_seqlens, len(q), max_seqlen)
+    forward = _attend_cpu if q.device.type == "cpu" else _attend
+    results = [forward(*(_documents(x, run) for x in (q, k, v)), scale) for run in runs]
+    lse = torch.empty(q.shape[:2], dtype=accumulate_dtype(q), device=q.device)
+    for run, (_, run_lse) in zip(runs, results, strict=True):
+        lse[run[0] : run[1]] = run_lse.transpose(1, 2).flatten(0, 1)
+    return _packed([out for out, _ in results], q).contiguous(), lse
 
 
 def flash_attention_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale):
     """Gradients of flash_attention for q, k and v."""
-    grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    for run in _runs(cu_seqlens, q.shape[0]):
-        run_lse = lse[:, run[0] : run[1]].unflatten(1, (run[2], -1)).transpose(0, 1)
-        backward = _attend_backward_cpu if q.device.type == "cpu" else _attend_backward
-        found = backward(*(_documents(x, run) for x in (grad, q, k, v, out)), run_lse, scale)
-        for whole, part in zip(grads, found, strict=True):
-            _documents(whole, run).copy_(part)
-    return tuple(grads)
+    runs = _runs(cu_seqlens, len(q), max_seqlen)
+    backward = _attend_backward_cpu if q.device.type == "cpu" else _attend_backward
+    results = [
+        backward(*(_documents(x, run) for x in (grad, q, k, v, out)), _documents(lse[..., None], run).squeeze(-1), scale) for run in runs
+    ]
+    return tuple(_packed(list(parts), x).contiguous() for parts, x in zip(zip(*results, strict=True) if runs else ((),) * 3, (q, k, v), strict=True))
 
 
 def _attend_cpu(q, k, v, scale):
-    """One batch of documents of equal length, [documents, H, length, D]: PyTorch's own tiled kernel."""
+    """Documents of equal length, [documents, H, length, D]: PyTorch's own tiled kernel."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
 
 
@@ -146,169 +154,203 @@ def _attend_backward_cpu(grad, q, k, v, out, lse, scale):
 
 
 def _attend(q, k, v, scale):
-    """_attend_cpu by the formula, for any device."""
+    """_attend_cpu by the formula, on any device."""
     scores = _scores(q, k, scale)
     lse = scores.logsumexp(-1)
-    return ((scores - lse[..., None]).exp() @ _per_query_head(v, q).to(lse.dtype)).to(q.dtype), lse
+    return ((scores - lse[..., None]).exp() @ _per_query_head(v, q)).to(q.dtype), lse
 
 
 def _attend_backward(grad, q, k, v, out, lse, scale):
-    """With P the softmax and Δ = Σ_D grad · out:  dv = Pᵀ grad,  dS = P ∘ (grad vᵀ − Δ),  dq = scale · dS k,  dk = scale · dSᵀ q."""
-    grad, out = grad.to(lse.dtype), out.to(lse.dtype)
+    """With P the softmax and Δ = Σ_D grad · out:  dv = Pᵀ grad,  dS = scale · P ∘ (grad vᵀ − Δ),  dq = dS k,  dk = dSᵀ q."""
+    grad = grad.to(lse.dtype)
     weights = (_scores(q, k, scale) - lse[..., None]).exp()
-    d_scores = weights * (grad @ _per_query_head(v, q).to(lse.dtype).mT - (grad * out).sum(-1, keepdim=True)) * scale
+    d_scores = weights * (grad @ _per_query_head(v, q).mT - (grad * out).sum(-1, keepdim=True)) * scale
     per_key_head = (k.shape[1], -1)
-    dq = d_scores @ _per_query_head(k, q).to(lse.dtype)
+    dq = d_scores @ _per_query_head(k, q)
     dk = (d_scores.mT @ q.to(lse.dtype)).unflatten(1, per_key_head).sum(2)
     dv = (weights.mT @ grad).unflatten(1, per_key_head).sum(2)
-    return dq, dk, dv
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _per_query_head(x, q):
-    return x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+    return x.to(accumulate_dtype(x)).repeat_interleave(q.shape[1] // x.shape[1], 1)
 
 
 def _scores(q, k, scale):
     """The scaled scores of every query against the keys up to its own position, −inf beyond."""
-    dtype = accumulate_dtype(q)
-    scores = (q.to(dtype) @ _per_query_head(k, q).to(dtype).mT) * scale
-    length = q.shape[2]
-    return scores.masked_fill(torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+    scores = q.to(accumulate_dtype(q)) @ _per_query_head(k, q).mT * scale
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(future, -torch.inf)
 
 
 # --- the head: log-probabilities, cross-entropy, distillation ---------------------------------------------------------
 
 
 def _counted(targets, vocabulary, ignore_index):
-    """The rows whose target counts ([N] int64) and their targets. Targets on a GPU are not range-checked here: that would wait for it."""
+    """The rows whose target counts, and their targets, both [N] int64. The range is not checked on a GPU, where it would cost a wait."""
     rows = (targets != ignore_index).nonzero().squeeze(1)
     targets = targets[rows]
     if targets.device.type == "cpu" and len(targets):
-        low, high = targets.aminmax()
+        low, high = map(int, targets.aminmax())
         if low < 0 or high >= vocabulary:
-            wrong = int(low if low < 0 else high)
-            raise ValueError(f"targets must be in [0, {vocabulary}) or {ignore_index} (ignored); got {wrong}")
+            raise ValueError(f"targets must be in [0, {vocabulary}), or {ignore_index} to be ignored; got {low if low < 0 else high}")
     return rows, targets
 
 
-def _take(hidden, rows):
-    return hidden if len(rows) == len(hidden) else hidden[rows]
+def _take(x, rows):
+    return x if len(rows) == len(x) else x[rows]
 
 
-def linear_log_prob(hidden, weight, targets, ignore_index, budget=None):
+def _put(x, rows, like):
+    """The inverse of _take: the rows of x in a tensor shaped like `like`, zero elsewhere."""
+    return x if len(rows) == len(like) else torch.zeros_like(like).index_copy_(0, rows, x)
+
+
+def linear_log_prob(hidden, weight, targets, ignore_index, budget):
     """log softmax(hidden weightᵀ)[target] per token [T], 0 where ignored.
 
-    The logits pass by in tiles; per token the largest logit m and S = Σ exp(z − m) are kept up to date.
+    The logits z pass by in tiles of the vocabulary; per token m = max z and S = Σ exp(z − m) are kept up to date.
     """
-    dtype = accumulate_dtype(hidden)
-    result = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
     rows, targets = _counted(targets, len(weight), ignore_index)
-    hidden = _take(hidden, rows)
-    count, vocabulary = len(hidden), len(weight)
-    largest = torch.full((count,), torch.finfo(dtype).min, dtype=dtype, device=hidden.device)
-    total = torch.zeros_like(largest)
-    target_logit = torch.zeros_like(largest)
-    tile_tokens = max(1, min(TILE_TOKENS, count))
-    tile_vocabulary = max(1, TILE_BYTES // (tile_tokens * dtype.itemsize))
-    for v in range(0, vocabulary, tile_vocabulary):
-        columns = weight[v : v + tile_vocabulary].to(dtype)
-        for t in range(0, count, tile_tokens):
-            here = slice(t, t + tile_tokens)
-            logits = hidden[here].to(dtype) @ columns.T
-            local = targets[here] - v
-            inside = (local >= 0) & (local < len(columns))
-            picked = logits.gather(1, local.clamp(0, len(columns) - 1)[:, None]).squeeze(1)
-            target_logit[here] = torch.where(inside, picked, target_logit[here])
-            new = torch.maximum(largest[here], logits.amax(1))
-            total[here] = total[here] * (largest[here] - new).exp() + logits.sub_(new[:, None]).exp_().sum(1)
-            largest[here] = new
-    result[rows] = target_logit - largest - total.log()
-    return result
+    counted, dtype = _take(hidden, rows), accumulate_dtype(hidden)
+    largest = torch.full((len(rows),), torch.finfo(dtype).min, dtype=dtype, device=hidden.device)
+    total, target_logit = torch.zeros_like(largest), torch.zeros_like(largest)
+    tokens = min(CHUNK_TOKENS, max(1, len(rows)))
+    width = max(1, min(TILE_BYTES, budget) // (tokens * dtype.itemsize))
+    tile = torch.empty(tokens * min(width, len(weight)), dtype=dtype, device=hidden.device)
+    for v in range(0, len(weight), width):
+        columns = weight[v : v + width].to(dtype)
+        for t in range(0, len(rows), tokens):
+            x, m, s, z = (tensor[t : t + tokens] for tensor in (counted, largest, total, target_logit))
+            logits = torch.mm(x.to(dtype), columns.T, out=tile[: len(x) * len(columns)].view(len(x), -1))
+            column = targets[t : t + tokens] - v
+            here = logits.gather(1, column.clamp(0, len(columns) - 1)[:, None]).squeeze(1)
+            z.copy_(torch.where((column >= 0) & (column < len(columns)), here, z))
+            new = torch.maximum(m, logits.amax(1))
+            s.mul_(m.sub_(new).exp_()).add_(logits.sub_(new[:, None]).exp_().sum(1))
+            m.copy_(new)
+    return _put(target_logit - largest - total.log(), rows, torch.empty(len(hidden), dtype=dtype, device=hidden.device))
 
 
 def difference_score(teacher_hidden, teacher_weight, reference_hidden, reference_weight, targets, cu_seqlens):
-    """Per document: (teacher − reference, teacher, reference) mean log-probability over the targets that count, and their number."""
+    """Per document the mean log-probability of teacher and reference over the targets that count:
+    (teacher − reference, teacher, reference, how many count)."""
     vocabulary = min(len(teacher_weight), len(reference_weight))
-    counts = _sum_per_document((targets != -100).double(), cu_seqlens)
-    means = [
-        (_sum_per_document(linear_log_prob(hidden, weight[:vocabulary], targets, -100).double(), cu_seqlens) / counts)
-        for hidden, weight in ((teacher_hidden, teacher_weight), (reference_hidden, reference_weight))
-    ]
-    dtype = accumulate_dtype(teacher_hidden)
-    return (means[0] - means[1]).to(dtype), means[0].to(dtype), means[1].to(dtype), counts.int()
+    offsets = torch.tensor(_bounds(cu_seqlens, len(targets)), device=targets.device)
+
+    def per_document(values):  # summed in float64; 0 for an empty document
+        return torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0)
+
+    count = per_document(targets != IGNORE_INDEX)
+
+    def mean(hidden, weight):
+        log_prob = linear_log_prob(hidden, weight[:vocabulary], targets, IGNORE_INDEX, TILE_BYTES)
+        return (per_document(log_prob) / count).to(log_prob.dtype)
+
+    teacher, reference = mean(teacher_hidden, teacher_weight), mean(reference_hidden, reference_weight)
+    return teacher - reference, teacher, reference, count.int()
 
 
-def _sum_per_document(values, cu_seqlens):
-    return torch.segment_reduce(values, "sum", offsets=cu_seqlens.long(), initial=0)
+def _chunks(hidden, vocabulary, copies, budget):
+    """Slices of tokens such that `copies` chunks of logits stay within the budget (one token at least)."""
+    size = max(1, min(CHUNK_TOKENS, budget // (copies * max(1, vocabulary) * accumulate_dtype(hidden).itemsize)))
+    return [slice(t, t + size) for t in range(0, len(hidden), size)]
+
+
+def _blocks(logits):
+    """Slices of rows that stay in the cache during a softmax."""
+    size = max(1, BLOCK_BYTES // (logits.shape[1] * logits.itemsize))
+    return [slice(t, t + size) for t in range(0, len(logits), size)]
+
+
+def _vocabulary_tiles(weight, dtype):
+    """(slice, weight[slice] in dtype): one tile if it has that dtype already, else tiles, so that no whole copy exists."""
+    step = max(1, len(weight) if weight.dtype == dtype else TILE_BYTES // (weight.shape[1] * dtype.itemsize))
+    for v in range(0, len(weight), step):
+        yield slice(v, v + step), weight[v : v + step].to(dtype)
 
 
 def _logits(hidden, weight, dtype):
-    return hidden.to(dtype) @ weight.to(dtype).T
+    """hidden weightᵀ in dtype."""
+    logits = torch.empty(len(hidden), len(weight), dtype=dtype, device=hidden.device)
+    for columns, tile in _vocabulary_tiles(weight, dtype):
+        torch.mm(hidden.to(dtype), tile.T, out=logits[:, columns])
+    return logits
+
+
+def _add_gradients(grad_logits, x, weight, scale, grad_hidden, grad_weight):
+    """Add the gradients of one chunk: grad_hidden += scale · grad_logits weight, grad_weight += grad_logitsᵀ (scale · x). None: not needed."""
+    scaled = x * scale
+    for columns, tile in _vocabulary_tiles(weight, x.dtype):
+        if grad_hidden is not None:
+            grad_hidden += (grad_logits[:, columns] @ tile).mul_(scale)
+        if grad_weight is not None:
+            grad_weight[columns].addmm_(grad_logits[:, columns].T, scaled)
 
 
 def linear_cross_entropy(hidden, weight, targets, token_weight, ignore_index, need_hidden, need_weight, budget):
     """(Σ_t token_weight_t · −log p_t, its gradient for hidden, its gradient for weight); a gradient not needed is empty.
 
-    With E = exp(z − max z) and S = Σ E of a row of logits z, dz = token_weight · (E / S − onehot), so the rows' scale
-    token_weight / S goes to the small operand of both products and the logits are passed over once.
+    With E = exp(z − max z) and S = Σ E over a row of logits z, dz = token_weight / S · (E − S · onehot): the row's scale goes to
+    the small operand of both products.
     """
-    dtype = accumulate_dtype(hidden)
     rows, targets = _counted(targets, len(weight), ignore_index)
-    counted, token_weight = _take(hidden, rows), token_weight[rows].to(dtype)
-    grad_hidden = torch.zeros_like(counted) if need_hidden else hidden.new_empty(0)
-    grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need_weight else weight.new_empty(0)
-    loss = torch.zeros((), dtype=dtype, device=hidden.device)
-    chunk = max(1, budget // (len(weight) * dtype.itemsize))
-    for t in range(0, len(counted), chunk):
-        x, y, g = counted[t : t + chunk].to(dtype), targets[t : t + chunk, None], token_weight[t : t + chunk]
+    counted, dtype = _take(hidden, rows), accumulate_dtype(hidden)
+    token_weight = _take(token_weight, rows).to(dtype)
+    grad_hidden = torch.zeros(counted.shape, dtype=dtype, device=hidden.device) if need_hidden else None
+    grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
+    negative_log_prob = torch.empty_like(token_weight)
+    for chunk in _chunks(counted, len(weight), 1, budget):
+        x, y = counted[chunk].to(dtype), targets[chunk, None]
         logits = _logits(x, weight, dtype)
-        largest = logits.amax(1, keepdim=True)
-        target_logit = logits.gather(1, y)
-        total = logits.sub_(largest).exp_().sum(1, keepdim=True)
-        loss += (g * (largest + total.log() - target_logit).squeeze(1)).sum()
-        logits.scatter_add_(1, y, -total)
-        scale = g[:, None] / total
-        if need_hidden:
-            grad_hidden[t : t + chunk] = (logits @ weight.to(dtype)) * scale
-        if need_weight:
-            grad_weight.addmm_(logits.T, x * scale)
-    if need_hidden and len(counted) != len(hidden):
-        grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_hidden)
-    return loss, grad_hidden, grad_weight.to(weight.dtype)
+        total = torch.empty(len(x), 1, dtype=dtype, device=x.device)
+        for block in _blocks(logits):
+            z, target = logits[block], y[block]
+            largest, target_logit = z.amax(1, keepdim=True), z.gather(1, target)
+            s = torch.sum(z.sub_(largest).exp_(), 1, keepdim=True, out=total[block])
+            negative_log_prob[chunk][block] = (largest + s.log() - target_logit).squeeze(1)
+            z.scatter_add_(1, target, -s)
+        _add_gradients(logits, x, weight, token_weight[chunk, None] / total, grad_hidden[chunk] if need_hidden else None, grad_weight)
+    loss = (token_weight * negative_log_prob).sum()
+    return loss, *_gradients(grad_hidden, rows, hidden, grad_weight, weight)
+
+
+def _gradients(grad_hidden, rows, hidden, grad_weight, weight):
+    """The results for the two gradients: in the inputs' dtypes, in all rows; empty where not needed."""
+    grad_hidden = hidden.new_empty(0) if grad_hidden is None else _put(grad_hidden.to(hidden.dtype), rows, hidden)
+    return grad_hidden, weight.new_empty(0) if grad_weight is None else grad_weight.to(weight.dtype)
 
 
 def linear_distillation_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, targets, alpha, temperature, ignore_index,
                              need_hidden, need_weight, budget):
-    """(loss, cross-entropy, KL, gradient of loss for student_hidden, for student_weight), means over the targets that count."""
-    dtype = accumulate_dtype(student_hidden)
+    """(loss, cross-entropy, KL, gradient of loss for student_hidden, for student_weight), means over the targets that count.
+
+    With p = softmax(student logits), and at the temperature τ q the student's and r the teacher's:
+    d loss / d logits = (1 − α) (p − onehot) + α/τ (q − r).
+    """
     vocabulary = min(len(student_weight), len(teacher_weight))
+    student_head, teacher_head = student_weight[:vocabulary], teacher_weight[:vocabulary]
     rows, targets = _counted(targets, vocabulary, ignore_index)
-    student, teacher = _take(student_hidden, rows), _take(teacher_hidden, rows)
-    grad_hidden = torch.zeros_like(student) if need_hidden else student_hidden.new_empty(0)
-    grad_weight = torch.zeros(student_weight.shape, dtype=dtype, device=student_weight.device) if need_weight else student_weight.new_empty(0)
-    cross_entropy = torch.zeros((), dtype=dtype, device=student.device)
-    divergence = torch.zeros_like(cross_entropy)
-    chunk = max(1, budget // (4 * vocabulary * dtype.itemsize))
-    scale = 1 / max(1, len(rows))
-    head = student_weight[:vocabulary]
-    for t in range(0, len(student), chunk):
-        x, y = student[t : t + chunk].to(dtype), targets[t : t + chunk, None]
-        logits = _logits(x, head, dtype)
-        log_teacher = (_logits(teacher[t : t + chunk], teacher_weight[:vocabulary], dtype) / temperature).log_softmax(1)
-        log_student = logits.log_softmax(1)
-        cross_entropy -= log_student.gather(1, y).sum() * scale
-        p_student = log_student.exp()
-        log_student = (logits / temperature).log_softmax(1)
-        p_teacher = log_teacher.exp()
-        divergence += (p_teacher * (log_teacher - log_student)).sum() * scale
-        if need_hidden or need_weight:
-            p_student.scatter_add_(1, y, torch.full_like(y, -1, dtype=dtype))
-            grad = p_student.mul_((1 - alpha) * scale).add_(log_student.exp_().sub_(p_teacher), alpha=alpha * scale / temperature)
-            if need_hidden:
-                grad_hidden[t : t + chunk] = grad @ head.to(dtype)
-            if need_weight:
-                grad_weight[:vocabulary].addmm_(grad.T, x)
-    if need_hidden and len(student) != len(student_hidden):
-        grad_hidden = torch.zeros_like(student_hidden).index_copy_(0, rows, grad_hidden)
+    student, teacher, dtype = _take(student_hidden, rows), _take(teacher_hidden, rows), accumulate_dtype(student_hidden)
+    grad_hidden = torch.zeros(student.shape, dtype=dtype, device=student.device) if need_hidden else None
+    grad_weight = torch.zeros(student_weight.shape, dtype=dtype, device=student.device) if need_weight else None
+    cross_entropy = torch.empty(len(rows), dtype=dtype, device=student.device)
+    divergence = torch.empty_like(cross_entropy)
+    for chunk in _chunks(student, vocabulary, 2, budget):
+        x, y = student[chunk].to(dtype), targets[chunk, None]
+        logits, teacher_logits = _logits(x, student_head, dtype), _logits(teacher[chunk], teacher_head, dtype)
+        for block in _blocks(logits):
+            z, target = logits[block], y[block]
+            log_p = z.log_softmax(1)
+            log_q = log_p if temperature == 1 else z.div_(temperature).log_softmax(1)
+            log_r = teacher_logits[block].div_(temperature).log_softmax(1)
+            r = log_r.exp()
+            cross_entropy[chunk][block] = -log_p.gather(1, target).squeeze(1)
+            divergence[chunk][block] = log_r.sub_(log_q).mul_(r).sum(1)
+            torch.sub(log_q.exp(), r, out=z).mul_(alpha / temperature).add_(log_p.exp_(), alpha=1 - alpha)
+            z.scatter_add_(1, target, torch.full_like(target, alpha - 1, dtype=dtype))
+        _add_gradients(logits, x, student_head, 1 / len(rows), grad_hidden[chunk] if need_hidden else None,
+                       grad_weight[:vocabulary] if need_weight else None)
+    cross_entropy, divergence = (sums.sum() / max(1, len(rows)) for sums in (cross_entropy, divergence))
     loss = (1 - alpha) * cross_entropy + alpha * divergence
-    return loss, cross_entropy, divergence, grad_hidden, grad_weight.to(student_weight.dtype)
+    return loss, cross_entropy, divergence, *_gradients(grad_hidden, rows, student_hidden, grad_weight, student_weight)

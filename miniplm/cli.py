@@ -5,6 +5,7 @@ n, with what was done kept. Tracebacks only with --debug.
 """
 
 import importlib
+import io
 import signal
 import sys
 
@@ -37,6 +38,9 @@ def _overview() -> str:
 def main(arguments=None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # text from anywhere, on a terminal of any encoding
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     if arguments in (["--version"], ["-V"]):

@@ -378,7 +378,7 @@ def _print_summary(folder: Path, domains: dict, total: dict, bad: int):
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("domain", title=f"corpus {folder}")
+    table = Table("domain")
     for name in ("documents", "rows", "tokens"):
         table.add_column(name, justify="right")
     for name, counts in domains.items():
@@ -386,4 +386,4 @@ def _print_summary(folder: Path, domains: dict, total: dict, bad: int):
     table.add_section()
     table.add_row("all", *(f"{count:,}" for count in total.values()))
     Console().print(table)
-    print(f"{bad:,} bad records skipped")
+    print(f"corpus {folder} written; {bad:,} bad records skipped")

@@ -8,9 +8,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from miniplm.artifacts import UserError
-from miniplm.config import StudentConfig
-from miniplm.kernels import add_rms_norm, apply_rotary, flash_attention, rms_norm, swiglu
+from .artifacts import UserError
+from .config import StudentConfig
+from .kernels import add_rms_norm, apply_rotary, flash_attention, rms_norm, swiglu
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 MAX_SHARD_SIZE = "5GB"

@@ -38,7 +38,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     corpus = Corpus(config.data)
     if not corpus.manifest["predictions"]:
         raise UserError(f"corpus {config.data} holds no token to predict: evaluate on another one")
-    identity = {"model": Path(config.model).name if Path(config.model).exists() else config.model,
+    identity = {"model": Path(config.model).resolve().name if Path(config.model).exists() else config.model,
                 "weights": hash_files(weight_files(config.model)), "corpus": corpus.fingerprint, "source": corpus.manifest["source"],
                 "document_mask": config.document_mask, "dtype": str(dtype).removeprefix("torch.")}
     result = _read_equal(config.output, identity)

@@ -7,6 +7,7 @@ domains, sources, models) is escaped.
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ import torch
 from .artifacts import MANIFEST, UserError, atomic_folder, atomic_write, fingerprint, hash_files, latest_checkpoint, open_output, read_json, write_json
 from .checkpoints import STATE
 from .config import ExportConfig
+from .decoder import Decoder
 from .model import load_model, weight_files
+from .tokenizer import load_tokenizer
 
 MAX_DOMAINS = 40  # lines of the card's table; a corpus can have thousands of domains
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -34,7 +37,7 @@ def export(config: ExportConfig) -> None:
 
     Raises:
         UserError: no whole checkpoint of a training output; an evaluation of other weights; weights that are not finite in
-            config.dtype; a tokenizer that AutoTokenizer would read otherwise; another folder in the way; a failed upload.
+            config.dtype; another folder in the way; a failed upload.
     """
     checkpoint, manifest, state = _read_checkpoint(config.checkpoint)
     evaluation = _read_evaluation(config.evaluation, checkpoint) if config.evaluation else None
@@ -43,7 +46,7 @@ def export(config: ExportConfig) -> None:
     identity = {"checkpoint": hash_files([checkpoint / STATE]), "training": fingerprint(manifest), "dtype": config.dtype, "name": name,
                 "license": config.license, "language": list(config.language), "datasets": list(config.datasets), "evaluation": fingerprint(evaluation)}
     facts = {"manifest": manifest, "state": state, "losses": _losses(checkpoint, state["step"]), "evaluation": evaluation}
-    occupied = output.exists() and not (output.is_dir() and not any(output.iterdir()))
+    occupied = output.is_file() or (output.is_dir() and any(output.iterdir()))
     if occupied and open_output(output, "export", identity):
         print(f"export {output} is complete, nothing to do")
     else:
@@ -88,7 +91,7 @@ def _losses(checkpoint: Path, step: int) -> dict:
 
 def _read_evaluation(path, checkpoint: Path) -> dict:
     evaluation = read_json(path)
-    if not isinstance(evaluation, dict) or not {"weights", "source", "loss", "perplexity", "tokens", "domains"} <= evaluation.keys():
+    if not isinstance(evaluation, dict) or not {"weights", "corpus", "source", "loss", "perplexity", "tokens", "domains"} <= evaluation.keys():
         raise UserError(f"{path} is no evaluation: give a file that `miniplm evaluate --output` wrote")
     if evaluation["weights"] != hash_files(weight_files(checkpoint)):
         raise UserError(f"{path} is an evaluation of other weights than those of {checkpoint}: evaluate this checkpoint")
@@ -97,17 +100,28 @@ def _read_evaluation(path, checkpoint: Path) -> dict:
 
 def _write_model(checkpoint: Path, dtype: str, folder: Path):
     """config.json, generation_config.json, model.safetensors and the tokenizer's files."""
-    from transformers import GenerationConfig, PreTrainedTokenizerFast
+    from safetensors import SafetensorError
+    from transformers import GenerationConfig
 
     model = load_model(checkpoint, getattr(torch, dtype))
     if broken := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
         raise UserError(f"{len(broken)} tensors of {checkpoint} are not finite in {dtype} ({broken[0]}): export an earlier checkpoint or another dtype")
-    model.save_pretrained(folder)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)  # tokenizer.json as it is, whatever the model's type
+    tokenizer = load_tokenizer(str(checkpoint))
     tokenizer.model_max_length = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length)
     tokenizer.save_pretrained(folder)
+    model.config.save_pretrained(folder)
+    if model.config.model_type == "qwen2" and not _cut_alike(folder, tokenizer):
+        print("transformers cuts text for any qwen2 model as Qwen2's tokenizer does, the corpus's tokenizer does otherwise: "
+              "the model is written as the Llama model that computes the same", file=sys.stderr)
+        model = _as_llama(model)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # how the library reports a full disk
+        raise OSError(f"cannot write {folder}: {error}") from error
     _write_for_transformers_4(folder)
-    _check_tokenizer(folder, tokenizer)
+    if not _cut_alike(folder, tokenizer):
+        raise UserError(f"transformers cuts text for a {model.config.model_type!r} model otherwise than the corpus's tokenizer does: "
+                        "train a model of another model_type (llama, qwen3)")
     eos = tokenizer.eos_token_id
     bos, pad = (eos if found is None else found for found in (tokenizer.bos_token_id, tokenizer.pad_token_id))
     GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad).save_pretrained(folder)
@@ -128,8 +142,8 @@ def _write_for_transformers_4(folder: Path):
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def _check_tokenizer(folder: Path, tokenizer):
-    """UserError where AutoTokenizer, which goes by the model's type, does not cut text as `tokenizer` does.
+def _cut_alike(folder: Path, tokenizer) -> bool:
+    """Does AutoTokenizer, which goes by the model's type, cut text as `tokenizer` does?
 
     transformers 5 builds the tokenizer of a qwen2 folder as Qwen2Tokenizer, with its own rules for cutting text into words, out of any
     vocabulary. The text to compare on holds every token: one that spans what the other rules cut apart shows.
@@ -138,10 +152,21 @@ def _check_tokenizer(folder: Path, tokenizer):
 
     text = tokenizer.decode(range(len(tokenizer))) + " It's 2024:\n\n  e\u0301 DON'T"
     found = AutoTokenizer.from_pretrained(folder)
-    if found.backend_tokenizer.encode(text).ids != tokenizer.backend_tokenizer.encode(text).ids:
-        model_type = read_json(folder / "config.json")["model_type"]
-        raise UserError(f"transformers reads the tokenizer of every {model_type!r} model as {type(found).__name__}, which cuts text otherwise than the "
-                        "corpus's tokenizer: train a model of another model_type (llama, qwen3) or with such a tokenizer")
+    return found.backend_tokenizer.encode(text).ids == tokenizer.backend_tokenizer.encode(text).ids
+
+
+def _as_llama(model: Decoder) -> Decoder:
+    """The same function under the Llama architecture: with attention_bias it has Qwen2's biases of q, k and v, and one of o, which is 0."""
+    from transformers import LlamaConfig
+
+    config = model.config
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings",
+            "rms_norm_eps", "rope_parameters", "max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id")
+    head_dim = model.model.layers[0].self_attn.head_dim
+    llama = Decoder(LlamaConfig(**{name: getattr(config, name) for name in kept}, head_dim=head_dim, attention_bias=True))
+    missing, unexpected = llama.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected and all(name.endswith("o_proj.bias") for name in missing)  # which start at 0
+    return llama.to(model.head_weight.dtype)
 
 
 def _push(config: ExportConfig, folder: Path, card):
@@ -174,8 +199,8 @@ def model_card(config: ExportConfig, name: str, location: str, architecture: dic
     """
     from huggingface_hub import ModelCardData
 
-    corpus, source = facts["manifest"].get("corpus", {}), facts["manifest"].get("corpus", {}).get("source", "")
-    rule = corpus.get("selection", {}).get("rule", {})
+    corpus = facts["manifest"].get("corpus", {})
+    source, rule = corpus.get("source", ""), corpus.get("selection", {}).get("rule", {})
     distilled = bool(rule) and "random_seed" not in rule
     data = ModelCardData(
         library_name="transformers", license=config.license, datasets=list(config.datasets) or ([source] if HUB_ID.fullmatch(source) else None),
@@ -183,9 +208,9 @@ def model_card(config: ExportConfig, name: str, location: str, architecture: dic
         tags=["pretraining", *(["miniplm", "knowledge-distillation", "data-selection"] if distilled else [])])
     method = (" on text that a larger model found worth learning: MiniPLM's Difference Sampling ([paper](https://arxiv.org/abs/2410.17215))"
               if distilled else "")
-    start = "trained further, from other weights," if "init_from" in facts["manifest"]["identity"] else "pre-trained from scratch"
+    start = "trained further from other weights" if facts["manifest"]["identity"].get("init_from") else "pre-trained from scratch"
     parts = [f"---\n{data.to_yaml()}\n---", f"# {_escape(name)}", f"A causal language model, {start}{method}.",
-             "## Training", _table(["", ""], _training_rows(architecture, facts, distilled)), *_evaluation_section(facts["evaluation"]),
+             "## Training", _table(["", ""], _training_rows(architecture, facts, distilled)), *_evaluation_section(facts["evaluation"], corpus),
              "## Use", "With the path of this folder, or its id on the Hugging Face Hub:", f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -243,9 +268,11 @@ def _training_rows(architecture: dict, facts: dict, distilled: bool) -> list[tup
     return rows
 
 
-def _evaluation_section(evaluation: dict | None) -> list[str]:
+def _evaluation_section(evaluation: dict | None, corpus: dict) -> list[str]:
     if evaluation is None:
         return []
+    seen = evaluation["corpus"] in (corpus.get("fingerprint"), corpus.get("parent"))
+    text = "the text that it was trained on" if seen else "held-out text"
 
     def figure(value, digits):
         return "not finite" if value is None else f"{value:,.{digits}f}"
@@ -259,7 +286,7 @@ def _evaluation_section(evaluation: dict | None) -> list[str]:
     if len(largest) > MAX_DOMAINS:
         rows.append([f"{len(largest) - MAX_DOMAINS:,} smaller domains", "", "", ""])
     rows.append(row("**all**", evaluation))
-    return ["## Evaluation", f"Loss on held-out text, {_escape(evaluation['source'])}, that the model was evaluated on after training:",
+    return ["## Evaluation", f"Loss on {text}: {_escape(evaluation['source'])}, corpus fingerprint {_escape(evaluation['corpus'])}.",
             _table(["domain", "tokens", "loss (nats per token)", "perplexity"], rows)]
 
 

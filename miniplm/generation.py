@@ -1,6 +1,7 @@
 """Prompt → text, through transformers' own model and `generate`: what users of the exported model will run."""
 
 import sys
+from pathlib import Path
 
 import torch
 
@@ -22,12 +23,12 @@ def generate(config: GenerateConfig) -> str:
     """
     from transformers import GenerationConfig, TextStreamer
 
-    device = choose_device(config.device)
+    device, file = choose_device(config.device), weight_files(config.model)[0]
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     ids = tokenizer(config.prompt)["input_ids"] or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     if ids == [None]:
         raise UserError(f"the tokenizer of {config.model} has neither BOS nor EOS to start from: give a --prompt that is not empty")
-    model = _load(config, choose_dtype(config.dtype, device)).to(device)
+    model = _load(file, choose_dtype(config.dtype, device), config.trust_remote_code).to(device)
     if max(ids) >= model.get_input_embeddings().num_embeddings:
         raise UserError(f"the tokenizer of {config.model} has more ids than the model ({model.get_input_embeddings().num_embeddings}): "
                         "put the model's own tokenizer into its folder")
@@ -50,16 +51,19 @@ def generate(config: GenerateConfig) -> str:
     return tokenizer.decode(output[0, len(ids):], skip_special_tokens=True)
 
 
-def _load(config: GenerateConfig, dtype: torch.dtype):
-    """transformers' model on the CPU; `weight_files` finds (and downloads) what the name stands for."""
+def _load(file: Path, dtype: torch.dtype, trust_remote_code: bool):
+    """transformers' model on the CPU, from the folder of its weights or from a .gguf file."""
     from transformers import AutoModelForCausalLM
 
-    file = weight_files(config.model)[0]
     source = {"gguf_file": file.name} if file.suffix == ".gguf" else {"use_safetensors": True}
     try:
-        return AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, trust_remote_code=config.trust_remote_code, **source)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **source)
     except Exception as error:  # transformers raises anything, from KeyError to OSError
-        raise UserError(f"transformers cannot load {config.model}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"transformers cannot load {file.parent}: {' '.join(str(error).split())[:300]}") from error
+    if info["missing_keys"]:  # they would be random
+        raise UserError(f"the weights in {file.parent} do not fit its config: {sorted(info['missing_keys'])[0]} is missing")
+    return model.eval()
 
 
 def _refuse_non_finite(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

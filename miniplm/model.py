@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from miniplm.artifacts import UserError, latest_checkpoint, read_json
-from miniplm.decoder import Decoder, LanguageModel, student_config, unsupported
+from .artifacts import UserError, latest_checkpoint, read_json
+from .decoder import Decoder, LanguageModel, student_config, unsupported
 
 __all__ = ["Adapter", "Decoder", "LanguageModel", "choose_device", "choose_dtype", "load_model", "student_config", "weight_files"]
 
@@ -62,17 +62,16 @@ class Adapter(LanguageModel):
             documents = documents[len(group):]
             starts, ends = torch.tensor(group, device=input_ids.device).T[..., None]
             index = starts + torch.arange(longest, device=input_ids.device)  # [documents of the group, longest]
-            mask = index < ends
-            ids = input_ids[index.clamp_max(len(input_ids) - 1)].where(mask, 0)
-            output = self.wrapped.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
-            hidden.append(output[mask])
-            places.append(index[mask])
+            ids = input_ids[torch.minimum(index, ends - 1)]  # the padding repeats the last token; no token sees it, see _check
+            output = self.wrapped.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden.append(output[index < ends])
+            places.append(index[index < ends])
         if not hidden:
             return self.head_weight.new_zeros(0, self.head_weight.shape[1])
         packed = torch.cat(hidden)[torch.argsort(torch.cat(places))]
         return packed if self.scale == 1 else packed * self.scale
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _check(self, refusal: str):
         """Find the factor between hidden @ head_weight.T and the model's own logits; refuse a model that has none."""
         head = self.wrapped.get_output_embeddings()
@@ -91,11 +90,12 @@ class Adapter(LanguageModel):
         product = (hidden[:9] @ head.weight.T).float()
         factor = float((product * logits).sum() / (product * product).sum())
         precise = head.weight.dtype == torch.float32
-        if not _close(factor * product, logits, 1e-4 if precise else 5e-2):
+        tolerance = 1e-4 if precise else 5e-2
+        if not _close(factor * product, logits, tolerance):
             raise UserError(f"{no_product} (they differ by more than a factor)")
-        if not (_close(hidden[9:14], hidden[:5], 1e-4 if precise else 5e-2) and _close(hidden[14:], hidden[:1], 1e-4 if precise else 5e-2)):
+        if not (_close(hidden[9:14], hidden[:5], tolerance) and _close(hidden[14:], hidden[:1], tolerance)):
             raise UserError(f"{refusal}: its hidden states depend on later tokens or on padding")
-        if abs(factor - 1) > (1e-4 if precise else 1e-2):
+        if abs(factor - 1) > (1e-4 if precise else 1e-2):  # in half precision the logits' rounding averages out in the factor
             self.scale = factor
 
     def flops_per_token(self, context: int) -> int:
@@ -126,10 +126,10 @@ def load_model(name, dtype: torch.dtype = torch.float32, device="cpu", trust_rem
     path = _locate(name)
     if path.suffix == ".gguf":
         return _load_gguf(path, dtype, device, str(name)).to(device).eval()
-    config = _read_config(path, trust_remote_code)
+    config, files = _read_config(path, trust_remote_code), weight_files(path)
     if unsupported(config):
         return Adapter(_load_with_transformers(path, dtype, trust_remote_code=trust_remote_code).to(device), str(name)).eval()
-    return _fill_decoder(config, _read_tensors(weight_files(path), dtype, device), path).to(device).eval()
+    return _fill_decoder(config, _read_tensors(files, dtype, device), path).to(device).eval()
 
 
 def weight_files(name) -> list[Path]:
@@ -141,10 +141,8 @@ def weight_files(name) -> list[Path]:
     if (path / "model.safetensors").exists():
         return [path / "model.safetensors"]
     if not index.exists():
-        if any(path.glob("*.bin")):
-            raise UserError(f"{path} holds only .bin weights, which can carry code: convert them to safetensors "
-                            "(load with transformers and save_pretrained)")
-        raise UserError(f"{path} holds no model.safetensors: give a folder that transformers or miniplm wrote")
+        raise UserError(f"{path} holds no model.safetensors; .bin files are not read, they can carry code: convert them to safetensors "
+                        "(load them with transformers, then save_pretrained)")
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index} has no weight_map: download the model again")
@@ -240,8 +238,6 @@ def _load_gguf(path: Path, dtype: torch.dtype, device, name: str) -> LanguageMod
     # Newer versions of transformers would otherwise keep the weights quantised where they have a kernel for it.
     dequantize = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
     model = _load_with_transformers(path, dtype, gguf_file=path.name, **dequantize)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
     if unsupported(model.config):
         return Adapter(model.to(device), name)
     return _fill_decoder(model.config, model.state_dict(), path)

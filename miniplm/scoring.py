@@ -40,7 +40,7 @@ def score(config: ScoreConfig) -> None:
         check_same_tokens(tokenizer, load_tokenizer(name, config.trust_remote_code), name)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    batch_tokens = config.batch_tokens or (4_096 if device.type == "cpu" else 65_536)
+    batch_tokens = config.batch_tokens or (2_048 if device.type == "cpu" else 65_536)
     shard_rows = config.shard_rows or (256 if device.type == "cpu" else 16_384)
     identity = {
         "corpus": corpus.fingerprint, **{role: model_hash(names[role]) if role in names else None for role in ROLES},

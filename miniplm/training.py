@@ -224,8 +224,8 @@ def train(config: TrainConfig) -> None:
         if checkpoint:
             load_optimizer(optimizer, model, checkpoint, state.updates)
         with contextlib.closing(Metrics(output, state.step)) as metrics:
-            _loop(config, setup, model, optimizer, state, metrics, poll)
-    loss, eval_loss, rate = (metrics.last.get(figure) for figure in ("loss", "eval_loss", "tokens_per_second"))
+            rate = _loop(config, setup, model, optimizer, state, metrics, poll)
+    loss, eval_loss = metrics.last["loss"], metrics.last.get("eval_loss")
     summary = {key: value for key, value in setup.corpus.manifest.items() if key not in ("stage", "complete", "identity")}
     complete_output(output, {"steps": state.step, "skipped": state.step - state.updates, "tokens": state.tokens, "loss": loss, "eval_loss": eval_loss,
                              "parameters": model.num_parameters(), "corpus": summary})
@@ -234,17 +234,21 @@ def train(config: TrainConfig) -> None:
     print(f"trained {state.step:,} steps on {state.tokens:,} tokens: {', '.join([*figures, str(checkpoint_folder(output, state.step))])}")
 
 
-def _loop(config: TrainConfig, setup: _Setup, model, optimizer, state: TrainState, metrics: Metrics, poll):
-    """Train from `state` to the last step."""
+def _loop(config: TrainConfig, setup: _Setup, model, optimizer, state: TrainState, metrics: Metrics, poll) -> float | None:
+    """Train from `state` to the last step. Returns the tokens per second of the training steps, None if there was none."""
     output, steps, eos = Path(config.output), setup.steps, setup.corpus.eos_token_id
     peak = 1e12 * config.peak_tflops if config.peak_tflops else peak_flops(setup.device)
     flops = 3 * model.flops_per_token(setup.order.epoch_tokens // len(setup.order.rows))  # the backward pass takes twice the forward
-    saved, spans = state.step, []  # spans: (seconds, tokens) of the steps since the last line
+    saved, reported, spans = state.step, 0, []  # spans: (seconds, tokens) of each step, `reported` of them in a line
     if metrics.last["step"] == state.step:  # this step's line was written after its checkpoint
         state.losses, state.line_step = [], state.step
 
     def due(interval: int) -> bool:
         return state.step % interval == 0 or state.step == steps
+
+    def tokens_per_second(first: int) -> float | None:
+        seconds, tokens = np.sum(spans[first:], axis=0).tolist() if spans[first:] else (0, 0)
+        return tokens / seconds if seconds else None
 
     def save():
         metrics.sync()
@@ -253,17 +257,17 @@ def _loop(config: TrainConfig, setup: _Setup, model, optimizer, state: TrainStat
             prune_checkpoints(output, config.keep_checkpoints)
 
     def report():
-        seconds, tokens = np.sum(spans, axis=0).tolist() if spans else (math.nan, 0)
+        nonlocal reported
+        rate = tokens_per_second(reported)
         line = {"step": state.step, "loss": sum(state.losses) / len(state.losses) if state.losses else None,
                 "lr": learning_rate(state.step, steps, config.optimizer), "grad_norm": state.grad_norm, "tokens": state.tokens,
-                "tokens_per_second": _finite(tokens / seconds), "mfu": _finite(flops * tokens / seconds / peak)}
+                "tokens_per_second": rate, "mfu": rate and flops * rate / peak}
         if setup.held_out and due(config.eval_interval):
             line["eval_loss"] = _finite(held_out_loss(model, setup.held_out, setup.dtype, poll))
         if state.skipped_in_a_row:
             line["skipped"] = True
         metrics.write(line)
-        state.losses, state.line_step = [], state.step
-        spans.clear()
+        state.losses, state.line_step, reported = [], state.step, len(spans)
 
     batches = prefetch(global_batch(setup.corpus.rows(setup.order.step(step)), eos, setup.micro_batch_tokens, config.document_mask)
                        for step in range(state.step, steps))
@@ -283,7 +287,7 @@ def _loop(config: TrainConfig, setup: _Setup, model, optimizer, state: TrainStat
                     raise TrainingDiverged(f"{state.skipped_in_a_row} steps in a row, up to step {state.step}, had a loss or gradient that is not finite: "
                                            f"lower optimizer.lr or look at the data (latest checkpoint: {latest})")
                 if state.step == steps:
-                    return
+                    return tokens_per_second(0)
                 poll()
                 start = time.perf_counter()
                 micro_batches, lr = next(batches), learning_rate(state.step + 1, steps, config.optimizer)
@@ -369,10 +373,10 @@ def _initial_model(config: TrainConfig, setup: _Setup) -> LanguageModel:
             raise UserError(f"model {config.init_from} predicts {len(model.head_weight)} ids, the tokenizer of corpus {config.data} has "
                             f"{setup.corpus.manifest['vocab_size']}: start from a model that was made for it")
         return model
-    from transformers import AutoModelForCausalLM
-
     with torch.random.fork_rng(devices=[]):  # on the CPU, so that every device starts from the same weights
         torch.manual_seed(config.seed)
         if not unsupported(setup.architecture):
             return Decoder(setup.architecture).to(setup.device)
+        from transformers import AutoModelForCausalLM
+
         return Adapter(AutoModelForCausalLM.from_config(setup.architecture, dtype=torch.float32), config.model_config).to(setup.device)

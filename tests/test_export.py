@@ -172,6 +172,18 @@ def test_nothing_is_left_of_an_export_that_fails(work, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_full_disk(work, tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # less than the weights take
+    try:
+        with pytest.raises(OSError, match=r"[Ff]ile too large"):
+            publish(work / "refined-student", tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_checkpoints(work, run, tmp_path, tiny_model):
     latest = run / "checkpoints" / "step-00000006"
     with pytest.raises(UserError, match="does not exist"):
@@ -213,19 +225,30 @@ def test_weights_that_are_not_finite(run, tmp_path):
 
 
 def test_tokenizer_that_auto_tokenizer_reads_otherwise(work, tiny_tokenizer, tmp_path):
-    """transformers 5 takes the words of Qwen2 for the tokenizer of any qwen2 model: refused unless the tokenizer has those words."""
+    """transformers 5 takes the words of Qwen2 for the tokenizer of any qwen2 model: written as a Llama unless the tokenizer has those words."""
+    from safetensors.torch import load_file, save_file
     from tokenizers import Tokenizer
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
     from miniplm.training import train
 
     run = Path(work / "qwen2-student")
     train(dataclasses.replace(PLAN, data=str(work / "refined"), output=str(run), steps=1, model=dataclasses.replace(TINY, model_type="qwen2")))
-    with pytest.raises(UserError, match="Qwen2Tokenizer, which cuts text otherwise"):
-        publish(run, tmp_path / "out")
-
     checkpoint = run / "checkpoints" / "step-00000001"
+    with torch.no_grad():
+        weights = load_file(checkpoint / "model.safetensors")
+        for name, weight in weights.items():  # biases start at 0, where one that is lost would not show
+            weight += 0.1 * torch.randn(weight.shape) if name.endswith("bias") else 0
+        save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    state = read_json(checkpoint / "trainer_state.json")
+    state["files"]["model.safetensors"] = hash_files([checkpoint / "model.safetensors"])
+    write_json(checkpoint / "trainer_state.json", state)
+    publish(run, tmp_path / "llama")
+    exported, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), torch.arange(60)[None]
+    assert exported.config.model_type == "llama" and any("q_proj.bias" in name for name in weights)
+    torch.testing.assert_close(exported(ids).logits, AutoModelForCausalLM.from_pretrained(checkpoint)(ids).logits, rtol=1e-6, atol=1e-6)
     own = PreTrainedTokenizerFast.from_pretrained(tiny_tokenizer).backend_tokenizer
+    assert AutoTokenizer.from_pretrained(tmp_path / "llama")("It's 2024:\n\n DON'T")["input_ids"] == own.encode("It's 2024:\n\n DON'T").ids
     words = Qwen2Tokenizer().backend_tokenizer
     own.normalizer, own.pre_tokenizer = words.normalizer, words.pre_tokenizer
     state = read_json(checkpoint / "trainer_state.json")
@@ -265,7 +288,7 @@ def test_card_says_what_was_trained_on_what(work, tmp_path):
         assert f"\n{line}\n" in text, line
     tokens = re.search(r"\| Training tokens \| ([\d,]+) \((\d\.\d\d) passes", text)
     assert int(tokens[1].replace(",", "")) == manifest["tokens"]
-    assert "arXiv" not in text or "2410.17215" in text
+    assert "Loss on the text that it was trained on: tiny.jsonl, corpus fingerprint " + losses["corpus"] in text  # half of it was selected
     assert "@inproceedings{gu2025miniplm," in text and "https://arxiv.org/abs/2410.17215" in text
     assert abs(manifest["eval_loss"] - losses["loss"]) < 1e-4  # evaluate and train agree on the held-out loss
 
@@ -326,11 +349,13 @@ def test_losses_that_are_not_finite(run, work, tmp_path):
     (run / "metrics.jsonl").write_text("".join(json.dumps({**line, **{key: None for key in ("loss", "eval_loss") if key in line}}) + "\n" for line in lines))
     losses = read_json(work / "losses.json")
     losses["domains"]["books"] |= {"loss": None, "perplexity": None}
+    losses["corpus"] = "another"
     losses["domains"]["empty"] = {"rows": 1, "non_finite_rows": 0, "tokens": 0, "loss": None, "perplexity": None}
     write_json(tmp_path / "losses.json", losses)
     text = card(publish(run, tmp_path / "model", evaluation=str(tmp_path / "losses.json"))).text
     assert "| Training loss | not finite |" in text and "| Held-out loss | not finite |" in text
     assert f"| books | {losses['domains']['books']['tokens']:,} | not finite | not finite |" in text and "| empty | 0 | – | – |" in text
+    assert "Loss on held-out text: tiny.jsonl, corpus fingerprint another." in text
 
 
 def test_evaluation_must_be_one_of_this_checkpoint(work, tmp_path):

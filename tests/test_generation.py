@@ -81,7 +81,7 @@ def test_sampling_follows_the_temperature(tiny_model, tmp_path, monkeypatch):
     assert len(drawn) == 120 and 0.2 < beyond < 0.95 and abs(share - beyond) < 4 * math.sqrt(beyond * (1 - beyond) / 60)
 
 
-def test_end_tokens_stop_it(tiny_model, tmp_path):
+def test_end_tokens_stop_it(tiny_model, tmp_path, monkeypatch):
     model = tiny_model(tmp_path / "model", tie_word_embeddings=False)
     _, new = greedy(model, PROMPT, 12)
     end = new[5]
@@ -96,7 +96,9 @@ def test_end_tokens_stop_it(tiny_model, tmp_path):
         hidden = loaded.model(**load_tokenizer(model)(PROMPT, return_tensors="pt")).last_hidden_state[0, -1]
     poison(model, "lm_head.weight", lambda weight: weight[0].copy_(hidden))
     assert greedy(model, PROMPT, 1)[1] == [0]
-    assert run(model, temperature=0) == ""
+    put = []
+    monkeypatch.setattr("transformers.TextStreamer.put", lambda streamer, ids: put.append(ids.flatten().tolist()))
+    assert run(model, temperature=0) == "" and put[1:] == [[0]]
 
 
 def test_other_generation_settings_of_the_model_do_not_count(tiny_model, tmp_path):
@@ -173,3 +175,41 @@ def test_empty_prompt_without_a_token_to_start_from(tiny_model, tmp_path):
     edit(Path(model) / "tokenizer_config.json", lambda config: config.pop("eos_token"))
     with pytest.raises(UserError, match="neither BOS nor EOS"):
         run(model, "")
+
+
+def test_weights_that_are_missing(tiny_model, tmp_path):
+    model = tiny_model(tmp_path / "model")
+    tensors = load_file(Path(model) / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, Path(model) / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"up_proj.weight is missing"):
+        run(model)
+
+
+def test_gguf_file(tiny_model, tmp_path, capsys):
+    gguf = pytest.importorskip("gguf")
+    folder = Path(tiny_model(tmp_path / "model"))
+    config, tokenizer = (json.loads((folder / name).read_text()) for name in ("config.json", "tokenizer.json"))
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "qwen2")
+    fields = {"block_count": "num_hidden_layers", "context_length": "max_position_embeddings", "embedding_length": "hidden_size", "head_count_kv":
+              "num_key_value_heads", "feed_forward_length": "intermediate_size", "head_count": "num_attention_heads", "layer_norm_rms_eps": "rms_norm_eps"}
+    for field, key in fields.items():
+        getattr(writer, f"add_{field}")(config[key])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    vocabulary = tokenizer["model"]["vocab"]
+    writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
+    writer.add_token_types([gguf.TokenType.CONTROL, *[gguf.TokenType.NORMAL] * (len(vocabulary) - 1)])
+    writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config["num_hidden_layers"])
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    prompt = "teacher"
+    assert run(tmp_path / "tiny.gguf", prompt, temperature=0) == greedy(folder, prompt, 12)[0]
+    assert capsys.readouterr().out.startswith(prompt)

@@ -1,4 +1,4 @@
-"""miniplm.model and miniplm.decoder against transformers itself: logits, gradients, files in and out, refusals."""
+"""miniplm.model: every kind of model in, the same logits as transformers out; files that are not models are refused."""
 
 import json
 import re
@@ -6,103 +6,14 @@ import shutil
 
 import pytest
 import torch
-from safetensors import safe_open
+from random_models import ADAPTED, DECODED, SIZES, documents, logits, random_model, saved, transformers_logits
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
-    GPT2Config,
-    GPTNeoXConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MambaConfig,
-    PhiConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaConfig, PhiConfig
 
-from miniplm import decoder
 from miniplm.artifacts import UserError
 from miniplm.config import StudentConfig
 from miniplm.model import Adapter, Decoder, choose_device, choose_dtype, load_model, student_config, weight_files
-
-LENGTHS = [5, 0, 1, 17, 40, 0, 2]  # documents; the longest is past the rope scalings' original context of 16
-SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64,
-             initializer_range=0.3, bos_token_id=1, eos_token_id=2)
-LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
-YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)
-DECODED = {
-    "qwen2 gqa": Qwen2Config(**SIZES, num_key_value_heads=2),
-    "qwen2 mha tied": Qwen2Config(**SIZES, num_key_value_heads=4, tie_word_embeddings=True),
-    "qwen2 head_dim": Qwen2Config(**SIZES, num_key_value_heads=2, head_dim=16),
-    "qwen2 linear": Qwen2Config(**SIZES, num_key_value_heads=2, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0)),
-    "qwen2 unused window": Qwen2Config(**SIZES, num_key_value_heads=2, use_sliding_window=True, sliding_window=8, max_window_layers=3),
-    "llama mqa": LlamaConfig(**SIZES, num_key_value_heads=1),
-    "llama biased tied": LlamaConfig(**SIZES, num_key_value_heads=2, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
-    "llama mlp bias": LlamaConfig(**SIZES, mlp_bias=True, rms_norm_eps=1e-3),
-    "llama llama3": LlamaConfig(**SIZES, num_key_value_heads=2, rope_parameters=LLAMA3),
-    "llama yarn": LlamaConfig(**SIZES, num_key_value_heads=2, rope_parameters=YARN),
-    "llama yarn factor": LlamaConfig(**SIZES, head_dim=16, rope_parameters={**YARN, "attention_factor": 0.7}),
-    "qwen3 gqa": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16),
-    "qwen3 biased tied yarn": Qwen3Config(**SIZES, num_key_value_heads=4, head_dim=32, attention_bias=True, tie_word_embeddings=True,
-                                          rope_parameters=YARN),
-}
-ADAPTED = {
-    "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3),
-    "gpt_neox": GPTNeoXConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, initializer_range=0.3),
-    "mamba": MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.3),
-    "cohere, scaled logits": CohereConfig(**{**SIZES, "eos_token_id": 2}, num_key_value_heads=2, logit_scale=0.3),
-    "granite, divided logits": GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=3.0),
-    "qwen2 sliding window": Qwen2Config(**SIZES, num_key_value_heads=2, use_sliding_window=True, sliding_window=8, max_window_layers=1),
-    "llama dynamic rope": LlamaConfig(**SIZES, rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)),
-    "llama longrope": LlamaConfig(**SIZES, rope_parameters=dict(rope_type="longrope", rope_theta=1e4, factor=2.0, short_factor=[1.0, 1.5, 2.0, 2.5],
-                                                                long_factor=[2.0, 3.0, 4.0, 5.0], original_max_position_embeddings=48)),
-    "llama gelu": LlamaConfig(**SIZES, hidden_act="gelu"),
-}
-
-
-def random_model(config, seed=0):
-    """A transformers model with random weights, biases and norms too (theirs start as zeros and ones)."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1 and not name.endswith((".D", "dt_proj.bias")):  # Mamba's dynamics must stay stable
-            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
-    return model
-
-
-def saved(model, folder):
-    model.save_pretrained(folder)
-    return folder
-
-
-def documents(lengths=LENGTHS, vocab_size=97, seed=0):
-    """Packed random documents: input_ids [T], cu_seqlens [B + 1]."""
-    input_ids = torch.randint(0, vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
-    return input_ids, torch.tensor([0, *lengths]).cumsum(0).int()
-
-
-def split(input_ids, cu_seqlens):
-    return [part for part in input_ids.tensor_split(cu_seqlens[1:-1].tolist()) if len(part)]
-
-
-def transformers_logits(model, input_ids, cu_seqlens):
-    """[T, V]: each document on its own, no padding."""
-    return torch.cat([model(input_ids=document[None]).logits[0] for document in split(input_ids, cu_seqlens)])
-
-
-def logits(model, input_ids, cu_seqlens, **options):
-    return model(input_ids, cu_seqlens, **options) @ model.head_weight.T
-
-
-def rewrite(folder, change):
-    """Apply change(tensors) to the weights in a folder."""
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.fixture
@@ -111,113 +22,11 @@ def folder(tmp_path):
     return saved(random_model(DECODED["qwen2 mha tied"]), tmp_path / "model")
 
 
-# Decoder ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", DECODED)
-@torch.inference_mode()
-def test_decoder_equals_transformers(name, seed, tmp_path):
-    theirs = random_model(DECODED[name], seed)
-    ours = load_model(saved(theirs, tmp_path))
-    assert type(ours) is Decoder and not ours.training
-    assert set(ours.state_dict()) == {key for key in theirs.state_dict() if key != "lm_head.weight" or not theirs.config.tie_word_embeddings}
-    batch = documents(seed=seed)
-    expected = transformers_logits(theirs, *batch)
-    torch.testing.assert_close(logits(ours, *batch), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(logits(ours, *batch, max_seqlen=max(LENGTHS)), expected, atol=1e-4, rtol=0)
-    assert expected.std() > 0.5  # the comparison is not one of zeros
-
-
-@pytest.mark.parametrize("lengths", [[], [0], [0, 0], [1], [0, 3]])
-@torch.inference_mode()
-def test_decoder_on_few_tokens(lengths):
-    torch.manual_seed(0)
-    model = Decoder(DECODED["qwen3 gqa"])
-    input_ids, cu_seqlens = documents([*lengths, 7])
-    few = model(input_ids[:sum(lengths)], cu_seqlens[:-1])
-    torch.testing.assert_close(few, model(input_ids, cu_seqlens)[:sum(lengths)], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("name", ["llama llama3", "llama biased tied", "qwen3 biased tied yarn"])
-def test_gradients_equal_transformers(name, tmp_path):
-    theirs = random_model(DECODED[name])
-    ours = load_model(saved(theirs, tmp_path))
-    input_ids, cu_seqlens = documents()
-    targets = input_ids.roll(-1)
-    F.cross_entropy(logits(ours, input_ids, cu_seqlens), targets).backward()
-    F.cross_entropy(transformers_logits(theirs, input_ids, cu_seqlens), targets).backward()
-    expected = {key: parameter.grad for key, parameter in theirs.named_parameters()}
-    assert dict(ours.named_parameters()).keys() == expected.keys()
-    for key, parameter in ours.named_parameters():
-        assert (parameter.grad - expected[key]).norm() <= 1e-4 * expected[key].norm(), key
-
-
-def test_new_decoder_is_initialised_as_in_transformers():
-    torch.manual_seed(0)
-    config = student_config(StudentConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4), 1000, 5)
-    weights, theirs = Decoder(config).state_dict(), AutoModelForCausalLM.from_config(config).state_dict()
-    for name, weight in weights.items():
-        assert weight.shape == theirs[name].shape and weight.dtype == torch.float32
-        if weight.ndim == 2:
-            assert weight.std().item() == pytest.approx(0.02, rel=0.05) and abs(weight.mean()) < 1e-3, name
-        else:
-            assert torch.equal(weight, theirs[name]), name
-    torch.manual_seed(0)
-    assert all(torch.equal(weight, weights[name]) for name, weight in Decoder(config).state_dict().items())
-    assert config.dtype == torch.float32
-
-
-def test_flops_are_those_of_the_matrix_products(tmp_path):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    config = DECODED["qwen3 gqa"]
-    theirs = random_model(config)
-    theirs.set_attn_implementation("eager")
-    ours = load_model(saved(theirs, tmp_path))
-    context = 24
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        theirs(input_ids=documents([context])[0][None])
-    counts = counter.get_flop_counts()  # some versions write the angles of the rotary embedding as a matrix product
-    flops = sum(counts["Global"].values()) - sum(counts.get("Qwen3ForCausalLM.model.rotary_emb", {}).values())
-    # This attention computes all context² pairs, of which context·(context + 1)/2 are causal.
-    per_pair = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    assert context * ours.flops_per_token(context) == flops - per_pair * context * (context - 1) // 2
-    assert ours.num_parameters() == theirs.num_parameters()
-
-
-def test_student_config_carries_every_setting():
-    student = StudentConfig(model_type="llama", hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-                            num_key_value_heads=2, head_dim=16, tie_word_embeddings=False, rope_theta=5e5, rms_norm_eps=1e-5,
-                            max_position_embeddings=512, initializer_range=0.01)
-    config = student_config(student, vocab_size=300, eos_token_id=7)
-    for name in ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-                 "tie_word_embeddings", "rms_norm_eps", "max_position_embeddings", "initializer_range"):
-        assert getattr(config, name) == getattr(student, name), name
-    assert config.rope_parameters["rope_theta"] == 5e5
-    assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (300, 7, 7)
-    assert student_config(StudentConfig(vocab_size=512), 300, 7).vocab_size == 512
-    for model_type in ("qwen2", "qwen3"):  # the default width of a head is d / heads, whatever transformers' own default
-        config = student_config(StudentConfig(model_type=model_type), 300, 7)
-        with torch.device("meta"):
-            assert Decoder(config).model.layers[0].self_attn.head_dim == 64 and config.num_key_value_heads == 12
-
-
-def test_student_config_refuses(monkeypatch):
-    with pytest.raises(UserError, match="vocab_size 200 is below the tokenizer's 300"):
-        student_config(StudentConfig(vocab_size=200), 300, 7)
-
-    def refuse(*args, **settings):
-        raise ValueError("a rule\nof its own")
-
-    monkeypatch.setattr(AutoConfig, "for_model", refuse)
-    with pytest.raises(UserError, match="transformers refuses this model: a rule of its own"):
-        student_config(StudentConfig(), 300, 7)
-
-
-def test_decoder_refuses_what_it_cannot_compute():
-    with pytest.raises(UserError, match="sliding windows"):
-        Decoder(ADAPTED["qwen2 sliding window"])
+def rewrite(folder, change):
+    """Apply change(tensors) to the weights in a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 # Adapter ------------------------------------------------------------------------------------------------------------
@@ -291,43 +100,8 @@ def test_adapter_refuses_models_that_look_ahead():
         Adapter(model, "seer")
 
 
+
 # Files --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["qwen2 gqa", "llama llama3", "llama biased tied", "qwen3 biased tied yarn"])
-@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
-@torch.inference_mode()
-def test_saved_decoder_opens_in_transformers(name, shard_size, tmp_path, monkeypatch):
-    monkeypatch.setattr(decoder, "MAX_SHARD_SIZE", shard_size)
-    torch.manual_seed(3)
-    model = Decoder(DECODED[name])
-    model.save_pretrained(tmp_path)
-    files = weight_files(tmp_path)
-    assert len(files) == 1 if shard_size == "5GB" else len(files) > 3
-    found = set()
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            assert opened.metadata()["format"] == "pt"
-            found |= set(opened.keys())
-    assert ("lm_head.weight" in found) != model.config.tie_word_embeddings
-    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert theirs.dtype == torch.float32 and theirs.generation_config.eos_token_id == 2
-    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(theirs).__name__]
-    batch = documents()
-    torch.testing.assert_close(logits(model, *batch), transformers_logits(theirs, *batch), atol=1e-4, rtol=0)
-    again = load_model(tmp_path)
-    assert all(torch.equal(weight, model.state_dict()[key]) for key, weight in again.state_dict().items())
-
-
-def test_equal_models_are_equal_bytes(tmp_path):
-    for name in "ab":
-        torch.manual_seed(0)
-        Decoder(DECODED["qwen2 gqa"]).save_pretrained(tmp_path / name)
-        load_model(tmp_path / name).save_pretrained(tmp_path / f"{name}2")
-    for file in (tmp_path / "a").iterdir():
-        for other in ("b", "a2", "b2"):
-            assert file.read_bytes() == (tmp_path / other / file.name).read_bytes(), (other, file.name)
 
 
 @torch.inference_mode()
@@ -450,9 +224,38 @@ def test_folders_that_are_not_models(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     refused(folder, "holds no model.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"pickled")
-    refused(folder, "only .bin weights.*convert them to safetensors")
+    refused(folder, "holds no model.safetensors.*convert them to safetensors")
+    AutoConfig.for_model("gpt2").save_pretrained(folder)
+    refused(folder, "holds no model.safetensors.*convert them to safetensors")
     refused("nobody/nothing", "neither a local folder nor a Hugging Face model that can be reached")
     refused("not a name", "neither a local folder nor a Hugging Face model that can be reached")
+
+
+def test_hugging_face_id_from_the_cache(folder, tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / ("0" * 40)
+    shutil.copytree(folder, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert torch.equal(load_model("someone/tiny").head_weight, load_model(folder).head_weight)
+    assert weight_files("someone/tiny") == [snapshot / "model.safetensors"]
+
+
+def test_only_the_model_itself_is_downloaded(folder, monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
+    listing = ["config.json", "generation_config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
+               "tokenizer.model", "merges.txt", "chat_template.jinja"]
+    others = ["pytorch_model.bin", "model.gguf", "original/consolidated.00.safetensors", "consolidated.safetensors", "onnx/config.json", "README.md"]
+
+    def download(name, allow_patterns, ignore_patterns):
+        assert name == "someone/tiny"
+        assert set(filter_repo_objects(listing + others, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)) == set(listing)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert weight_files("someone/tiny") == [folder / "model.safetensors"]
+
 
 
 def test_remote_code_runs_only_when_asked(folder, tmp_path):
@@ -476,6 +279,7 @@ def test_a_training_output_gives_its_latest_checkpoint(tmp_path):
                 ).save_pretrained(tmp_path / "checkpoints" / f"step-{step:08d}")
     assert load_model(tmp_path).head_weight.shape[0] == 1000
     assert weight_files(str(tmp_path)) == [tmp_path / "checkpoints" / "step-00001000" / "model.safetensors"]
+
 
 
 # GGUF ---------------------------------------------------------------------------------------------------------------
@@ -539,6 +343,7 @@ def test_gguf_refusals(gguf_file, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install miniplm\[gguf\]"):
         load_model(path)
+
 
 
 # Devices ------------------------------------------------------------------------------------------------------------

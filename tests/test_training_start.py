@@ -1,0 +1,116 @@
+"""train: where a run starts from, and what it refuses before it writes anything."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import EOS, STUDENT, check_equal_runs, make_config, metrics, plain_loss, stop_after, truncate, write_corpus
+
+from miniplm import training
+from miniplm.artifacts import UserError, latest_checkpoint, read_json
+from miniplm.config import OptimizerConfig
+from miniplm.training import DataOrder, train
+
+
+@pytest.fixture
+def config(tiny_corpus, tmp_path):
+    return make_config(tiny_corpus, tmp_path / "out")
+
+
+def test_bad_input_leaves_nothing_behind(config, tiny_corpus, tiny_model, tmp_path):
+    nothing = write_corpus(tmp_path / "nothing", [[EOS, EOS, 5], [7], [EOS]], tiny_corpus)
+    other = write_corpus(tmp_path / "other", [[1, 2, 3]], tiny_corpus)
+    manifest = read_json(Path(other) / "manifest.json")
+    Path(other, "manifest.json").write_text(json.dumps({**manifest, "tokenizer_fingerprint": "another"}))
+    model = tiny_model(tmp_path / "model")
+    small = tiny_model(tmp_path / "small", vocab_size=400)
+    broken = Path(tiny_model(tmp_path / "broken"))
+    truncate(broken / "model.safetensors")
+    reordered = Path(tiny_model(tmp_path / "reordered"))
+    tokenizer = json.loads((reordered / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[100:102]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (reordered / "tokenizer.json").write_text(json.dumps(tokenizer))
+    unknown = tmp_path / "unknown.json"
+    unknown.write_text(json.dumps({"model_type": "no-such-model", "vocab_size": 500}))
+    (tmp_path / "text.json").write_text("{model")
+    for changed, message in [
+        (dict(data=str(tmp_path / "missing")), "does not exist"),
+        (dict(data=nothing), "holds no token to predict"),
+        (dict(eval_data=nothing), "hold no token to predict"),
+        (dict(eval_data=other), "different tokenizers"),
+        (dict(batch_tokens=32), "batch_tokens 32 is below the longest chunk"),
+        (dict(model=replace(STUDENT, vocab_size=499)), "vocab_size 499"),
+        (dict(init_from=str(tmp_path / "missing")), "missing"),
+        (dict(init_from=str(broken)), "model.safetensors is not a whole"),
+        (dict(init_from=str(reordered)), "the tokenizer of .*reordered is not the corpus's"),
+        (dict(init_from=small), "predicts 400 ids"),
+        (dict(model_config=str(tmp_path / "missing.json")), "does not exist"),
+        (dict(model_config=str(tmp_path / "text.json")), "not valid JSON"),
+        (dict(model_config=str(unknown)), "transformers cannot read"),
+        (dict(model_config=small), "vocab_size 400 in .* is below the corpus's 500"),
+        (dict(device="cuda:77"), "cuda:77"),
+        (dict(output=str(Path(model) / "config.json")), "is a file"),
+        (dict(output=model), "not empty"),
+    ]:
+        with pytest.raises(UserError, match=message) as raised:
+            train(replace(config, **changed))
+        assert "\n" not in str(raised.value)
+        assert not Path(config.output).exists()
+
+
+def test_warm_up_past_the_end_is_said(config, capsys):
+    train(replace(config, steps=5, optimizer=OptimizerConfig(lr=1e-2, warmup_steps=50)))
+    assert "optimizer.warmup_steps 50 is not below the run's 5 steps: the learning rate only rises, to 0.001 of 0.01" in capsys.readouterr().err
+    assert metrics(config.output)[-1]["lr"] == pytest.approx(1e-3)
+
+
+def test_starts_from_weights(config, tiny_model, tiny_corpus, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    start = tiny_model(tmp_path / "start", seed=3)
+    train(replace(config, init_from=start, steps=1, log_interval=1))
+    corpus = training.Corpus(tiny_corpus)
+    rows = corpus.rows(DataOrder(corpus.num_tokens, 200, config.seed).step(0))
+    with torch.no_grad():
+        assert metrics(config.output)[0]["loss"] == pytest.approx(plain_loss(AutoModelForCausalLM.from_pretrained(start), rows).item(), rel=1e-5)
+    train(replace(config, init_from=config.output, output=config.output + "2", steps=2, eval_data=None))  # a training output is one too
+    assert metrics(config.output + "2")[0]["loss"] < metrics(config.output)[0]["loss"]
+    with pytest.raises(UserError, match="init_from was"):
+        train(replace(config, init_from=tiny_model(tmp_path / "other", seed=4), steps=1))
+
+
+@pytest.mark.parametrize("architecture", ["LlamaConfig", "MambaConfig"])
+def test_starts_from_any_architecture(config, architecture, monkeypatch, tmp_path):
+    import transformers
+
+    sizes = dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    if architecture == "MambaConfig":
+        sizes = dict(vocab_size=512, hidden_size=32, num_hidden_layers=2, state_size=4)
+    getattr(transformers, architecture)(**sizes, bos_token_id=1, eos_token_id=2, dtype="bfloat16").save_pretrained(tmp_path / "architecture")
+    config = replace(config, model_config=str(tmp_path / "architecture" / "config.json"), steps=6, eval_data=None, keep_checkpoints=1)
+    train(config)
+    lines = metrics(config.output)
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
+    saved = read_json(Path(latest_checkpoint(config.output)) / "config.json")
+    assert (saved["eos_token_id"], saved["dtype"]) == (EOS, "float32")
+    again = replace(config, output=config.output + "2")
+    stop_after(again, 3, monkeypatch)
+    train(again)
+    check_equal_runs(config.output, again.output)
+
+
+def test_equal_seeds_give_equal_weights_and_leave_the_callers_numbers_alone(config):
+    setup = training._set_up(config)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = training._initial_model(config, setup)
+    assert torch.equal(torch.rand(3), expected)
+    second, other = training._initial_model(config, setup), training._initial_model(replace(config, seed=11), setup)
+    pairs = list(zip(first.parameters(), second.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(first.head_weight, other.head_weight)

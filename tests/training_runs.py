@@ -1,0 +1,87 @@
+"""What the tests of train share: a run, and how to compare two of them."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from miniplm import training
+from miniplm.artifacts import complete_output, open_output, read_json
+from miniplm.config import OptimizerConfig, StudentConfig, TrainConfig
+
+STUDENT = StudentConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+EOS = 0  # of the tiny tokenizer
+
+
+def make_config(data, output) -> TrainConfig:
+    """26 steps of some 200 tokens in about four micro-batches. Lines at 4, 8, …; checkpoints at 6, 12, …; evaluations at 9, 18 and the end."""
+    return TrainConfig(data=data, output=str(output), model=STUDENT, steps=26, batch_tokens=200, micro_batch_tokens=70,
+                       optimizer=OptimizerConfig(lr=1e-2, warmup_steps=5), eval_data=data, eval_interval=9, eval_rows=6,
+                       checkpoint_interval=6, log_interval=4, device="cpu", peak_tflops=0.1)
+
+
+def metrics(output) -> list[dict]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("tokens_per_second", "mfu")} for line in lines]
+
+
+def files(folder) -> dict[str, bytes]:
+    """All files under a folder, but for tensorboard's (their names carry the time) and the metrics."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*")
+            if path.is_file() and "tensorboard" not in path.parts and path.name != "metrics.jsonl"}
+
+
+def check_equal_runs(output, other):
+    assert metrics(output) == metrics(other)
+    assert files(output) == files(other)
+
+
+def stop_after(config, step, monkeypatch):
+    """A run stopped after `step` steps."""
+    original, calls = training.train_step, []
+
+    def stopping(*arguments):
+        calls.append(1)
+        if len(calls) > step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(training.Interrupted):
+        patch.setattr(training, "train_step", stopping)
+        training.train(config)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def write_corpus(folder, chunks, like) -> str:
+    """A complete corpus of these chunks with the tokenizer of the corpus `like`."""
+    import pyarrow as pa
+
+    from miniplm import storage
+
+    manifest = read_json(Path(like) / "manifest.json")
+    open_output(folder, "prepare", {})
+    columns = {"input_ids": pa.array(chunks, pa.list_(pa.int32())), "domain": pa.array(["default"] * len(chunks)),
+               "num_tokens": pa.array([len(ids) for ids in chunks], pa.int32())}
+    content = storage.write_dataset_files(folder, [storage.write_shard(folder, 0, columns)], with_scores=False)
+    shutil.copytree(Path(like) / "tokenizer", Path(folder) / "tokenizer")
+    predictions = sum(token != EOS for ids in chunks for token in ids[:-1])
+    complete_output(folder, {**manifest, "fingerprint": content, "rows": len(chunks), "tokens": sum(map(len, chunks)), "predictions": predictions})
+    return str(folder)
+
+
+def plain_loss(model, rows):
+    """Mean −log p over all positions whose input is not EOS, from transformers' own logits, one chunk at a time."""
+    losses = []
+    for row in rows:
+        ids = torch.tensor(row, dtype=torch.int64)
+        log_prob = model(input_ids=ids[None]).logits[0, :-1].float().log_softmax(-1)
+        losses.append(-log_prob.gather(1, ids[1:, None])[ids[:-1] != EOS, 0])
+    return torch.cat(losses).mean()
