@@ -5,8 +5,8 @@
     miniplm   packed batches, both bodies on the same batch, both heads in difference_score; no [tokens, vocabulary] tensor
 
 Each runs in a process of its own: load, one small batch, then passes over all chunks. Memory is the highest resident size
-during the passes beyond that before, sampled every 2 ms; speed is that of the fastest pass (other work on the machine only slows a pass). The
-scores of both must agree.
+during the passes beyond that before, sampled every 2 ms. Speed is that of the fastest pass: other work on the machine only
+slows a pass. The scores of both must agree.
 Chunk lengths are as prepare makes them: full, less the way back to the last sentence end (here geometric, mean 20 tokens).
 
     python benchmarks/score.py [--teacher 384,1024,4,6] [--reference 192,512,2,3] [--vocab-size 32768] [--rows 32] [--json FILE]
@@ -201,7 +201,8 @@ def show(report: dict):
     first = report[CONTENDERS[0]]
     for name in CONTENDERS:
         speed, memory = report[name]["tokens_per_second"], report[name]["extra_bytes"]
-        table.add_row(name, f"{speed:,.0f}", f"{speed / first['tokens_per_second']:.2f}", f"{memory / 1e6:,.0f}", f"{memory / first['extra_bytes']:.3f}")
+        ratios = speed / first["tokens_per_second"], memory / first["extra_bytes"]
+        table.add_row(name, f"{speed:,.0f}", f"{ratios[0]:.2f}", f"{memory / 1e6:,.0f}", f"{ratios[1]:.3f}")
     Console().print(table)
     print(f"largest difference of a score: {report['largest_difference']:.1e}")
 

@@ -75,26 +75,15 @@ def _statistic(like, *sizes):
 
 _RMS_NORM_BACKWARD = register(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? grad_x) -> (Tensor, Tensor)",
-    reference.rms_norm_backward,
-    lambda grad, x, weight, rstd, grad_x: _like(x, weight),
+    reference.rms_norm_backward, lambda grad, x, weight, rstd, grad_x: _like(x, weight),
 )
-
-
-def _rms_norm_setup(ctx, inputs, output):
-    x, weight, _ = inputs
-    ctx.save_for_backward(x, weight, output[1])
-
-
-def _rms_norm_backward(ctx, grad, _):
-    return *_RMS_NORM_BACKWARD(grad, *ctx.saved_tensors, None), None
-
 
 _RMS_NORM = register(
     "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     reference.rms_norm,
     lambda x, weight, eps: (*_like(x), _statistic(x, *x.shape[:-1], 1)),
-    _rms_norm_backward,
-    _rms_norm_setup,
+    lambda ctx, grad, _: (*_RMS_NORM_BACKWARD(grad, *ctx.saved_tensors, None), None),
+    lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2], output[1]),
 )
 
 
@@ -111,11 +100,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return _RMS_NORM(x, weight, eps)[0]
 
 
-def _add_rms_norm_setup(ctx, inputs, output):
-    _, total, rstd = output
-    ctx.save_for_backward(total, inputs[2], rstd)
-
-
 def _add_rms_norm_backward(ctx, grad, grad_total, _):
     grad_x, grad_weight = _RMS_NORM_BACKWARD(grad, *ctx.saved_tensors, grad_total)
     return grad_x, grad_x, grad_weight, None
@@ -126,7 +110,7 @@ _ADD_RMS_NORM = register(
     reference.add_rms_norm,
     lambda x, residual, weight, eps: (*_like(x, x), _statistic(x, *x.shape[:-1], 1)),
     _add_rms_norm_backward,
-    _add_rms_norm_setup,
+    lambda ctx, inputs, output: ctx.save_for_backward(output[1], inputs[2], output[2]),
 )
 
 
@@ -160,8 +144,7 @@ _ROTARY = register(
     "rotary(Tensor q, Tensor k, Tensor positions, Tensor inv_freq, bool inverse) -> (Tensor, Tensor)",
     reference.rotary,
     lambda q, k, positions, inv_freq, inverse: _like(q, k),
-    _rotary_backward,
-    _rotary_setup,
+    _rotary_backward, _rotary_setup,
 )
 
 
@@ -186,16 +169,12 @@ def apply_rotary(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> t
 
 
 _SWIGLU_BACKWARD = register(
-    "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
-    reference.swiglu_backward,
-    lambda grad, gate, up: _like(gate, up),
+    "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)", reference.swiglu_backward, lambda grad, gate, up: _like(gate, up)
 )
 _SWIGLU = register(
     "swiglu(Tensor gate, Tensor up) -> Tensor",
-    reference.swiglu,
-    lambda gate, up: _like(gate)[0],
-    lambda ctx, grad: _SWIGLU_BACKWARD(grad, *ctx.saved_tensors),
-    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    reference.swiglu, lambda gate, up: _like(gate)[0],
+    lambda ctx, grad: _SWIGLU_BACKWARD(grad, *ctx.saved_tensors), lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
 
@@ -217,8 +196,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 _FLASH_ATTENTION_BACKWARD = register(
     "flash_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt? max_seqlen, float scale)"
     " -> (Tensor, Tensor, Tensor)",
-    reference.flash_attention_backward,
-    lambda grad, q, k, v, *_: _like(q, k, v),
+    reference.flash_attention_backward, lambda grad, q, k, v, *_: _like(q, k, v),
 )
 
 
@@ -235,8 +213,7 @@ _FLASH_ATTENTION = register(
     "flash_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt? max_seqlen, float scale) -> (Tensor, Tensor)",
     reference.flash_attention,
     lambda q, *_: (*_like(q), _statistic(q, *q.shape[:2])),
-    _flash_attention_backward,
-    _flash_attention_setup,
+    _flash_attention_backward, _flash_attention_setup,
 )
 
 
@@ -284,19 +261,18 @@ def _loss_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _scale(gradient, grad):
-    return gradient.mul_(grad) if type(gradient) is Tensor else gradient * grad  # a traced graph plans its own memory
-
-
 def _loss_backward(name):
     def backward(ctx, grad, *_):
+        results = [None] * len(ctx.needs_input_grad)
         if grad is None:
-            return (None,) * len(ctx.needs_input_grad)
+            return tuple(results)
         # The first pass scales the gradients in place and gives them away; another one (retain_graph=True) computes them anew.
         gradients = ctx.gradients or getattr(torch.ops.miniplm, name)(*ctx.saved_tensors, *ctx.others)[-2:]
         ctx.gradients = None
-        need = ctx.needs_input_grad
-        return *(_scale(gradient, grad) if wanted else None for gradient, wanted in zip(gradients, need[:2], strict=True)), *(None for _ in need[2:])
+        for i, gradient in enumerate(gradients):
+            if ctx.needs_input_grad[i]:  # a traced graph plans its memory itself
+                results[i] = gradient.mul_(grad) if type(gradient) is Tensor else gradient * grad
+        return tuple(results)
 
     return backward
 
@@ -307,8 +283,7 @@ _CROSS_ENTROPY = register(
     reference.linear_cross_entropy,
     lambda hidden, weight, targets, token_weight, ignore_index, need_hidden, need_weight, budget: (
         _statistic(hidden), *_gradients(need_hidden, need_weight, hidden, weight)),
-    _loss_backward("linear_cross_entropy"),
-    _loss_setup,
+    _loss_backward("linear_cross_entropy"), _loss_setup,
 )
 
 
@@ -327,8 +302,7 @@ _LOG_PROB = register(
     "linear_log_prob(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, int budget) -> Tensor",
     reference.linear_log_prob,
     lambda hidden, weight, targets, ignore_index, budget: _statistic(hidden, len(hidden)),
-    _log_prob_backward,
-    _log_prob_setup,
+    _log_prob_backward, _log_prob_setup,
 )
 _DISTILLATION = register(
     "linear_distillation_loss(Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden, Tensor teacher_weight, Tensor targets,"
@@ -336,8 +310,7 @@ _DISTILLATION = register(
     reference.linear_distillation_loss,
     lambda hidden, weight, th, tw, targets, alpha, temperature, ignore_index, need_hidden, need_weight, budget: (
         *(_statistic(hidden) for _ in range(3)), *_gradients(need_hidden, need_weight, hidden, weight)),
-    _loss_backward("linear_distillation_loss"),
-    _loss_setup,
+    _loss_backward("linear_distillation_loss"), _loss_setup,
 )
 _DIFFERENCE_SCORE = register(
     "difference_score(Tensor teacher_hidden, Tensor teacher_weight, Tensor reference_hidden, Tensor reference_weight, Tensor targets,"
@@ -394,16 +367,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     _check_head(hidden, weight, targets)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
+    count = (targets != ignore_index).sum().clamp(min=1) if reduction == "mean" else 1
     need_hidden, need_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
-    if reduction == "none" or not (need_hidden or need_weight):
-        loss = -_LOG_PROB(hidden, weight, targets, ignore_index, budget)
-        if reduction != "none":
-            loss = loss.sum()
-        return loss / (targets != ignore_index).sum().clamp(min=1) if reduction == "mean" else loss
-    token_weight = hidden.new_ones(len(hidden), dtype=accumulate_dtype(hidden))
-    if reduction == "mean":
-        token_weight /= (targets != ignore_index).sum().clamp(min=1)
-    return _CROSS_ENTROPY(hidden, weight, targets, token_weight, ignore_index, need_hidden, need_weight, budget)[0]
+    if reduction != "none" and (need_hidden or need_weight):
+        token_weight = hidden.new_ones(len(hidden), dtype=accumulate_dtype(hidden)) / count
+        return _CROSS_ENTROPY(hidden, weight, targets, token_weight, ignore_index, need_hidden, need_weight, budget)[0]
+    loss = -_LOG_PROB(hidden, weight, targets, ignore_index, budget)
+    return loss if reduction == "none" else loss.sum() / count
 
 
 def linear_distillation_loss(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, targets: Tensor,

@@ -36,9 +36,9 @@ def rms_norm_backward(grad, x, weight, rstd, grad_x):
     """With r = rstd, dx = r · g·w − x · r³/d · Σ_d g·w·x and dw = Σ g·x·r; grad_x, if given, is added to dx."""
     dtype, width = rstd.dtype, x.shape[-1]
     grad32, x32, rstd = grad.reshape(-1, width).to(dtype), x.reshape(-1, width).to(dtype), rstd.reshape(-1, 1)
-    product = grad32 * x32
-    grad_weight = (rstd.T @ product).squeeze(0)
-    projection = (product @ weight.to(dtype))[:, None].mul_(rstd.pow(3)).div_(-width)
+    product = torch.mul(x32, rstd).mul_(grad32)
+    grad_weight = product.sum(0)
+    projection = (product @ weight.to(dtype))[:, None].mul_(rstd.square()).div_(-width)
     dx = torch.mul(grad32, weight, out=product).mul_(rstd).addcmul_(x32, projection).view(x.shape)
     if grad_x is not None:
         dx += grad_x
@@ -109,9 +109,10 @@ def _runs(cu_seqlens, tokens, max_seqlen):
 
 
 def _documents(x, run):
-    """The run's part of x [T, H, D] as [documents, H, length, D]."""
+    """The run's part of x [T, H, D] as [documents, H, length, D], each row of D contiguous: PyTorch's kernel takes that for granted."""
     start, end, documents = run
-    return x[start:end].unflatten(0, (documents, -1)).transpose(1, 2)
+    part = x[start:end].unflatten(0, (documents, -1)).transpose(1, 2)
+    return part if part.stride(-1) == 1 else part.contiguous()
 
 
 def _packed(parts, like):
@@ -245,7 +246,7 @@ def difference_score(teacher_hidden, teacher_weight, reference_hidden, reference
 
     def mean(hidden, weight):
         log_prob = linear_log_prob(hidden, weight[:vocabulary], targets, IGNORE_INDEX, TILE_BYTES)
-        return (per_document(log_prob) / count).to(log_prob.dtype)
+        return (per_document(log_prob) / count).to(accumulate_dtype(teacher_hidden))
 
     teacher, reference = mean(teacher_hidden, teacher_weight), mean(reference_hidden, reference_weight)
     return teacher - reference, teacher, reference, count.int()

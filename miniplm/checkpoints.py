@@ -77,11 +77,14 @@ def load_optimizer(optimizer, model, checkpoint: Path, updates: int):
 
 
 def find_checkpoint(output, identity: str) -> tuple[Path, TrainState] | None:
-    """The latest whole checkpoint of a run, None if there is none. Damaged later ones are removed, with a warning.
+    """The latest whole checkpoint of a run, None if there is none. Damaged later ones are removed, with a warning; so is what a
+    kill left of one that was being written.
 
     Raises:
         UserError: all are damaged, or the latest whole one belongs to another run.
     """
+    for leftover in Path(output).glob("checkpoints/.step-*.tmp"):
+        shutil.rmtree(leftover)
     damaged = {}
     for checkpoint in sorted(Path(output).glob("checkpoints/step-*"), reverse=True):
         try:
@@ -105,10 +108,9 @@ def find_checkpoint(output, identity: str) -> tuple[Path, TrainState] | None:
 
 
 def prune_checkpoints(output, keep: int):
-    """Remove all but the latest `keep` checkpoints, and what a kill left of one that was being written."""
-    folder = Path(output) / "checkpoints"
-    for path in [*sorted(folder.glob("step-*"))[:-keep], *folder.glob(".step-*.tmp")]:
-        shutil.rmtree(path)
+    """Remove all but the latest `keep` checkpoints."""
+    for checkpoint in sorted(Path(output).glob("checkpoints/step-*"))[:-keep]:
+        shutil.rmtree(checkpoint)
 
 
 class Metrics:

@@ -103,7 +103,7 @@ class Decoder(LanguageModel):
 
     Args:
         config: a Qwen2Config, LlamaConfig or Qwen3Config for which `unsupported(config)` is None; it is copied.
-            Dropout is not applied.
+            Dropout is not applied, and the embedding of pad_token_id is trained like any other.
     """
 
     def __init__(self, config):

@@ -18,7 +18,7 @@ from .decoder import Decoder, LanguageModel, student_config, unsupported
 
 __all__ = ["Adapter", "Decoder", "LanguageModel", "choose_device", "choose_dtype", "load_model", "student_config", "weight_files"]
 
-MISSING, OTHER_SHAPE = "are missing", "have another shape than it says"
+MISSING, UNKNOWN, OTHER_SHAPE = "missing", "not of this architecture", "of another shape"
 
 
 class Adapter(LanguageModel):
@@ -186,7 +186,7 @@ def _fill_decoder(config, tensors: dict[str, Tensor], path: Path) -> Decoder:
     expected = model.state_dict()
     found = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}  # in old files
     for problem, names in [(MISSING, [name for name in expected if name not in found]),
-                           ("belong to another architecture", [name for name in found if name not in expected]),
+                           (UNKNOWN, [name for name in found if name not in expected]),
                            (OTHER_SHAPE, [name for name in expected if name in found and expected[name].shape != found[name].shape])]:
         _refuse_tensors(path, problem, names)
     model.load_state_dict(found, assign=True)
@@ -195,7 +195,8 @@ def _fill_decoder(config, tensors: dict[str, Tensor], path: Path) -> Decoder:
 
 def _refuse_tensors(path: Path, problem: str, names):
     if names:
-        raise UserError(f"the weights in {path} do not fit its config: {len(names)} tensors {problem} ({', '.join(names[:3])}{', …' * (len(names) > 3)})")
+        raise UserError(f"the weights in {path} do not fit its config: {len(names)} {problem} ({', '.join(names[:3])}{', …' * (len(names) > 3)}): "
+                        "download or save the model again")
 
 
 def _load_with_transformers(path: Path, dtype: torch.dtype, trust_remote_code: bool = False, **options):

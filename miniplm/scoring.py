@@ -49,21 +49,19 @@ def score(config: ScoreConfig) -> None:
     output = Path(config.output)
     columns = [f"{role}_log_prob" for role in names] + ["score"] * (len(names) == 2)
     shards = [range(start, min(start + shard_rows, len(corpus))) for start in range(0, len(corpus), shard_rows)]
-
-    def missing() -> list[int]:
-        return [number for number, rows in enumerate(shards) if not is_whole(output / shard_name(number), rows, columns)]
-
-    if (output / MANIFEST).exists() and open_output(output, "score", identity) and not missing():
+    complete = (output / MANIFEST).exists() and open_output(output, "score", identity)
+    todo = [number for number, rows in enumerate(shards) if not is_whole(output / shard_name(number), rows, columns)]
+    if complete and not todo:
         print(f"The scores in {output} are complete, nothing to do.")
         return
     models = {role: load_model(name, dtype, device, config.trust_remote_code) for role, name in names.items()}
-    vocab_size = min([len(model.head_weight) for model in models.values()] + [config.vocab_size] * (config.vocab_size is not None))
+    heads = [len(model.head_weight) for model in models.values()]
+    vocab_size = min([*heads, config.vocab_size or heads[0]])
     if vocab_size < (needed := _ids_needed(corpus, tokenizer, vocab_size)):
         raise UserError(f"corpus {config.data} has ids up to {needed - 1}, the softmax covers only {vocab_size}: "
                         "give models with a larger head, or a larger vocab_size")
 
     open_output(output, "score", identity)  # claimed only now: a model that does not load leaves no folder behind
-    todo = missing()
     positions = corpus.num_tokens - 1
     batches = ((number, batch) for number in todo for batch in _batches(corpus, shards[number], batch_tokens, config.document_mask))
     left = sum(int(positions[shards[number]].sum()) for number in todo)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from conftest import make_text
 from test_chunking import EOS, byte_level_texts, oracle_chunks
@@ -95,9 +96,8 @@ def test_same_bytes_for_any_number_of_workers_and_any_source_format(tiny_tokeniz
                               domain_column="domain", max_length=50, shard_tokens=2_000))
         outputs.append(contents(tmp_path / f"out{workers}"))
     assert outputs[0] == outputs[1] == outputs[2] and len(outputs[0]) > 6
-    import pandas
-
-    pandas.read_json(tmp_path / "data.jsonl", lines=True).to_parquet(tmp_path / "data.parquet")
+    rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text(encoding="utf-8").splitlines()]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
     prepare(PrepareConfig(data=str(tmp_path / "data.parquet"), tokenizer=tiny_tokenizer, output=str(tmp_path / "parquet"), workers=1,
                           domain_column="domain", max_length=50, shard_tokens=2_000))
     assert Corpus(tmp_path / "parquet").table.equals(Corpus(tmp_path / "out1").table)

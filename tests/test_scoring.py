@@ -149,7 +149,8 @@ def test_heads_of_unequal_height(tiny_corpus, tiny_model, reference, tmp_path):
 
 
 def test_batches_and_files_change_no_score(tiny_corpus, teacher, reference, scores, tmp_path):
-    score(ScoreConfig(data=tiny_corpus, teacher=teacher, reference=reference, output=str(tmp_path / "s"), shard_rows=1000, batch_tokens=1, device="cpu"))
+    score(ScoreConfig(data=tiny_corpus, teacher=teacher, reference=reference, output=str(tmp_path / "s"),
+                      shard_rows=1000, batch_tokens=1, device="cpu"))
     assert [path.name for path in (tmp_path / "s").glob("*.parquet")] == ["scores-00000.parquet"]
     for name, values in read(tmp_path / "s").items():
         np.testing.assert_allclose(values, read(scores)[name], atol=1e-5, rtol=0)
@@ -265,7 +266,8 @@ def test_kill_at_random_moments_ends_in_the_same_bytes(tiny_corpus, teacher, ref
     folder = tmp_path / "killed"
     targets = [0, *sorted(random.Random(1).sample(range(1, 36), 5))]
     setup = ("import datasets, pyarrow.parquet, safetensors, transformers; from miniplm.config import ScoreConfig; "
-             "from miniplm.scoring import score; transformers.AutoTokenizer, transformers.LlamaConfig, transformers.Qwen2Config, transformers.Qwen3Config")
+             "from miniplm.scoring import score; "
+             "transformers.AutoTokenizer, transformers.LlamaConfig, transformers.Qwen2Config, transformers.Qwen3Config")  # imported when named
     struck = kill_and_restart(setup, f"score(ScoreConfig(output={str(folder)!r}, **{options!r}))", folder, "*.parquet", targets)
     assert struck >= 3  # on a busy machine a run may end before the blow
     assert files(folder) == files(tmp_path / "whole")

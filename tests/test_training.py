@@ -22,6 +22,7 @@ from miniplm.decoder import Decoder, student_config
 from miniplm.model import load_model
 from miniplm.training import DataOrder, global_batch, learning_rate, make_optimizer, train, train_step
 
+
 @pytest.fixture
 def config(tiny_corpus, tmp_path):
     return make_config(tiny_corpus, tmp_path / "out")

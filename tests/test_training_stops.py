@@ -117,6 +117,9 @@ def test_killed_between_two_writes_it_ends_alike(config, whole, module, function
     process = start(call_in, module.__name__, function, call, config)
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
+    leftover = Path(config.output, "checkpoints", ".step-00000013.tmp")  # of a kill while a stop's checkpoint was written
+    leftover.mkdir(parents=True)
+    (leftover / "model.safetensors").touch()
     train(config)
     check_equal_runs(config.output, whole.output)
 
@@ -148,6 +151,16 @@ def test_stopped_at_a_given_call_it_ends_alike(config, whole, function, call, mo
     assert stops >= 1
     train(config)
     check_equal_runs(config.output, whole.output)
+
+
+def test_stop_gives_up_the_step_under_way(config, monkeypatch, capsys):
+    loss = training.summed_loss
+    with monkeypatch.context() as patch, pytest.raises(training.Interrupted) as stopped:
+        patch.setattr(training, "summed_loss", lambda *arguments: (os.kill(os.getpid(), signal.SIGINT), loss(*arguments))[1])
+        train(config)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.endswith("stopped at step 0: the same command continues\n")
+    assert not Path(config.output, "checkpoints").exists() and metrics(config.output) == []
 
 
 def hang_in_first_step(config):
@@ -329,12 +342,16 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(config, whole, damage, n
     stop_after(config, 14, monkeypatch)
     folder = Path(config.output) / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000012", "step-00000014"]
+    identity = read_json(folder / "step-00000012" / "trainer_state.json")["identity"]
     damage(folder / "step-00000014" / name)
     (folder / "step-00000012" / "README.md").write_text("a file of the user's does no harm")
     capsys.readouterr()
-    train(config)
+    checkpoint, state = checkpoints.find_checkpoint(config.output, identity)
+    assert (checkpoint, state.step) == (folder / "step-00000012", 12)
     err = capsys.readouterr().err
     assert "step-00000014 is damaged" in err and "continuing from step-00000012" in err
+    assert latest_checkpoint(config.output) == str(checkpoint)  # the damaged one is nobody's latest any more
+    train(config)
     check_equal_runs(config.output, whole.output)
 
 
