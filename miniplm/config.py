@@ -76,7 +76,7 @@ class ScoreConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, …"""
     batch_tokens: Optional[int] = None
-    """Tokens per packed batch; default 4,096 on the CPU, 65,536 on a GPU."""
+    """Tokens per packed batch; default 2,048 on the CPU, 65,536 on a GPU."""
     shard_rows: Optional[int] = None
     """Chunks per score file; default 256 on the CPU, 16,384 on a GPU. A killed run continues after the last whole file."""
     vocab_size: Optional[int] = None
@@ -265,7 +265,7 @@ class EvaluateConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, …"""
     batch_tokens: Optional[int] = None
-    """Tokens per packed batch; default 4,096 on the CPU, 65,536 on a GPU."""
+    """Tokens per packed batch; default 2,048 on the CPU, 65,536 on a GPU."""
     trust_remote_code: bool = False
     """Run code that comes with a model. Only for models that you trust."""
 

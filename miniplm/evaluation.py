@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .artifacts import UserError, hash_files, read_json, write_json
+from .artifacts import UserError, read_json, write_json
 from .batches import IGNORE, pack, prefetch, split_by_tokens
 from .config import EvaluateConfig
 from .kernels import linear_log_prob
-from .model import choose_device, choose_dtype, load_model, weight_files
+from .model import choose_device, choose_dtype, load_model, model_hash
 from .progress import Progress
 from .storage import Corpus
 from .tokenizer import check_same_tokens, load_tokenizer
@@ -39,7 +39,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     if not corpus.manifest["predictions"]:
         raise UserError(f"corpus {config.data} holds no token to predict: evaluate on another one")
     identity = {"model": Path(config.model).resolve().name if Path(config.model).exists() else config.model,
-                "weights": hash_files(weight_files(config.model)), "corpus": corpus.fingerprint, "source": corpus.manifest["source"],
+                "weights": model_hash(config.model), "corpus": corpus.fingerprint, "source": corpus.manifest["source"],
                 "document_mask": config.document_mask, "dtype": str(dtype).removeprefix("torch.")}
     result = _read_equal(config.output, identity)
     if result is None:
@@ -48,7 +48,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         if len(model.head_weight) <= (highest := _highest_id(corpus)):
             raise UserError(f"model {config.model} knows {len(model.head_weight)} ids, corpus {config.data} has ids up to {highest}: "
                             "evaluate a model that was made for its tokenizer")
-        batch_tokens = config.batch_tokens or (4_096 if device.type == "cpu" else 65_536)
+        batch_tokens = config.batch_tokens or (2_048 if device.type == "cpu" else 65_536)
         losses, tokens = _row_losses(model, corpus, config.document_mask, batch_tokens, device)
         codes, names = corpus.domains
         domains = {name: _figures(losses[codes == code], tokens[codes == code]) for code, name in enumerate(names)}

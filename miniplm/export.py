@@ -16,7 +16,7 @@ from .artifacts import MANIFEST, UserError, atomic_folder, atomic_write, fingerp
 from .checkpoints import STATE
 from .config import ExportConfig
 from .decoder import Decoder
-from .model import load_model, weight_files
+from .model import load_model, model_hash
 from .tokenizer import load_tokenizer
 
 MAX_DOMAINS = 40  # lines of the card's table; a corpus can have thousands of domains
@@ -93,7 +93,7 @@ def _read_evaluation(path, checkpoint: Path) -> dict:
     evaluation = read_json(path)
     if not isinstance(evaluation, dict) or not {"weights", "corpus", "source", "loss", "perplexity", "tokens", "domains"} <= evaluation.keys():
         raise UserError(f"{path} is no evaluation: give a file that `miniplm evaluate --output` wrote")
-    if evaluation["weights"] != hash_files(weight_files(checkpoint)):
+    if evaluation["weights"] != model_hash(checkpoint):
         raise UserError(f"{path} is an evaluation of other weights than those of {checkpoint}: evaluate this checkpoint")
     return evaluation
 

@@ -1,13 +1,12 @@
 """Prompt → text, through transformers' own model and `generate`: what users of the exported model will run."""
 
 import sys
-from pathlib import Path
 
 import torch
 
 from .artifacts import UserError
 from .config import GenerateConfig
-from .model import choose_device, choose_dtype, weight_files
+from .model import choose_device, choose_dtype, load_with_transformers, weight_files
 from .tokenizer import load_tokenizer
 
 
@@ -23,12 +22,13 @@ def generate(config: GenerateConfig) -> str:
     """
     from transformers import GenerationConfig, TextStreamer
 
-    device, file = choose_device(config.device), weight_files(config.model)[0]
+    device = choose_device(config.device)
+    weight_files(config.model)  # a model that is not there is told as one, not as a missing tokenizer
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     ids = tokenizer(config.prompt)["input_ids"] or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     if ids == [None]:
         raise UserError(f"the tokenizer of {config.model} has neither BOS nor EOS to start from: give a --prompt that is not empty")
-    model = _load(file, choose_dtype(config.dtype, device), config.trust_remote_code).to(device)
+    model = load_with_transformers(config.model, choose_dtype(config.dtype, device), config.trust_remote_code).to(device)
     if max(ids) >= model.get_input_embeddings().num_embeddings:
         raise UserError(f"the tokenizer of {config.model} has more ids than the model ({model.get_input_embeddings().num_embeddings}): "
                         "put the model's own tokenizer into its folder")
@@ -49,21 +49,6 @@ def generate(config: GenerateConfig) -> str:
         inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=min(config.max_new_tokens, room), do_sample=config.temperature > 0,
         logits_processor=[_refuse_non_finite], streamer=TextStreamer(tokenizer, skip_special_tokens=True), **sampling)
     return tokenizer.decode(output[0, len(ids):], skip_special_tokens=True)
-
-
-def _load(file: Path, dtype: torch.dtype, trust_remote_code: bool):
-    """transformers' model on the CPU, from the folder of its weights or from a .gguf file."""
-    from transformers import AutoModelForCausalLM
-
-    source = {"gguf_file": file.name} if file.suffix == ".gguf" else {"use_safetensors": True}
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **source)
-    except Exception as error:  # transformers raises anything, from KeyError to OSError
-        raise UserError(f"transformers cannot load {file.parent}: {' '.join(str(error).split())[:300]}") from error
-    if info["missing_keys"]:  # they would be random
-        raise UserError(f"the weights in {file.parent} do not fit its config: {sorted(info['missing_keys'])[0]} is missing")
-    return model.eval()
 
 
 def _refuse_non_finite(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .artifacts import UserError, latest_checkpoint, read_json
+from .artifacts import UserError, hash_files, latest_checkpoint, read_json
 from .decoder import Decoder, LanguageModel, student_config, unsupported
 
-__all__ = ["Adapter", "Decoder", "LanguageModel", "choose_device", "choose_dtype", "load_model", "student_config", "weight_files"]
+__all__ = ["Adapter", "Decoder", "LanguageModel", "choose_device", "choose_dtype", "load_model", "load_with_transformers", "model_hash",
+           "student_config", "weight_files"]
 
 MISSING, UNKNOWN, OTHER_SHAPE = "missing", "not of this architecture", "of another shape"
 
@@ -125,15 +126,24 @@ def load_model(name, dtype: torch.dtype = torch.float32, device="cpu", trust_rem
     """
     path = _locate(name)
     if path.suffix == ".gguf":
-        return _load_gguf(path, dtype, device, str(name)).to(device).eval()
+        wrapped = load_with_transformers(path, dtype)
+        model = Adapter(wrapped.to(device), str(name)) if unsupported(wrapped.config) else _fill_decoder(wrapped.config, wrapped.state_dict(), path)
+        return model.to(device).eval()
     config, files = _read_config(path, trust_remote_code), weight_files(path)
     if unsupported(config):
-        return Adapter(_load_with_transformers(path, dtype, trust_remote_code=trust_remote_code).to(device), str(name)).eval()
+        return Adapter(load_with_transformers(path, dtype, trust_remote_code).to(device), str(name)).eval()
     return _fill_decoder(config, _read_tensors(files, dtype, device), path).to(device).eval()
 
 
+def model_hash(name) -> str:
+    """The identity of a model: its weights, and its config.json where it has one (the same weights with another RoPE base are another model)."""
+    files = weight_files(name)
+    config = files[0].with_name("config.json")
+    return hash_files([*files, config] if config.exists() and files[0].suffix != ".gguf" else files)
+
+
 def weight_files(name) -> list[Path]:
-    """The files that hold a model's weights (its identity is their contents): .safetensors, shards in order, or the .gguf."""
+    """The files that hold a model's weights: .safetensors, shards in order, or the .gguf."""
     path = _locate(name)
     if path.is_file():
         return [path]
@@ -199,19 +209,27 @@ def _refuse_tensors(path: Path, problem: str, names):
                         "download or save the model again")
 
 
-def _load_with_transformers(path: Path, dtype: torch.dtype, trust_remote_code: bool = False, **options):
-    from transformers import AutoModelForCausalLM
+def load_with_transformers(name, dtype: torch.dtype, trust_remote_code: bool = False):
+    """transformers' own model, on the CPU in evaluation mode; .gguf weights dequantised. Arguments and errors as in load_model."""
+    import transformers
 
+    path, options = _locate(name), {}
+    if path.suffix == ".gguf":
+        if missing := [package for package in ("gguf", "accelerate") if not importlib.util.find_spec(package)]:
+            raise UserError(f"{path} needs the package {missing[0]}: pip install miniplm[gguf]")
+        options["gguf_file"] = path.name
+        if hasattr(transformers, "GgufConfig"):  # newer versions would otherwise keep them quantised where they have a kernel for it
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         with _quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 path if path.is_dir() else path.parent, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True,
                 ignore_mismatched_sizes=True, output_loading_info=True, **options)
     except Exception as error:  # transformers raises anything, from KeyError to OSError
         raise UserError(f"transformers cannot load {path}: {_one_line(error)}") from error
     _refuse_tensors(path, MISSING, sorted(info["missing_keys"]))
     _refuse_tensors(path, OTHER_SHAPE, sorted(name for name, *_ in info["mismatched_keys"]))
-    return model
+    return model.eval()
 
 
 @contextlib.contextmanager
@@ -228,20 +246,6 @@ def _quiet_transformers():
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _load_gguf(path: Path, dtype: torch.dtype, device, name: str) -> LanguageModel:
-    """Dequantised by transformers, then computed by Decoder where it can."""
-    if missing := [package for package in ("gguf", "accelerate") if not importlib.util.find_spec(package)]:
-        raise UserError(f"{path} needs the package {missing[0]}: pip install miniplm[gguf]")
-    import transformers
-
-    # Newer versions of transformers would otherwise keep the weights quantised where they have a kernel for it.
-    dequantize = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
-    model = _load_with_transformers(path, dtype, gguf_file=path.name, **dequantize)
-    if unsupported(model.config):
-        return Adapter(model.to(device), name)
-    return _fill_decoder(model.config, model.state_dict(), path)
 
 
 def _locate(name) -> Path:

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .artifacts import MANIFEST, UserError, atomic_write, complete_output, hash_files, open_output
+from .artifacts import MANIFEST, UserError, atomic_write, complete_output, open_output
 from .batches import IGNORE, Batch, pack, prefetch, split_by_tokens
 from .config import ScoreConfig
 from .kernels import difference_score, linear_log_prob
-from .model import choose_device, choose_dtype, load_model, weight_files
+from .model import choose_device, choose_dtype, load_model, model_hash
 from .progress import Progress
 from .storage import Corpus
 from .tokenizer import check_same_tokens, load_tokenizer
@@ -98,13 +98,6 @@ def score_batch(models: dict, batch: Batch, vocab_size: int) -> dict[str, torch.
     offsets = batch.row_cu_seqlens.long()
     total, count = (torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0) for values in (log_prob, batch.targets != IGNORE))
     return {"num_tokens": count, f"{role}_log_prob": total / count}
-
-
-def model_hash(name) -> str:
-    """The identity of a model: its weights, and its config.json where it has one (the same weights with another RoPE base are another model)."""
-    files = weight_files(name)
-    config = files[0].with_name("config.json")
-    return hash_files([*files, config] if config.exists() else files)
 
 
 def shard_name(number: int) -> str:

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .artifacts import UserError, complete_output, fingerprint, hash_files, open_output, read_json
+from .artifacts import UserError, complete_output, fingerprint, open_output, read_json
 from .batches import IGNORE, Batch, pack, prefetch, split_by_tokens
 from .checkpoints import Metrics, TrainState, checkpoint_folder, find_checkpoint, load_optimizer, prune_checkpoints, save_checkpoint
 from .config import OptimizerConfig, TrainConfig
 from .decoder import Decoder, LanguageModel, student_config, unsupported
 from .kernels import linear_cross_entropy
-from .model import Adapter, choose_device, choose_dtype, load_model, weight_files
+from .model import Adapter, choose_device, choose_dtype, load_model, model_hash
 from .progress import Progress
 from .signals import Interrupted, stop_signals
 from .storage import Corpus
@@ -332,7 +332,7 @@ def _set_up(config: TrainConfig) -> _Setup:
     architecture, held_out, micro_batch_tokens = None, [], config.micro_batch_tokens or (4_096 if device.type == "cpu" else 65_536)
     if config.init_from:
         check_same_tokens(load_tokenizer(corpus.tokenizer), load_tokenizer(config.init_from), config.init_from)
-        identity["init_from"] = hash_files(weight_files(config.init_from))
+        identity["init_from"] = model_hash(config.init_from)
     elif config.model_config:
         architecture, identity["model_config"] = _read_architecture(Path(config.model_config), corpus)
     else:

@@ -13,6 +13,7 @@ from miniplm.artifacts import MANIFEST, UserError, fingerprint, hash_files, read
 from miniplm.config import EvaluateConfig, ExportConfig, OptimizerConfig, ScoreConfig, SelectConfig, StudentConfig, TrainConfig
 from miniplm.evaluation import evaluate
 from miniplm.export import export
+from miniplm.model import model_hash
 
 TINY = StudentConfig(model_type="llama", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                      max_position_embeddings=96, initializer_range=0.3)
@@ -271,7 +272,7 @@ def test_card_says_what_was_trained_on_what(work, tmp_path):
     manifest, scored = read_json(work / "refined-student" / MANIFEST), read_json(work / "refined" / MANIFEST)["selection"]
     parameters = sum(value.numel() for value in load(folder).parameters())
     losses = read_json(work / "losses.json")
-    assert losses["weights"] == hash_files([work / "refined-student" / "checkpoints" / "step-00000006" / "model.safetensors"])
+    assert losses["weights"] == model_hash(work / "refined-student")
     for line in [
         "# MiniPLM-tiny",
         "| Architecture | LlamaForCausalLM: 2 layers, 32 wide, 64 wide feed-forward, 500 ids, 4 heads (2 for keys and values), tied embeddings |",

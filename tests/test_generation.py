@@ -182,7 +182,7 @@ def test_weights_that_are_missing(tiny_model, tmp_path):
     tensors = load_file(Path(model) / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, Path(model) / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"up_proj.weight is missing"):
+    with pytest.raises(UserError, match=r"1 missing \(model.layers.1.mlp.up_proj.weight\)"):
         run(model)
 
 

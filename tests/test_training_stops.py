@@ -97,12 +97,12 @@ def test_killed_at_random_moments_it_ends_alike(config, whole, number, start):
 
 def killed_while(module, function, call, config):
     """train(), killed at the end of the given call of a function."""
-    original, calls = getattr(module, function), []
+    module, calls = sys.modules[f"miniplm.{module}"], itertools.count(1)
+    original = getattr(module, function)
 
-    def dying(*arguments, **keywords):
-        calls.append(1)
-        result = original(*arguments, **keywords)
-        if len(calls) == call:
+    def dying(*arguments):
+        result = original(*arguments)
+        if next(calls) == call:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
@@ -111,21 +111,14 @@ def killed_while(module, function, call, config):
 
 
 @pytest.mark.parametrize("module, function, call", [
-    (training, "held_out_loss", 2), (training, "save_checkpoint", 4), (training, "prune_checkpoints", 5), (checkpoints, "hash_files", 20),
-    (checkpoints, "write_json", 5), (training, "complete_output", 1)])
+    ("training", "held_out_loss", 2), ("training", "save_checkpoint", 4), ("training", "prune_checkpoints", 5), ("training", "complete_output", 1),
+    ("checkpoints", "hash_files", 20), ("checkpoints", "write_json", 5)])
 def test_killed_between_two_writes_it_ends_alike(config, whole, module, function, call, start):
-    process = start(call_in, module.__name__, function, call, config)
+    process = start(killed_while, module, function, call, config)
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    leftover = Path(config.output, "checkpoints", ".step-00000013.tmp")  # of a kill while a stop's checkpoint was written
-    leftover.mkdir(parents=True)
-    (leftover / "model.safetensors").touch()
     train(config)
     check_equal_runs(config.output, whole.output)
-
-
-def call_in(name, *arguments):
-    killed_while(sys.modules[name], *arguments)
 
 
 @pytest.mark.parametrize("function, call", [
@@ -154,9 +147,15 @@ def test_stopped_at_a_given_call_it_ends_alike(config, whole, function, call, mo
 
 
 def test_stop_gives_up_the_step_under_way(config, monkeypatch, capsys):
-    loss = training.summed_loss
+    loss, calls = training.summed_loss, itertools.count(1)
+
+    def stopping(*arguments):
+        if next(calls) == 2:  # of the step's four micro-batches
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(*arguments)
+
     with monkeypatch.context() as patch, pytest.raises(training.Interrupted) as stopped:
-        patch.setattr(training, "summed_loss", lambda *arguments: (os.kill(os.getpid(), signal.SIGINT), loss(*arguments))[1])
+        patch.setattr(training, "summed_loss", stopping)
         train(config)
     assert stopped.value.code == 130
     assert capsys.readouterr().err.endswith("stopped at step 0: the same command continues\n")
@@ -345,12 +344,13 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(config, whole, damage, n
     identity = read_json(folder / "step-00000012" / "trainer_state.json")["identity"]
     damage(folder / "step-00000014" / name)
     (folder / "step-00000012" / "README.md").write_text("a file of the user's does no harm")
+    (folder / ".step-00000013.tmp").mkdir()  # what a kill leaves of a checkpoint that was being written
     capsys.readouterr()
     checkpoint, state = checkpoints.find_checkpoint(config.output, identity)
     assert (checkpoint, state.step) == (folder / "step-00000012", 12)
     err = capsys.readouterr().err
     assert "step-00000014 is damaged" in err and "continuing from step-00000012" in err
-    assert latest_checkpoint(config.output) == str(checkpoint)  # the damaged one is nobody's latest any more
+    assert list(folder.iterdir()) == [checkpoint]  # the damaged one is nobody's latest any more
     train(config)
     check_equal_runs(config.output, whole.output)
 
