@@ -79,7 +79,11 @@ def atomic_folder(path):
     temporary.mkdir()
     try:
         yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
         for found in [*temporary.rglob("*"), temporary]:
+            if found.is_file():
+                found.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
             _fsync(found)
         os.rename(temporary, path)
         _fsync(path.parent)

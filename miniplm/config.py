@@ -122,6 +122,7 @@ class SelectConfig:
         _require(self.token_budget is None or self.token_budget >= 1, f"token_budget must be at least 1, got {self.token_budget}")
         _require(not (self.threshold is not None and self.per_domain), "per_domain changes nothing with threshold: leave one out")
         _require(not (self.threshold is not None and self.random_seed is not None), "random_seed needs ratio or token_budget, not threshold")
+        _require(self.random_seed is None or self.random_seed >= 0, f"random_seed must not be negative, got {self.random_seed}")
         _require(1 <= len(self.scores) <= 2, f"scores takes one or two folders, got {len(self.scores)}")
 
 
@@ -245,6 +246,8 @@ class TrainConfig:
         _require(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
         _require(self.micro_batch_tokens is None or self.micro_batch_tokens >= 1, f"micro_batch_tokens must be at least 1, got {self.micro_batch_tokens}")
         _require(not (self.init_from and self.model_config), "give init_from or model_config, not both")
+        _require(self.model == StudentConfig() or not (self.init_from or self.model_config), "model.* has no say beside init_from or model_config: leave it out")
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         _require(self.dtype != "float16", "float16 needs loss scaling, which is not built: use bfloat16 or float32")
 
 

@@ -108,7 +108,8 @@ class Adapter(LanguageModel):
         return 2 * (self.num_parameters() - looked_up) + attention
 
     def save_pretrained(self, folder):
-        self.wrapped.save_pretrained(folder)
+        with _quiet_transformers():
+            self.wrapped.save_pretrained(folder)
 
 
 def _close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:

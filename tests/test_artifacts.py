@@ -39,6 +39,13 @@ def test_a_failed_folder_leaves_no_trace_and_an_old_temporary_is_cleared(tmp_pat
     assert [found.name for found in folder.iterdir()] == ["whole"]
 
 
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "weights").touch(mode=0o600)
+        (temporary / "other").touch()
+    assert (tmp_path / "folder" / "weights").stat().st_mode == (tmp_path / "folder" / "other").stat().st_mode
+
+
 def test_open_output_starts_continues_finishes_and_refuses(tmp_path):
     folder = tmp_path / "out"
     assert open_output(folder, "score", {"teacher": "a", "n": [1, 2]}) is False
