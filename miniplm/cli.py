@@ -6,6 +6,7 @@ n, with what was done kept. Tracebacks only with --debug.
 
 import importlib
 import io
+import os
 import signal
 import sys
 
@@ -49,6 +50,8 @@ def main(arguments=None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0 if arguments else 2
+    # Threads of OpenMP that wait for one another spin by default: beside any other busy process that is ten times slower on two cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         _run(*arguments)
         return 0

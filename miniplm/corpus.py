@@ -21,7 +21,6 @@ A boundary depends on nothing outside its document, so worker processes find it;
 
 import contextlib
 import hashlib
-import os
 import shutil
 import sys
 import time
@@ -31,9 +30,9 @@ from pathlib import Path
 import numpy as np
 
 from . import storage
-from .artifacts import UserError, atomic_folder, complete_output, fingerprint, open_output, read_json, write_json
+from .artifacts import MANIFEST, UserError, atomic_folder, complete_output, fingerprint, open_output, read_json, write_json
 from .config import PrepareConfig
-from .processes import ordered_map
+from .processes import cores, ordered_map
 from .progress import Progress
 from .sources import START, Block, open_source, read_record
 from .tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -211,8 +210,8 @@ class Encoder:
         self.tokenizer = Tokenizer.from_file(settings.tokenizer)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.tokenizer.add_special_tokens([self.tokenizer.id_to_token(settings.eos_token_id)])  # special, hence left as text by …
-        self.tokenizer.encode_special_tokens = True
+        self.tokenizer.add_special_tokens([self.tokenizer.id_to_token(settings.eos_token_id)])
+        self.tokenizer.encode_special_tokens = True  # text that spells a special token, EOS among them, stays text
 
     def __call__(self, block: Block) -> Documents:
         texts, domains, bad, records = [], [], [], 0
@@ -272,7 +271,7 @@ def prepare(config: PrepareConfig) -> None:
         hashes, chunker, bad = _write_shards(config, source, tokenizer, folder)
     except UserError:
         if not (folder / PROGRESS).exists():
-            shutil.rmtree(folder, ignore_errors=True)  # nothing to continue from: leave the name free for a corrected command
+            _discard(folder)
         raise
     total = {key: sum(counts[key] for counts in chunker.domains.values()) for key in ("documents", "rows", "tokens")}
     complete_output(folder, {
@@ -282,6 +281,15 @@ def prepare(config: PrepareConfig) -> None:
         "source": source.name})
     (folder / PROGRESS).unlink(missing_ok=True)
     _print_summary(folder, chunker.domains, total, bad)
+
+
+def _discard(folder: Path):
+    """Remove a run that has nothing to continue from, so that a corrected command can have the name; never anything else."""
+    for path in [folder / MANIFEST, *folder.glob("data-*.arrow")]:
+        path.unlink(missing_ok=True)
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _set_eos(tokenizer, config: PrepareConfig):
@@ -309,7 +317,7 @@ def _write_shards(config: PrepareConfig, source, tokenizer, folder: Path):
         chunker.load(state["chunker"])
         bad.load(state["bad"])
     rows, tokens, all_tokens, begun = [], 0, 0, time.monotonic()
-    encoded = ordered_map(Encoder, settings, source.blocks(position), config.workers or len(os.sched_getaffinity(0)))
+    encoded = ordered_map(Encoder, settings, source.blocks(position), config.workers or cores())
     with contextlib.closing(encoded), Progress("prepare", source.size, "bytes", read) as progress:
         for documents in encoded:
             bad.add(documents)
@@ -326,7 +334,7 @@ def _write_shards(config: PrepareConfig, source, tokenizer, folder: Path):
                     "position": documents.next, "read": read, "hashes": hashes, "chunker": chunker.state(), "bad": bad.state()})
     bad.finish()
     if not chunker.domains:
-        raise UserError(f"data {config.data} holds no document" + ("" if config.take == (0.0, 1.0) else f" of the share {list(config.take)}")
+        raise UserError(f"data {config.data} holds no document" + ("" if tuple(config.take) == (0.0, 1.0) else f" of the share {list(config.take)}")
                         + f" ({bad.records:,} records were read): give data with text")
     hashes.append(_write_shard(folder, len(hashes), rows + chunker.finish()))
     return hashes, chunker, bad.count

@@ -14,6 +14,11 @@ from .artifacts import UserError
 UNDER_WAY = 4  # items per worker that are read, worked on, or waiting for their turn
 
 
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def ordered_map(make, argument, items, workers: int):
     """Yield function(item) for each of `items`, in their order, where function = make(argument) is made once in each worker.
 

@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .artifacts import UserError
+from .artifacts import UserError, fingerprint
 
 BLOCK_BYTES = 1 << 20
 BLOCK_RECORDS = 4096
@@ -140,10 +140,11 @@ class Files:
                 raise UserError(f"data folder {path} holds no file that can be read: give {', '.join(SUFFIXES)}")
         self.paths = list(names.values())
         try:
-            self.identity = [[name, found.stat().st_size, _hash_ends(found)] for name, found in names.items()]
+            files = [[name, found.stat().st_size, _hash_ends(found)] for name, found in names.items()]
         except OSError as error:
             raise UserError(f"data cannot be read: {error}") from error
-        self.size = sum(size for _, size, _ in self.identity)
+        self.size = sum(size for _, size, _ in files)
+        self.identity = {"files": len(files), "bytes": self.size, "fingerprint": fingerprint(files)}
 
     def blocks(self, position=START):
         import pyarrow

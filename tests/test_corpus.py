@@ -15,7 +15,7 @@ from test_chunking import EOS, byte_level_texts, oracle_chunks
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from miniplm import corpus, sources
-from miniplm.artifacts import UserError
+from miniplm.artifacts import UserError, open_output
 from miniplm.config import PrepareConfig
 from miniplm.corpus import prepare
 from miniplm.storage import Corpus
@@ -137,15 +137,16 @@ def test_eos_token(tiny_tokenizer, tmp_path):
     assert load_tokenizer(chunks.tokenizer).eos_token == "<end>"
 
 
-def test_a_tokenizer_that_truncates_is_not_obeyed(tiny_tokenizer, tmp_path):
+def test_a_tokenizer_that_truncates_and_pads_is_not_obeyed(tiny_tokenizer, tmp_path):
     backend = Tokenizer.from_file(f"{tiny_tokenizer}/tokenizer.json")
+    texts = ["The teacher scores every token of a chunk. " * 4, "a"]
+    expected = [token for text in texts for token in [*backend.encode(text).ids, 0]]
     backend.enable_truncation(4)
-    backend.enable_padding(length=8)
+    backend.enable_padding(length=8, pad_id=1)
     shutil.copytree(tiny_tokenizer, tmp_path / "tokenizer")
     backend.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
-    text = "The teacher scores every token of a chunk. " * 4
-    prepare(PrepareConfig(data=write_jsonl(tmp_path / "data.jsonl", [text]), tokenizer=str(tmp_path / "tokenizer"), output=str(tmp_path / "out"), workers=1))
-    assert backend.decode(Corpus(tmp_path / "out").rows([0])[0].tolist()) == text
+    prepare(PrepareConfig(data=write_jsonl(tmp_path / "data.jsonl", texts), tokenizer=str(tmp_path / "tokenizer"), output=str(tmp_path / "out"), workers=1))
+    assert Corpus(tmp_path / "out").rows([0])[0].tolist() == expected
 
 
 # Bad records.
@@ -247,6 +248,19 @@ def test_an_empty_corpus_is_refused(tiny_tokenizer, tmp_path, content, take):
     with pytest.raises(UserError, match=r"data.jsonl holds no document"):
         prepare(PrepareConfig(data=str(tmp_path / "data.jsonl"), tokenizer=tiny_tokenizer, output=str(tmp_path / "out"), workers=1, take=take))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_run_removes_only_what_it_wrote(tiny_tokenizer, tmp_path, monkeypatch):
+    def begin(folder, *arguments):
+        complete = open_output(folder, *arguments)
+        (folder / "notes.txt").write_text("somebody's")
+        return complete
+
+    monkeypatch.setattr(corpus, "open_output", begin)
+    data = write_jsonl(tmp_path / "data.jsonl", ["good"])
+    with pytest.raises(UserError, match="no column 'body'"):
+        prepare(PrepareConfig(data=data, tokenizer=tiny_tokenizer, output=str(tmp_path / "out"), workers=1, text_column="body"))
+    assert list(contents(tmp_path / "out")) == ["notes.txt"]
 
 
 def test_a_source_that_breaks_off_is_refused(tiny_tokenizer, tmp_path):

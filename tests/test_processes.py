@@ -32,6 +32,10 @@ def make_fatal(_):
     return fatal
 
 
+def make_blocked_signals(_):
+    return lambda _: signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def counted(n, read):
     for item in range(n):
         read.append(item)
@@ -91,3 +95,9 @@ def test_a_killed_worker_is_reported():
     with pytest.raises(UserError, match=r"a worker process died .* --workers 1"):
         list(ordered_map(make_fatal, None, range(100), 2))
     assert not multiprocessing.active_children()
+
+
+def test_ctrl_c_is_left_to_the_parent():
+    for blocked in ordered_map(make_blocked_signals, None, range(4), 2):
+        assert signal.SIGINT in blocked
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

@@ -22,8 +22,8 @@ def plain_distillation(student_hidden, student_weight, teacher_hidden, teacher_w
 
 def random_heads(tokens, student_vocabulary, teacher_vocabulary, dtype=torch.float64):
     """A student of width 24 and a teacher of width 40."""
-    heads = [torch.randn(shape, dtype=dtype)
-             for shape in ((tokens, 24), (student_vocabulary, 24), (tokens, 40), (teacher_vocabulary, 40))]
+    shapes = (tokens, 24), (student_vocabulary, 24), (tokens, 40), (teacher_vocabulary, 40)
+    heads = [torch.randn(shape, dtype=dtype) / 1.5 for shape in shapes]
     targets = torch.randint(0, min(student_vocabulary, teacher_vocabulary), (tokens,))
     targets[1::5] = -100
     return heads, targets

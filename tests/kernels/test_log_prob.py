@@ -16,7 +16,7 @@ def plain_log_prob(hidden, weight, targets):
     return torch.where(targets == IGNORE, 0.0, log_probs.gather(1, targets.clamp(min=0)[:, None]).squeeze(1))
 
 
-def random_head(tokens, vocabulary, width=24, scale=1.0):
+def random_head(tokens, vocabulary, width=24, scale=0.5):
     """hidden, weight, targets: a fifth of the targets ignored, both ends of the vocabulary among the rest."""
     hidden = torch.randn(tokens, width, dtype=torch.float64)
     weight = scale * torch.randn(vocabulary, width, dtype=torch.float64)
