@@ -194,7 +194,6 @@ class Documents:
 class EncoderSettings:
     tokenizer: str  # a tokenizer.json
     eos_token_id: int
-    table: BoundaryTable
     text_column: str
     domain_column: str | None
     take: tuple[float, float]
@@ -211,6 +210,7 @@ class Encoder:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.add_special_tokens([self.tokenizer.id_to_token(settings.eos_token_id)])
+        self.table = boundary_table(self.tokenizer, settings.eos_token_id)
         self.tokenizer.encode_special_tokens = True  # text that spells a special token, EOS among them, stays text
 
     def __call__(self, block: Block) -> Documents:
@@ -235,7 +235,7 @@ class Encoder:
         documents = [np.array([*encoding.ids, eos], np.int32) for encoding in encodings]
         ids = np.concatenate([np.zeros(0, np.int32), *documents])
         lengths = np.fromiter(map(len, documents), np.int64, len(documents))
-        return Documents(ids, boundaries(ids, self.settings.table), lengths, domains, records, bad, block.next, block.size)
+        return Documents(ids, boundaries(ids, self.table), lengths, domains, records, bad, block.next, block.size)
 
     def _taken(self, text: str) -> bool:
         start, stop = self.settings.take
@@ -307,7 +307,6 @@ def _write_shards(config: PrepareConfig, source, tokenizer, folder: Path):
         with atomic_folder(folder / "tokenizer") as temporary:
             tokenizer.save_pretrained(temporary)
     settings = EncoderSettings(str(folder / "tokenizer" / "tokenizer.json"), tokenizer.eos_token_id,
-                               boundary_table(tokenizer.backend_tokenizer, tokenizer.eos_token_id),
                                config.text_column, config.domain_column, config.take)
     chunker, bad = Chunker(config.max_length + 1, tokenizer.eos_token_id), BadRecords(config.max_bad_fraction)
     position, read, hashes = START, 0, []

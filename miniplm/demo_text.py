@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .artifacts import UserError, atomic_folder, atomic_write, complete_output, fingerprint, open_output
 
-DOMAIN_BYTES = 2_500_000  # at most so much text per domain: enough to learn from, few enough for minutes on two cores
+DOMAIN_BYTES = 1_000_000  # at most so much text per domain: enough to learn from, few enough for minutes on two cores
 TEST_DATA = {".txt", ".html", ".xml", ".json", ".toml", ".decTest"}
 VOCABULARY = 2048
 SEED = 10

@@ -44,7 +44,8 @@ def ordered_map(make, argument, items, workers: int):
             while under_way:
                 yield under_way.popleft().result()
         except BrokenProcessPool:
-            raise UserError("a worker process died (killed, or out of memory): the same command continues, --workers 1 needs the least memory") from None
+            raise UserError("a worker process died (killed, or out of memory): run the same command again, "
+                            "with --workers 1 where memory is short") from None
         except BaseException:
             hold.close()
             raise

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .artifacts import UserError, fingerprint
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 18
 BLOCK_RECORDS = 4096
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 START = (0, 0, 0)

@@ -95,14 +95,16 @@ def test_chunks_are_the_oracles(seed):
     rng = random.Random(seed)
     table = boundary_table(toy_tokenizer(), 0)
     common = rng.sample(range(len(TEXTS)), rng.randrange(1, len(TEXTS)))  # EOS may be among them: a token as any other, and a boundary
-    documents = [(rng.choice("xyz"[:rng.randrange(1, 4)]), rng.choices(common, k=rng.choice([0, 0, 1, 2, 7, 40]))) for _ in range(rng.randrange(1, 30))]
+    domains = "xyz"[:rng.randrange(1, 4)]
+    documents = [(rng.choice(domains), rng.choices(common, k=rng.choice([0, 0, 1, 2, 7, 40]))) for _ in range(rng.randrange(1, 30))]
     for size in (2, 3, 5, 17, 64):
         chunks, chunker = chunked(documents, table, 0, size, rng)
         assert chunks == oracle_chunks(documents, TEXTS, 0, size)
         for domain in {domain for domain, _ in documents}:
             ids = [ids for name, ids in chunks if name == domain]
-            assert [token for chunk in ids for token in chunk] == [token for name, document in documents if name == domain for token in [*document, 0]]
-            assert chunker.domains[domain] == {"documents": sum(name == domain for name, _ in documents), "rows": len(ids), "tokens": sum(map(len, ids))}
+            own = [document for name, document in documents if name == domain]
+            assert [token for chunk in ids for token in chunk] == [token for document in own for token in [*document, 0]]
+            assert chunker.domains[domain] == {"documents": len(own), "rows": len(ids), "tokens": sum(map(len, ids))}
         assert chunker.predictions == sum(token != 0 for _, ids in chunks for token in ids[:-1])
 
 

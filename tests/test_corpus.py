@@ -60,7 +60,8 @@ def test_adversarial_text_end_to_end(tiny_tokenizer, tmp_path, monkeypatch, caps
     assert tokens.count(0) == len(texts)  # no EOS but the documents' own
     assert (manifest["rows"], manifest["tokens"], manifest["bad_records"]) == (len(expected), len(tokens), 0)
     assert manifest["predictions"] == sum(token != 0 for _, ids in expected for token in ids[:-1])
-    assert list(manifest["domains"]) == list(dict.fromkeys(domains)) and sum(counts["documents"] for counts in manifest["domains"].values()) == len(texts)
+    assert list(manifest["domains"]) == list(dict.fromkeys(domains))
+    assert sum(counts["documents"] for counts in manifest["domains"].values()) == len(texts)
     assert (manifest["eos_token_id"], manifest["vocab_size"], manifest["max_length"], manifest["source"]) == (0, 500, 40, "data.jsonl")
     assert len(list((tmp_path / "out").glob("data-*.arrow"))) > 3 and not (tmp_path / "out" / "progress.json").exists()
     assert str(tmp_path).encode() not in b"".join(contents(tmp_path / "out").values())
@@ -145,7 +146,8 @@ def test_a_tokenizer_that_truncates_and_pads_is_not_obeyed(tiny_tokenizer, tmp_p
     backend.enable_padding(length=8, pad_id=1)
     shutil.copytree(tiny_tokenizer, tmp_path / "tokenizer")
     backend.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
-    prepare(PrepareConfig(data=write_jsonl(tmp_path / "data.jsonl", texts), tokenizer=str(tmp_path / "tokenizer"), output=str(tmp_path / "out"), workers=1))
+    data = write_jsonl(tmp_path / "data.jsonl", texts)
+    prepare(PrepareConfig(data=data, tokenizer=str(tmp_path / "tokenizer"), output=str(tmp_path / "out"), workers=1))
     assert Corpus(tmp_path / "out").rows([0])[0].tolist() == expected
 
 
@@ -182,7 +184,8 @@ def test_the_first_bad_record_stops_the_run(tiny_tokenizer, tmp_path, line):
 
 @pytest.mark.parametrize("row, reason", [
     ({"text": "a"}, r"no column 'domain' .there are: 'text'."), ({"text": "a", "domain": None}, "column 'domain' is null, not the name of a domain"),
-    ({"text": "a", "domain": 1.5}, "of type float"), ({"text": "a", "domain": True}, "of type bool"), ({"text": "a", "domain": {}}, "of type dict")], ids=str)
+    ({"text": "a", "domain": 1.5}, "of type float"),
+    ({"text": "a", "domain": True}, "of type bool"), ({"text": "a", "domain": {}}, "of type dict")], ids=str)
 def test_bad_domains(tiny_tokenizer, tmp_path, row, reason):
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps(row))

@@ -75,7 +75,7 @@ def _prepare_in_small_blocks(arguments):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_kill_9_at_random_moments_leaves_the_same_bytes(tiny_tokenizer, tmp_path, workers):
     rng = random.Random(workers)
-    data = write_jsonl(tmp_path / "data.jsonl", [make_text(rng, 60) for _ in range(1_000)], [rng.choice("abc") for _ in range(1_000)])
+    data = write_jsonl(tmp_path / "data.jsonl", [make_text(rng, 60) for _ in range(3_000)], [rng.choice("abc") for _ in range(3_000)])
     arguments = dict(data=data, tokenizer=tiny_tokenizer, domain_column="domain", max_length=100, shard_tokens=5_000, workers=workers)
     context = multiprocessing.get_context("forkserver")  # so that each child has the libraries loaded already
     context.set_forkserver_preload(["miniplm.corpus", "transformers.models.auto.tokenization_auto", "datasets"])
@@ -95,7 +95,7 @@ def test_kill_9_at_random_moments_leaves_the_same_bytes(tiny_tokenizer, tmp_path
     for _ in range(6):
         process, goal = start("out"), shards() + rng.randrange(4)
         until(lambda: shards() >= goal or process.exitcode is not None)  # noqa: B023
-        time.sleep(rng.uniform(0, 0.03) if goal else rng.uniform(0, 1))
+        time.sleep(rng.uniform(0, 0.02 if goal else 0.2))
         assert process.exitcode is None, "too little work for six kills"
         os.kill(process.pid, signal.SIGKILL)
         process.join()

@@ -75,7 +75,7 @@ def test_same_tokens(tiny_tokenizer):
     corpus, model = load_tokenizer(tiny_tokenizer), load_tokenizer(tiny_tokenizer)
     model.add_tokens(["further"])
     check_same_tokens(corpus, model, "the teacher")  # more tokens in the model are fine
-    with pytest.raises(UserError, match="the tokenizer of the teacher is not the corpus's: token 'further' has id 500 in the corpus, is missing there"):
+    with pytest.raises(UserError, match="the tokenizer of the teacher is not the corpus's: token 'further' has id 500 in the corpus, is missing"):
         check_same_tokens(model, corpus, "the teacher")
 
 
