@@ -246,7 +246,8 @@ class TrainConfig:
         _require(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
         _require(self.micro_batch_tokens is None or self.micro_batch_tokens >= 1, f"micro_batch_tokens must be at least 1, got {self.micro_batch_tokens}")
         _require(not (self.init_from and self.model_config), "give init_from or model_config, not both")
-        _require(self.model == StudentConfig() or not (self.init_from or self.model_config), "model.* has no say beside init_from or model_config: leave it out")
+        _require(self.model == StudentConfig() or not (self.init_from or self.model_config),
+                 "model.* has no say beside init_from or model_config: leave it out")
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         _require(self.dtype != "float16", "float16 needs loss scaling, which is not built: use bfloat16 or float32")
 

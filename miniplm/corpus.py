@@ -35,11 +35,12 @@ from .config import PrepareConfig
 from .processes import cores, ordered_map
 from .progress import Progress
 from .sources import START, Block, open_source, read_record
-from .tokenizer import load_tokenizer, tokenizer_fingerprint
+from .tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
 
 CLOSERS = "\"'”’»)]}"
 PROGRESS = "progress.json"
 REPORTED = 5  # so many bad records are shown one by one
+SHOWN = 30  # so many domains, the largest, are shown one by one
 PATIENCE = 10_000  # records before which a share of bad ones is not yet trusted
 NEWLINE_OR_EOS, SENTENCE_END, SPACE, BRACKET = 1, 2, 4, 8
 RESET = -(1 << 32)  # takes any depth below 0; int64 holds 2^31 of them
@@ -305,7 +306,7 @@ def _write_shards(config: PrepareConfig, source, tokenizer, folder: Path):
     """Write the tokenizer and the corpus files; returns (hashes of the files, the Chunker, the number of bad records)."""
     if not (folder / "tokenizer").exists():
         with atomic_folder(folder / "tokenizer") as temporary:
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(tokenizer, temporary)
     settings = EncoderSettings(str(folder / "tokenizer" / "tokenizer.json"), tokenizer.eos_token_id,
                                config.text_column, config.domain_column, config.take)
     chunker, bad = Chunker(config.max_length + 1, tokenizer.eos_token_id), BadRecords(config.max_bad_fraction)
@@ -383,13 +384,15 @@ class BadRecords:
 
 def _print_summary(folder: Path, domains: dict, total: dict, bad: int):
     from rich.console import Console
-    from rich.table import Table
+    from rich.markup import escape
+    from rich.table import Column, Table
 
-    table = Table("domain")
-    for name in ("documents", "rows", "tokens"):
-        table.add_column(name, justify="right")
-    for name, counts in domains.items():
-        table.add_row(name, *(f"{counts[key]:,}" for key in total))
+    table = Table("domain", *(Column(key, justify="right") for key in total))
+    names = sorted(domains, key=lambda name: -domains[name]["tokens"])
+    for name in names[:SHOWN]:
+        table.add_row(escape(name), *(f"{domains[name][key]:,}" for key in total))
+    if names[SHOWN:]:
+        table.add_row(f"… {len(names) - SHOWN:,} more")
     table.add_section()
     table.add_row("all", *(f"{count:,}" for count in total.values()))
     Console().print(table)

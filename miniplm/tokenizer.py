@@ -40,6 +40,16 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     return tokenizer
 
 
+def save_tokenizer(tokenizer, folder):
+    """Write the tokenizer's files into `folder`. A disk that is full is an OSError here too; the tokenizers library has its own kind."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"the tokenizer cannot be written to {folder}: {error}") from error
+
+
 def tokenizer_fingerprint(tokenizer) -> str:
     """A fingerprint of what the ids mean: the text of every id, and which one is EOS."""
     return fingerprint({"vocabulary": tokenizer.get_vocab(), "eos_token_id": tokenizer.eos_token_id})

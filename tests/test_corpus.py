@@ -42,7 +42,7 @@ def test_adversarial_text_end_to_end(tiny_tokenizer, tmp_path, monkeypatch, caps
     monkeypatch.setattr(sources, "BLOCK_BYTES", 1_000)
     rng = random.Random(3)
     texts = [rng.choice([rng.choice(ADVERSARIAL), make_text(rng, rng.randrange(60))]) for _ in range(200)] + ADVERSARIAL
-    domains = [rng.choice(["web", "böoks", ""]) for _ in texts]
+    domains = [rng.choice(["web", "böoks", "", "[/b]"]) for _ in texts]
     data = write_jsonl(tmp_path / "data.jsonl", texts, domains)
     config = PrepareConfig(data=data, tokenizer=tiny_tokenizer, output=str(tmp_path / "out"), domain_column="domain", max_length=40, workers=1,
                            shard_tokens=5_000)
@@ -68,7 +68,7 @@ def test_adversarial_text_end_to_end(tiny_tokenizer, tmp_path, monkeypatch, caps
     decoded = plain.decode([token for domain, ids in expected if domain == "web" for token in ids], skip_special_tokens=False)
     assert decoded == "".join(text + EOS for text, domain in zip(texts, domains, strict=True) if domain == "web")
     before, printed = contents(tmp_path / "out"), capsys.readouterr().out
-    assert f"{len(expected):,}" in printed and f"{len(texts)}" in printed and "böoks" in printed
+    assert f"{len(expected):,}" in printed and f"{len(texts)}" in printed and "böoks" in printed and "[/b]" in printed
     prepare(config)
     assert "nothing to do" in capsys.readouterr().out and contents(tmp_path / "out") == before
 
@@ -197,6 +197,14 @@ def test_integers_name_domains(tiny_tokenizer, tmp_path):
     data = write_jsonl(tmp_path / "data.jsonl", ["a", "b", "c"], [7, "x", 7])
     prepare(PrepareConfig(data=data, tokenizer=tiny_tokenizer, output=str(tmp_path / "out"), workers=1, domain_column="domain"))
     assert Corpus(tmp_path / "out").table.column("domain").to_pylist() == ["7", "x"]
+
+
+def test_a_thousand_domains_do_not_flood_the_summary(tiny_tokenizer, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "data.jsonl", ["a"] * 1_000, [f"d{number}" for number in range(1_000)])
+    prepare(PrepareConfig(data=data, tokenizer=tiny_tokenizer, output=str(tmp_path / "out"), workers=1, domain_column="domain"))
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) < 50 and "970 more" in printed and "2,000" in printed
+    assert Corpus(tmp_path / "out").table.column("domain").to_pylist() == [f"d{number}" for number in range(1_000)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from miniplm.artifacts import UserError
-from miniplm.tokenizer import check_same_tokens, load_tokenizer, tokenizer_fingerprint
+from miniplm.tokenizer import check_same_tokens, load_tokenizer, save_tokenizer, tokenizer_fingerprint
 
 
 def test_folder_and_training_output(tiny_tokenizer, tmp_path):
@@ -60,6 +60,15 @@ def test_slow_tokenizers_are_refused(tmp_path):
     ByT5Tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"is a slow one \(ByT5Tokenizer\)"):
         load_tokenizer(str(tmp_path))
+
+
+def test_saving_where_nothing_can_be_written_is_an_os_error(tiny_tokenizer, tmp_path):
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    (tmp_path / "tokenizer.json").mkdir()  # for the tokenizers library, which raises a bare Exception
+    with pytest.raises(OSError, match="the tokenizer cannot be written to"):
+        save_tokenizer(tokenizer, tmp_path)
+    save_tokenizer(tokenizer, tmp_path / "new")
+    assert load_tokenizer(str(tmp_path / "new")).get_vocab() == tokenizer.get_vocab()
 
 
 def test_fingerprint_is_of_ids_and_eos(tiny_tokenizer, tmp_path):

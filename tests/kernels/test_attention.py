@@ -5,7 +5,7 @@ from checks import assert_accurate_everywhere, run, strided
 from miniplm.kernels import flash_attention, reference
 
 # Ragged, empty at both ends and within, one token; and runs of documents of one length, which the CPU path takes together.
-LENGTHS = [[0, 5, 0, 1, 127, 3, 0], [255], [7, 7, 7, 0, 7, 9, 9], [1, 1, 1, 2], [0, 507, 129]]
+LENGTHS = [[0, 5, 0, 1, 127, 3, 0], [255], [7, 7, 14, 0, 14, 28, 9, 9], [1, 1, 1, 2], [0, 507, 129]]
 
 
 def bounds(lengths):

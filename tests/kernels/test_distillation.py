@@ -73,6 +73,7 @@ def test_the_teacher_gets_no_gradient():
     loss = linear_distillation_loss(*(x.requires_grad_() for x in heads), targets).loss
     gradients = torch.autograd.grad(loss, heads, allow_unused=True)
     assert [gradient is None for gradient in gradients] == [False, False, True, True]
+    assert not linear_distillation_loss(heads[0].detach(), heads[1].detach(), *heads[2:], targets).loss.requires_grad
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
