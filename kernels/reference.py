@@ -146,42 +146,49 @@ def flash_attention_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, sc
 
 
 def _attend_cpu(q, k, v, scale):
-    """Documents of equal length, [documents, H, length, D]: PyTorch's own tiled kernel."""
+    """Documents of equal length, [documents, H, length, D]: PyTorch's own tiled kernel. (Before torch 2.9 it takes equal heads only.)"""
+    k, v = _per_query_head(k, q), _per_query_head(v, q)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
 
 
 def _attend_backward_cpu(grad, q, k, v, out, lse, scale):
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, True, scale=scale)
+    k_, v_ = _per_query_head(k, q), _per_query_head(v, q)
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k_, v_, out, lse, 0.0, True, scale=scale)
+    return dq, _per_key_head(dk, k), _per_key_head(dv, v)
 
 
 def _attend(q, k, v, scale):
     """_attend_cpu by the formula, on any device."""
     scores = _scores(q, k, scale)
     lse = scores.logsumexp(-1)
-    return ((scores - lse[..., None]).exp() @ _per_query_head(v, q)).to(q.dtype), lse
+    return ((scores - lse[..., None]).exp() @ _per_query_head(v, q).to(lse.dtype)).to(q.dtype), lse
 
 
 def _attend_backward(grad, q, k, v, out, lse, scale):
     """With P the softmax and Δ = Σ_D grad · out:  dv = Pᵀ grad,  dS = scale · P ∘ (grad vᵀ − Δ),  dq = dS k,  dk = dSᵀ q."""
-    grad = grad.to(lse.dtype)
+    dtype = lse.dtype
+    grad = grad.to(dtype)
     weights = (_scores(q, k, scale) - lse[..., None]).exp()
-    d_scores = weights * (grad @ _per_query_head(v, q).mT - (grad * out).sum(-1, keepdim=True)) * scale
-    per_key_head = (k.shape[1], -1)
-    dq = d_scores @ _per_query_head(k, q)
-    dk = (d_scores.mT @ q.to(lse.dtype)).unflatten(1, per_key_head).sum(2)
-    dv = (weights.mT @ grad).unflatten(1, per_key_head).sum(2)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
-def _per_query_head(x, q):
-    return x.to(accumulate_dtype(x)).repeat_interleave(q.shape[1] // x.shape[1], 1)
+    d_scores = weights * (grad @ _per_query_head(v, q).to(dtype).mT - (grad * out).sum(-1, keepdim=True)) * scale
+    dq, dk, dv = d_scores @ _per_query_head(k, q).to(dtype), d_scores.mT @ q.to(dtype), weights.mT @ grad
+    return dq.to(q.dtype), _per_key_head(dk, k).to(k.dtype), _per_key_head(dv, v).to(v.dtype)
 
 
 def _scores(q, k, scale):
     """The scaled scores of every query against the keys up to its own position, −inf beyond."""
-    scores = q.to(accumulate_dtype(q)) @ _per_query_head(k, q).mT * scale
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    return scores.masked_fill(future, -torch.inf)
+    dtype = accumulate_dtype(q)
+    scores = q.to(dtype) @ _per_query_head(k, q).to(dtype).mT * scale
+    return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+
+
+def _per_query_head(x, q):
+    """The key or value heads, one per query head."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+
+def _per_key_head(x, k):
+    """The adjoint of _per_query_head: the sum over the query heads of each key head."""
+    return x if x.shape[1] == k.shape[1] else x.unflatten(1, (k.shape[1], -1)).sum(2)
 
 
 # --- the head: log-probabilities, cross-entropy, distillation ---------------------------------------------------------

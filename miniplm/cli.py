@@ -52,6 +52,7 @@ def main(arguments=None) -> int:
         return 0 if arguments else 2
     # Threads of OpenMP that wait for one another spin by default: beside any other busy process that is ten times slower on two cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries end in one line of ours
     try:
         _run(*arguments)
         return 0

@@ -45,7 +45,7 @@ class PrepareConfig:
     split: str = "train"
     """The split of a Hugging Face dataset."""
     workers: Optional[int] = None
-    """Worker processes; default: one per CPU core."""
+    """Worker processes; default: one per CPU core. 1: no extra process."""
     shard_tokens: int = 33_554_432
     """Tokens per file of the corpus; a killed run continues after the last whole file."""
 

@@ -12,6 +12,7 @@ import sysconfig
 from pathlib import Path
 
 from .artifacts import UserError, atomic_folder, atomic_write, complete_output, fingerprint, open_output
+from .tokenizer import save_tokenizer
 
 DOMAIN_BYTES = 1_000_000  # at most so much text per domain: enough to learn from, few enough for minutes on two cores
 TEST_DATA = {".txt", ".html", ".xml", ".json", ".toml", ".decTest"}
@@ -98,5 +99,5 @@ def train_tokenizer(text: Path, folder: Path) -> Path:
     with open(text, encoding="utf-8") as file:
         tokenizer = Qwen2Tokenizer().train_new_from_iterator((json.loads(line)["text"] for line in file), VOCABULARY, show_progress=False)
     with atomic_folder(folder) as temporary:
-        tokenizer.save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary)
     return folder

@@ -17,7 +17,7 @@ from .checkpoints import STATE
 from .config import ExportConfig
 from .decoder import Decoder
 from .model import load_model, model_hash
-from .tokenizer import load_tokenizer
+from .tokenizer import load_tokenizer, save_tokenizer
 
 MAX_DOMAINS = 40  # lines of the card's table; a corpus can have thousands of domains
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -108,7 +108,7 @@ def _write_model(checkpoint: Path, dtype: str, folder: Path):
         raise UserError(f"{len(broken)} tensors of {checkpoint} are not finite in {dtype} ({broken[0]}): export an earlier checkpoint or another dtype")
     tokenizer = load_tokenizer(str(checkpoint))
     tokenizer.model_max_length = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     model.config.save_pretrained(folder)
     if model.config.model_type == "qwen2" and not _cut_alike(folder, tokenizer):
         print("transformers cuts text for any qwen2 model as Qwen2's tokenizer does, the corpus's tokenizer does otherwise: "
