@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
-from conftest import make_text
 from test_chunking import EOS, byte_level_texts, oracle_chunks
+from texts import make_text
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from miniplm import corpus, sources

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import make_text
 from test_corpus import contents, write_jsonl
+from texts import make_text
 
 from miniplm import sources
 from miniplm.config import PrepareConfig

@@ -78,7 +78,7 @@ def test_text_to_model_then_skipped_when_complete(tiny_tokenizer, tmp_path, caps
     import json
     import random
 
-    from conftest import make_text
+    from texts import make_text
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from miniplm.config import RunConfig

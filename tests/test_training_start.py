@@ -10,7 +10,7 @@ from training_runs import EOS, STUDENT, check_equal_runs, make_config, metrics, 
 
 from miniplm import training
 from miniplm.artifacts import UserError, latest_checkpoint, read_json
-from miniplm.config import OptimizerConfig
+from miniplm.config import OptimizerConfig, StudentConfig
 from miniplm.training import DataOrder, train
 
 
@@ -57,7 +57,7 @@ def test_bad_input_leaves_nothing_behind(config, tiny_corpus, tiny_model, tmp_pa
         (dict(output=model), "not empty"),
     ]:
         with pytest.raises(UserError, match=message) as raised:
-            train(replace(config, **changed))
+            train(replace(config, **({"model": StudentConfig()} if {"init_from", "model_config"} & changed.keys() else {}), **changed))
         assert "\n" not in str(raised.value)
         assert not Path(config.output).exists()
 
@@ -72,15 +72,15 @@ def test_starts_from_weights(config, tiny_model, tiny_corpus, tmp_path):
     from transformers import AutoModelForCausalLM
 
     start = tiny_model(tmp_path / "start", seed=3)
-    train(replace(config, init_from=start, steps=1, log_interval=1))
+    train(replace(config, model=StudentConfig(), init_from=start, steps=1, log_interval=1))
     corpus = training.Corpus(tiny_corpus)
     rows = corpus.rows(DataOrder(corpus.num_tokens, 200, config.seed).step(0))
     with torch.no_grad():
         assert metrics(config.output)[0]["loss"] == pytest.approx(plain_loss(AutoModelForCausalLM.from_pretrained(start), rows).item(), rel=1e-5)
-    train(replace(config, init_from=config.output, output=config.output + "2", steps=2, eval_data=None))  # a training output is one too
+    train(replace(config, model=StudentConfig(), init_from=config.output, output=config.output + "2", steps=2, eval_data=None))  # a training output is one too
     assert metrics(config.output + "2")[0]["loss"] < metrics(config.output)[0]["loss"]
     with pytest.raises(UserError, match="init_from was"):
-        train(replace(config, init_from=tiny_model(tmp_path / "other", seed=4), steps=1))
+        train(replace(config, model=StudentConfig(), init_from=tiny_model(tmp_path / "other", seed=4), steps=1))
 
 
 @pytest.mark.parametrize("architecture", ["LlamaConfig", "MambaConfig"])
@@ -91,7 +91,7 @@ def test_starts_from_any_architecture(config, architecture, monkeypatch, tmp_pat
     if architecture == "MambaConfig":
         sizes = dict(vocab_size=512, hidden_size=32, num_hidden_layers=2, state_size=4)
     getattr(transformers, architecture)(**sizes, bos_token_id=1, eos_token_id=2, dtype="bfloat16").save_pretrained(tmp_path / "architecture")
-    config = replace(config, model_config=str(tmp_path / "architecture" / "config.json"), steps=6, eval_data=None, keep_checkpoints=1)
+    config = replace(config, model=StudentConfig(), model_config=str(tmp_path / "architecture" / "config.json"), steps=6, eval_data=None, keep_checkpoints=1)
     train(config)
     lines = metrics(config.output)
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
