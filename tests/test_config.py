@@ -43,7 +43,7 @@ def test_yaml_and_flags_together(tmp_path):
     (config.PrepareConfig, ["--data", "d", "--tokenizer", "t", "--output", "o", "--max-length", "0"], "max_length"),
     (config.TrainConfig, ["--data", "d", "--output", "o", "--model.hidden_size", "65"], "not a multiple"),
     (config.TrainConfig, ["--data", "d", "--output", "o", "--model.depth", "2"], "depth"),
-    (config.TrainConfig, ["--data", "d", "--output", "o", "--init-from", "m", "--model.hidden_size", "64", "--model.num_attention_heads", "4"], "no say beside"),
+    (config.TrainConfig, ["--data", "d", "--output", "o", "--init-from", "m", "--model.hidden_size", "96"], "no say beside"),
     (config.TrainConfig, ["--data", "d", "--output", "o", "--seed", "-1"], "seed must not be negative"),
     (config.TrainConfig, ["--data", "d", "--output", "o", "--config", "/nowhere.yaml"], "does not exist"),
 ])
