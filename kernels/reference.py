@@ -1,7 +1,8 @@
 """Every op in plain PyTorch: the mathematics, the CPU path, and (in float64) the truth of the tests.
 
 Statistics, softmaxes and sums are in float32, or in float64 for float64 inputs. No function holds a [T, V] tensor: logits
-exist in tiles of TILE_BYTES where no gradient is needed, else in chunks of tokens within a budget of bytes.
+exist in tiles of TILE_BYTES where no gradient is needed, else in chunks of tokens within a budget of bytes. On a GPU these
+functions work, but make the host wait for it (documents are walked one by one, targets that count are picked out).
 
 T tokens, V vocabulary, d hidden width, H heads, D head dimension, B documents.
 """
@@ -260,9 +261,12 @@ def difference_score(teacher_hidden, teacher_weight, reference_hidden, reference
 
 
 def _chunks(hidden, vocabulary, copies, budget):
-    """Slices of tokens such that `copies` chunks of logits stay within the budget (one token at least)."""
-    size = max(1, min(CHUNK_TOKENS, budget // (copies * max(1, vocabulary) * accumulate_dtype(hidden).itemsize)))
-    return [slice(t, t + size) for t in range(0, len(hidden), size)]
+    """Yields (a slice of the tokens, memory [copies, its tokens, V] for logits within the budget). One token at least."""
+    dtype, count = accumulate_dtype(hidden), len(hidden)
+    size = max(1, min(CHUNK_TOKENS, count, budget // (copies * max(1, vocabulary) * dtype.itemsize)))
+    memory = torch.empty(copies, size, vocabulary, dtype=dtype, device=hidden.device)
+    for t in range(0, count, size):
+        yield slice(t, t + size), memory[:, : count - t]
 
 
 def _blocks(logits):
@@ -278,12 +282,10 @@ def _vocabulary_tiles(weight, dtype):
         yield slice(v, v + step), weight[v : v + step].to(dtype)
 
 
-def _logits(hidden, weight, dtype):
-    """hidden weightᵀ in dtype."""
-    logits = torch.empty(len(hidden), len(weight), dtype=dtype, device=hidden.device)
-    for columns, tile in _vocabulary_tiles(weight, dtype):
-        torch.mm(hidden.to(dtype), tile.T, out=logits[:, columns])
-    return logits
+def _set_logits(logits, x, weight):
+    """logits = x weightᵀ, computed in the dtype of logits."""
+    for columns, tile in _vocabulary_tiles(weight, logits.dtype):
+        torch.mm(x.to(logits.dtype), tile.T, out=logits[:, columns])
 
 
 def _add_gradients(grad_logits, x, weight, scale, grad_hidden, grad_weight):
@@ -308,9 +310,9 @@ def linear_cross_entropy(hidden, weight, targets, token_weight, ignore_index, ne
     grad_hidden = torch.zeros(counted.shape, dtype=dtype, device=hidden.device) if need_hidden else None
     grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
     negative_log_prob = torch.empty_like(token_weight)
-    for chunk in _chunks(counted, len(weight), 1, budget):
+    for chunk, (logits,) in _chunks(counted, len(weight), 1, budget):
         x, y = counted[chunk].to(dtype), targets[chunk, None]
-        logits = _logits(x, weight, dtype)
+        _set_logits(logits, x, weight)
         total = torch.empty(len(x), 1, dtype=dtype, device=x.device)
         for block in _blocks(logits):
             z, target = logits[block], y[block]
@@ -344,9 +346,10 @@ def linear_distillation_loss(student_hidden, student_weight, teacher_hidden, tea
     grad_weight = torch.zeros(student_weight.shape, dtype=dtype, device=student.device) if need_weight else None
     cross_entropy = torch.empty(len(rows), dtype=dtype, device=student.device)
     divergence = torch.empty_like(cross_entropy)
-    for chunk in _chunks(student, vocabulary, 2, budget):
+    for chunk, (logits, teacher_logits) in _chunks(student, vocabulary, 2, budget):
         x, y = student[chunk].to(dtype), targets[chunk, None]
-        logits, teacher_logits = _logits(x, student_head, dtype), _logits(teacher[chunk], teacher_head, dtype)
+        _set_logits(logits, x, student_head)
+        _set_logits(teacher_logits, teacher[chunk], teacher_head)
         for block in _blocks(logits):
             z, target = logits[block], y[block]
             log_p = z.log_softmax(1)
