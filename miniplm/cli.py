@@ -50,8 +50,8 @@ def main(arguments=None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0 if arguments else 2
-    # Threads of OpenMP that wait for one another spin by default: beside any other busy process that is ten times slower on two cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Threads of OpenMP that wait for one another spin for long by default: beside another busy process that is ten times slower on two cores.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries end in one line of ours
     try:
         _run(*arguments)
