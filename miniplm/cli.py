@@ -7,6 +7,7 @@ n, with what was done kept. Tracebacks only with --debug.
 import importlib
 import io
 import os
+import shutil
 import signal
 import sys
 
@@ -79,10 +80,21 @@ def _run(command: str, *arguments: str):
     getattr(importlib.import_module(f".{module}", __package__), function)(parsed)
 
 
+REMEDIES = {
+    "No space left": "make room, then run the same command again",
+    "Read-only file system": "choose another --output",
+    "Permission denied": "choose another --output, or get the right to write there",
+}
+
+
 def _fail(command: str, error: BaseException, debug: bool, code: int) -> int:
     if debug:
         raise error
+    if isinstance(error, shutil.Error):  # a list of (source, destination, reason)
+        error = OSError(error.args[0][0][-1])
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError):
+        text += "".join(f": {remedy}" for reason, remedy in REMEDIES.items() if reason in text)
     if code == 1:
         text = f"{type(error).__name__}: {text} (--debug shows the traceback)"
     print(f"miniplm {command}: {text}", file=sys.stderr)

@@ -14,7 +14,8 @@ from pathlib import Path
 from .artifacts import UserError, atomic_folder, atomic_write, complete_output, fingerprint, open_output
 from .tokenizer import save_tokenizer
 
-DOMAIN_BYTES = 1_000_000  # at most so much text per domain: enough to learn from, few enough for minutes on two cores
+DOMAIN_BYTES = 1_200_000  # at most so much text per domain: enough to learn from, few enough for minutes on two cores
+TEST_DATA_BYTES = 400_000  # numbers mostly, of a token per digit: more would fill half of the corpus
 TEST_DATA = {".txt", ".html", ".xml", ".json", ".toml", ".decTest"}
 VOCABULARY = 2048
 SEED = 10
@@ -54,7 +55,7 @@ def _collect() -> dict:
     tests = [path.read_bytes() for path in sorted((library / "test").rglob("*")) if path.suffix in TEST_DATA and path.is_file()]
     data = [text for text in (_decode(content) for content in tests) if text]
     domains = {"language reference": reference, "docstrings": docstrings, "sources": sources, "test data": data}
-    return {name: _capped(texts) for name, texts in domains.items() if texts}
+    return {name: _capped(texts, TEST_DATA_BYTES if texts is data else DOMAIN_BYTES) for name, texts in domains.items() if texts}
 
 
 def _decode(content: bytes):
@@ -64,14 +65,14 @@ def _decode(content: bytes):
         return None
 
 
-def _capped(texts: list) -> list:
-    """A seeded random choice of the texts, DOMAIN_BYTES long at most; one text gives a tenth of that at most."""
-    texts = [text[:DOMAIN_BYTES // 10] for text in texts]
+def _capped(texts: list, limit: int) -> list:
+    """A seeded random choice of the texts, `limit` bytes long at most; one text gives a tenth of that at most."""
+    texts = [text[:limit // 10] for text in texts]
     random.Random(SEED).shuffle(texts)
     kept, size = [], 0
     for text in texts:
         size += len(text.encode())
-        if size > DOMAIN_BYTES and kept:
+        if size > limit and kept:
             break
         kept.append(text)
     return kept

@@ -123,10 +123,10 @@ def _print_result(output: Path):
     from rich.table import Table
     from rich.text import Text
 
-    models = {"teacher": "teacher", "reference": "reference", "student": "student, refined corpus", "control": "student, random corpus"}
+    models = {"teacher": "teacher", "reference": "reference", "student": "student (refined)", "control": "student (random)"}
     losses = {name: read_json(output / f"{name}-loss.json") for name in models}
     domains = list(losses["student"]["domains"])
-    table = Table(title="Held-out loss (nats per token) at equal size and equal training FLOPs of the two students")
+    table = Table(title="Held-out loss, nats per token (students of equal size and equal training FLOPs)")
     table.add_column("model")
     for heading in ["all", *domains]:
         table.add_column(Text(heading), justify="right")
@@ -137,7 +137,5 @@ def _print_result(output: Path):
     console.print(table)
     student, control = losses["student"]["loss"], losses["control"]["loss"]
     if student is not None and control is not None:
-        verdict = "lower" if student < control else "not lower"
-        console.print(f"Training on the refined corpus gave a {verdict} held-out loss than on the random one of the same size: "
-                      f"{student:.4f} against {control:.4f}.")
+        console.print(f"The student's held-out loss: {student:.4f} trained on the refined corpus, {control:.4f} on a random one of the same size.")
     console.print(Text(f"The student as a Hugging Face model: {output / 'model'}  (AutoModelForCausalLM.from_pretrained opens it)"))

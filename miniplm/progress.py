@@ -29,7 +29,7 @@ class Progress:
     def __exit__(self, kind, *_):
         if self.bar is not None:
             self.bar.close()
-        elif kind is None:
+        elif kind is None and self.done > self.first:
             self._line()
 
     def update(self, n: int):

@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one plain line, no traceback."""
 
+import shutil
 import subprocess
 import sys
 
@@ -66,12 +67,14 @@ def test_a_bug_is_exit_1_and_one_line(monkeypatch, capsys):
 def test_an_operating_system_error_is_exit_2(monkeypatch, capsys):
     import miniplm.pipeline
 
-    def full(_):
-        raise OSError(28, "No space left on device", "demo/x")
+    for error in [OSError(28, "No space left on device", "demo/x"), shutil.Error([("a", "b", "[Errno 28] No space left on device: 'a' -> 'b'")])]:
+        def full(_, error=error):
+            raise error
 
-    monkeypatch.setattr(miniplm.pipeline, "demo", full)
-    assert main(["demo"]) == 2
-    assert "No space left on device" in capsys.readouterr().err
+        monkeypatch.setattr(miniplm.pipeline, "demo", full)
+        assert main(["demo"]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "[Errno 28] No space left" in said and said.endswith(": make room, then run the same command again\n")
 
 
 def test_interrupt_is_130(monkeypatch, capsys):
