@@ -54,7 +54,15 @@ def read_stages(path) -> dict:
 
 
 def run_stages(stages: dict, output, places: dict | None = None):
-    """Check, then run the stages in order.
+    """Check all stages, then run them in order. Arguments as in plan_stages."""
+    planned = plan_stages(stages, output, places)
+    for number, (name, kind, module, settings) in enumerate(planned, 1):
+        print(f"\n[{number}/{len(planned)}] {name}: {kind}", flush=True)
+        getattr(importlib.import_module(f".{module}", __package__), kind)(settings)
+
+
+def plan_stages(stages: dict, output, places: dict | None = None) -> list[tuple]:
+    """(name, stage, module, config) of each stage, checked.
 
     Args:
         stages: name → settings, with the key `stage`.
@@ -79,9 +87,7 @@ def run_stages(stages: dict, output, places: dict | None = None):
             raise UserError(f"stage {name!r}: {error}") from None
         if kind != "generate":
             places[name] = values["output"]
-    for number, (name, kind, module, settings) in enumerate(planned, 1):
-        print(f"\n[{number}/{len(planned)}] {name}: {kind}", flush=True)
-        getattr(importlib.import_module(f".{module}", __package__), kind)(settings)
+    return planned
 
 
 def _resolve(value, places: dict):

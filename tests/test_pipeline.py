@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from miniplm.artifacts import UserError
-from miniplm.pipeline import _resolve, read_stages, run_stages
+from miniplm.pipeline import _resolve, plan_stages, read_stages, run_stages
 
 
 def test_places_are_filled_in_everywhere_and_unknown_ones_refused():
@@ -35,6 +37,12 @@ def test_a_file_that_is_no_pipeline(text, tmp_path):
     path.write_text(text)
     with pytest.raises(UserError, match=r"pipeline\.yaml"):
         read_stages(path)
+
+
+def test_shipped_pipelines_are_right():
+    root = Path(__file__).parents[1]
+    assert len(plan_stages(read_stages(root / "configs" / "quickstart.yaml"), "out")) == 9
+    assert len(plan_stages(read_stages(root / "miniplm" / "demo.yaml"), "out", {"text": "t.jsonl", "tokenizer": "t"})) == 16
 
 
 TINY = """
