@@ -45,8 +45,8 @@ def evaluate(config: EvaluateConfig) -> dict:
     if result is None:
         check_same_tokens(load_tokenizer(corpus.tokenizer), load_tokenizer(config.model, config.trust_remote_code), config.model)
         model = load_model(config.model, dtype, device, config.trust_remote_code)
-        if len(model.head_weight) <= (highest := _highest_id(corpus)):
-            raise UserError(f"model {config.model} knows {len(model.head_weight)} ids, corpus {config.data} has ids up to {highest}: "
+        if len(model.head_weight) <= corpus.highest_id:
+            raise UserError(f"model {config.model} knows {len(model.head_weight)} ids, corpus {config.data} has ids up to {corpus.highest_id}: "
                             "evaluate a model that was made for its tokenizer")
         batch_tokens = config.batch_tokens or (2_048 if device.type == "cpu" else 65_536)
         losses, tokens = _row_losses(model, corpus, config.document_mask, batch_tokens, device)
@@ -71,12 +71,6 @@ def _read_equal(output: str | None, identity: dict) -> dict | None:
         raise UserError(f"output {output} holds something else than this evaluation: choose another --output or delete it")
     print(f"{output} is complete, nothing to do")
     return found
-
-
-def _highest_id(corpus: Corpus) -> int:
-    import pyarrow.compute as pc
-
-    return max(pc.max(chunk.flatten()).as_py() or 0 for chunk in corpus.table.column("input_ids").chunks)
 
 
 @torch.inference_mode()

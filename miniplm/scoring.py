@@ -111,12 +111,8 @@ def _batches(corpus: Corpus, rows: range, batch_tokens: int, document_mask: bool
 
 def _ids_needed(corpus: Corpus, tokenizer, vocab_size: int) -> int:
     """The highest id of the corpus plus one; where the tokenizer's own highest id fits into vocab_size, that bound will do."""
-    import pyarrow.compute as pc
-
     bound = max(tokenizer.get_vocab().values()) + 1
-    if bound <= vocab_size:
-        return bound
-    return 1 + max(pc.max(chunk.flatten()).as_py() or 0 for chunk in corpus.table.column("input_ids").chunks)
+    return bound if bound <= vocab_size else corpus.highest_id + 1
 
 
 def _schema(columns):

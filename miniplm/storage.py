@@ -48,6 +48,13 @@ class Corpus:
         return self.table.column("num_tokens").to_numpy().astype(np.int64)
 
     @cached_property
+    def highest_id(self) -> int:
+        """The highest token id in the corpus; reads all of it."""
+        import pyarrow.compute as pc
+
+        return max(pc.max(chunk.flatten()).as_py() or 0 for chunk in self._ids.chunks)
+
+    @cached_property
     def domains(self):
         """(codes int32 [rows], names): row i is of domain names[codes[i]]."""
         import pyarrow as pa

@@ -39,6 +39,7 @@ def test_round_trip_here_and_through_datasets(tmp_path, with_scores):
     order = np.random.default_rng(0).permutation(len(rows))
     assert [ids.tolist() for ids in corpus.rows(order)] == [rows[index][0] for index in order]
     assert corpus.rows([]) == [] and len(corpus) == len(rows)
+    assert corpus.highest_id == max(max(ids) for ids, _ in rows)
     assert corpus.num_tokens.tolist() == [len(ids) for ids, _ in rows]
     codes, names = corpus.domains
     assert [names[code] for code in codes] == [domain for _, domain in rows]
