@@ -31,6 +31,7 @@ class TrainState:
     skipped_in_a_row: int = 0
     grad_norm: float | None = None  # of the last step; None where it was not finite
     losses: list[float] = dataclasses.field(default_factory=list)  # of the steps since the last line of metrics.jsonl
+    parts: list[list[float]] = dataclasses.field(default_factory=list)  # [cross-entropy, KL divergence] of those steps, with a teacher
     line_step: int = 0  # the step of that line
 
 

@@ -205,6 +205,12 @@ class TrainConfig:
     """Start from these weights instead: Hugging Face id, local folder or training output."""
     model_config: Optional[str] = None
     """Take the architecture from a transformers config.json instead (from scratch)."""
+    teacher: Optional[str] = None
+    """Vanilla KD: learn from this model's predictions too: Hugging Face id, local folder (a training output too), or .gguf file."""
+    alpha: float = 0.5
+    """With a teacher: the loss is (1 - alpha) * cross-entropy + alpha * KL divergence from the teacher."""
+    temperature: float = 1.0
+    """With a teacher: both models' logits are divided by this in the KL divergence, which is not multiplied by its square."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimiser and schedule."""
     steps: Optional[int] = None
@@ -248,6 +254,9 @@ class TrainConfig:
         _require(not (self.init_from and self.model_config), "give init_from or model_config, not both")
         _require(self.model == StudentConfig() or not (self.init_from or self.model_config),
                  "model.* has no say beside init_from or model_config: leave it out")
+        _require(0 <= self.alpha <= 1, f"alpha must be between 0 and 1, got {self.alpha}")
+        _require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}")
+        _require(bool(self.teacher) or (self.alpha, self.temperature) == (0.5, 1.0), "alpha and temperature have no say without teacher: leave them out")
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         _require(self.dtype != "float16", "float16 needs loss scaling, which is not built: use bfloat16 or float32")
 

@@ -201,14 +201,15 @@ def model_card(config: ExportConfig, name: str, location: str, architecture: dic
 
     corpus = facts["manifest"].get("corpus", {})
     source, rule = corpus.get("source", ""), corpus.get("selection", {}).get("rule", {})
-    distilled = bool(rule) and "random_seed" not in rule
+    distilled, identity = bool(rule) and "random_seed" not in rule, facts["manifest"]["identity"]
     data = ModelCardData(
         library_name="transformers", license=config.license, datasets=list(config.datasets) or ([source] if HUB_ID.fullmatch(source) else None),
         language=list(config.language), metrics=["perplexity"], pipeline_tag="text-generation",
-        tags=["pretraining", *(["miniplm", "knowledge-distillation", "data-selection"] if distilled else [])])
+        tags=["pretraining", *(["miniplm", "knowledge-distillation", "data-selection"] if distilled
+                               else ["knowledge-distillation"] if "teacher" in identity else [])])
     method = (" on text that a larger model found worth learning: MiniPLM's Difference Sampling ([paper](https://arxiv.org/abs/2410.17215))"
               if distilled else "")
-    start = "trained further from other weights" if facts["manifest"]["identity"].get("init_from") else "pre-trained from scratch"
+    start = "trained further from other weights" if identity.get("init_from") else "pre-trained from scratch"
     parts = [f"---\n{data.to_yaml()}\n---", f"# {_escape(name)}", f"A causal language model, {start}{method}.",
              "## Training", _table(["", ""], _training_rows(architecture, facts, distilled)), *_evaluation_section(facts["evaluation"], corpus),
              "## Use", "With the path of this folder, or its id on the Hugging Face Hub:", f"""```python
@@ -251,6 +252,10 @@ def _training_rows(architecture: dict, facts: dict, distilled: bool) -> list[tup
         rows.append(("Selection", f"{_rule(selection['rule'])}: {selection['kept']:,} of {total:,} chunks, "
                                   f"{selection['kept_tokens']:,} of {total_tokens:,} tokens"))
     end = "" if manifest.get("complete") and state["step"] == identity["steps"] else f" of {identity['steps']:,} planned: the run had not ended here"
+    if "teacher" in identity:
+        name = _model(manifest["teacher"]) if "teacher" in manifest else f"a model with the hash {identity['teacher']}"
+        rows.append(("Loss", f"{1 - identity['alpha']:g} × cross-entropy + {identity['alpha']:g} × KL divergence from the full distribution "
+                             f"of {name} at temperature {identity['temperature']:g} (Vanilla KD)"))
     tokens = f"{state['tokens']:,}" + (f" ({state['tokens'] / (corpus['tokens'] - corpus['rows']):.2f} passes over the corpus)" if corpus else "")
     rows += [
         ("Training tokens", tokens), ("Steps", f"{state['step']:,}{end}"), ("Tokens per step", f"{identity['batch_tokens']:,}"),

@@ -1,11 +1,12 @@
 """Stage 4, train: corpus → checkpoints.
 
 One optimiser step takes a global batch of `batch_tokens` predictions, in micro-batches; its loss is the mean over all
-targets of the global batch, −(1/n) Σ log p, however it is cut. Weights, gradients and moments are float32; forward and
+targets of the global batch, −(1/n) Σ log p, however it is cut. With a teacher (Vanilla KD) it is the mean of
+(1 − α)·(−log p) + α·KL(teacher ‖ student) over the same targets. Weights, gradients and moments are float32; forward and
 backward compute in `dtype`. The rows, the learning rate and the update of a step are functions of (seed, step) and of the
 weights before it alone, so a run that was stopped and continued computes the same bits as one that was not.
 
-`DataOrder`, `global_batch`, `make_optimizer` and `train_step` are the core; they need no corpus on disk.
+`make_optimizer` and `train_step` are the core, with data_order.py; they need no corpus on disk.
 """
 
 import contextlib
@@ -21,12 +22,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .artifacts import UserError, complete_output, fingerprint, open_output, read_json
-from .batches import IGNORE, Batch, pack, prefetch, split_by_tokens
+from .artifacts import MANIFEST, UserError, complete_output, fingerprint, open_output, read_json
+from .batches import IGNORE, Batch, prefetch
 from .checkpoints import Metrics, TrainState, checkpoint_folder, find_checkpoint, load_optimizer, prune_checkpoints, save_checkpoint
 from .config import OptimizerConfig, TrainConfig
+from .data_order import DataOrder, global_batch
 from .decoder import Decoder, LanguageModel, student_config, unsupported
-from .kernels import linear_cross_entropy
+from .kernels import linear_cross_entropy, linear_distillation_loss
 from .model import Adapter, choose_device, choose_dtype, load_model, model_hash
 from .progress import Progress
 from .signals import Interrupted, stop_signals
@@ -39,59 +41,6 @@ class TrainingDiverged(RuntimeError):
 
 
 # ---- the core ----
-
-class DataOrder:
-    """Which rows of a corpus make up which step.
-
-    The rows follow one another in epochs without end, each epoch in an order of its own (a permutation seeded with (seed,
-    epoch)) or all in corpus order. Step k takes the rows whose first prediction is among the predictions k·B … (k+1)·B − 1
-    of that stream: every row once per epoch, and after k steps of any corpus k·B predictions, to within one row.
-
-    Args:
-        num_tokens: int [rows], ids per row; a row of n ids counts n − 1 predictions. Rows without any are left out.
-        batch_tokens: B.
-    Raises:
-        UserError: there is nothing to predict, or a row is longer than B, which would leave steps empty.
-    """
-
-    def __init__(self, num_tokens: np.ndarray, batch_tokens: int, seed: int, shuffle: bool = True):
-        self.num_tokens, self.batch_tokens, self.seed, self.shuffle = num_tokens, batch_tokens, seed, shuffle
-        self.rows = np.flatnonzero(num_tokens > 1)
-        self.epoch_tokens = int((num_tokens[self.rows] - 1).sum())
-        if not self.epoch_tokens:
-            raise UserError("the corpus holds no token to predict: train on another one")
-        if (longest := int(num_tokens.max()) - 1) > batch_tokens:
-            raise UserError(f"batch_tokens {batch_tokens} is below the longest chunk of the corpus, {longest} predictions: raise it")
-        self._cached = None
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The steps of one pass; the last of them runs on into the next epoch."""
-        return -(-self.epoch_tokens // self.batch_tokens)
-
-    def step(self, step: int) -> np.ndarray:
-        """The rows of step 0, 1, …, int64, in the order of the stream."""
-        start, stop = step * self.batch_tokens, (step + 1) * self.batch_tokens
-        parts = []
-        for epoch in range(start // self.epoch_tokens, (stop - 1) // self.epoch_tokens + 1):
-            rows, starts = self._epoch(epoch)
-            first, last = np.searchsorted(starts, [start - epoch * self.epoch_tokens, stop - epoch * self.epoch_tokens])
-            parts.append(rows[first:last])
-        return np.concatenate(parts)
-
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(rows, the predictions before each) of an epoch; the latest one is kept, since steps come in order."""
-        if self._cached is None or self._cached[0] != epoch:
-            rows = np.random.default_rng([self.seed, epoch]).permutation(self.rows) if self.shuffle else self.rows
-            lengths = self.num_tokens[rows] - 1
-            self._cached = epoch, rows, np.cumsum(lengths) - lengths
-        return self._cached[1:]
-
-
-def global_batch(rows, eos_token_id: int, micro_batch_tokens: int, document_mask: bool = False) -> list[Batch]:
-    """Pack rows (int arrays of ids) into micro-batches of at most micro_batch_tokens predictions; a longer row stands alone."""
-    return [pack(rows[group], eos_token_id, document_mask) for group in split_by_tokens([len(row) for row in rows], micro_batch_tokens)]
-
 
 def num_targets(batches: list[Batch]) -> int:
     """How many positions are predicted; call it before the batches are moved to a GPU."""
@@ -107,6 +56,32 @@ def summed_loss(model: LanguageModel, batch: Batch, dtype: torch.dtype) -> Tenso
     with torch.autocast(batch.input_ids.device.type, dtype, enabled=dtype != torch.float32):
         hidden = model(batch.input_ids, batch.cu_seqlens, batch.max_seqlen)
         return linear_cross_entropy(hidden, model.head_weight, batch.targets, ignore_index=IGNORE, reduction="sum")
+
+
+class Teacher(NamedTuple):
+    """Whom a student learns from, beside the corpus: its full distribution, at the temperature, is the share alpha of the loss."""
+
+    model: LanguageModel  # frozen, in the compute dtype
+    alpha: float
+    temperature: float
+
+
+def distillation_losses(student: LanguageModel, teacher: Teacher, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """(loss, cross-entropy, KL divergence), means over the targets of a batch on the models' device, 0 without any: float32 [3].
+
+    The loss alone carries gradients, and only for the student; they add up in float32 as those of summed_loss do.
+    """
+    with torch.no_grad():  # before the student's pass, whose activations stay in memory
+        teacher_hidden = teacher.model(batch.input_ids, batch.cu_seqlens, batch.max_seqlen)
+    with torch.autocast(batch.input_ids.device.type, dtype, enabled=dtype != torch.float32):
+        hidden = student(batch.input_ids, batch.cu_seqlens, batch.max_seqlen)
+        return torch.stack(linear_distillation_loss(hidden, student.head_weight, teacher_hidden, teacher.model.head_weight, batch.targets,
+                                                    alpha=teacher.alpha, ignore_index=IGNORE, temperature=teacher.temperature))
+
+
+def training_flops(model: LanguageModel, context: int, teacher: Teacher | None = None) -> int:
+    """FLOPs per token of a step on documents of `context` tokens: forward, backward (twice as many), and the teacher's forward."""
+    return 3 * model.flops_per_token(context) + (teacher.model.flops_per_token(context) if teacher else 0)
 
 
 def make_optimizer(model: LanguageModel, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -126,32 +101,37 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
 
 
 def train_step(model: LanguageModel, optimizer, micro_batches: list[Batch], lr: float, max_grad_norm: float, dtype: torch.dtype,
-               poll=lambda: None) -> tuple[float, float]:
+               poll=lambda: None, teacher: Teacher | None = None) -> tuple[float, ...]:
     """One optimiser step on a global batch; the weights stay as they are where the loss or the gradient norm is not finite.
 
     Args:
         dtype: of forward and backward; the parameters are float32.
         poll: called between micro-batches; if it raises, the weights stay as they are.
     Returns:
-        (loss, gradient norm before clipping). The loss is the mean over all targets of the global batch, in nats; NaN if there are none.
+        (loss, gradient norm before clipping), with a teacher (loss, gradient norm, cross-entropy, KL divergence). Losses are means
+        over all targets of the global batch, in nats; NaN if there are none.
     """
-    count = num_targets(micro_batches)
+    counts = [num_targets([batch]) for batch in micro_batches]
+    count = sum(counts) or math.nan
     device = model.head_weight.device
     optimizer.zero_grad()
-    total = torch.zeros((), device=device)
+    total = torch.zeros(3 if teacher else 1, device=device)
     # All are moved now: a copy from pageable memory waits for the device, and between micro-batches that would drain its queue.
-    for batch in [batch.to(device) for batch in micro_batches]:
+    for batch, targets in zip([batch.to(device) for batch in micro_batches], counts, strict=True):
         poll()
-        loss = summed_loss(model, batch, dtype) / (count or math.nan)
-        loss.backward()
-        total += loss.detach()
+        if teacher:
+            losses = distillation_losses(model, teacher, batch, dtype) * (targets / count)
+        else:
+            losses = summed_loss(model, batch, dtype)[None] / count
+        losses[0].backward()
+        total += losses.detach()
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    loss, grad_norm = torch.stack([total, grad_norm]).tolist()  # the one wait for the device
+    grad_norm, loss, *parts = torch.cat([grad_norm[None], total]).tolist()  # the one wait for the device
     if math.isfinite(loss) and math.isfinite(grad_norm):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-    return loss, grad_norm
+    return loss, grad_norm, *parts
 
 
 @torch.no_grad()
@@ -177,6 +157,9 @@ def peak_flops(device: torch.device) -> float:
 
 # ---- the stage ----
 
+PARTS = ("cross_entropy", "kl_divergence")  # of the loss with a teacher
+
+
 class _Setup(NamedTuple):
     """What a run is made of, settled before anything is written."""
 
@@ -197,7 +180,8 @@ def train(config: TrainConfig) -> None:
     A line is added to metrics.jsonl every log_interval steps, at each evaluation, at each skipped step and at the last one:
     "step", "loss" (the exact mean over the steps since the last line, skipped ones left out), "lr", "grad_norm" (of this
     step, before clipping), "tokens" (predictions so far), "tokens_per_second" and "mfu" (of the training steps since the
-    last line) and, where they apply, "eval_loss" and "skipped". A figure that is not finite is null.
+    last line) and, where they apply, "eval_loss" (the cross-entropy, with a teacher too) and "skipped". With a teacher also
+    "cross_entropy" and "kl_divergence", means like "loss", and "mfu" counts its FLOPs. A figure that is not finite is null.
 
     Raises:
         UserError: the inputs cannot be used or do not fit together, or the output holds another run.
@@ -205,11 +189,13 @@ def train(config: TrainConfig) -> None:
         Interrupted: SIGTERM or SIGINT came; the last finished step is saved.
     """
     setup, output = _set_up(config), Path(config.output)
-    # Made before the output is claimed: weights that cannot be read must not leave a run behind.
-    model = None if any(output.glob("checkpoints/step-*")) else _initial_model(config, setup)
-    if open_output(output, "train", setup.identity):
+    if (output / MANIFEST).exists() and open_output(output, "train", setup.identity):
         print(f"training {output} is complete, nothing to do")
         return
+    # Made before the output is claimed: weights that cannot be read must not leave a run behind.
+    model = None if any(output.glob("checkpoints/step-*")) else _initial_model(config, setup)
+    teacher = _load_teacher(config, setup) if config.teacher else None
+    open_output(output, "train", setup.identity)
     if config.optimizer.warmup_steps >= setup.steps:
         reached = learning_rate(setup.steps, setup.steps, config.optimizer)
         _note(f"optimizer.warmup_steps {config.optimizer.warmup_steps} is not below the run's {setup.steps} steps: "
@@ -224,24 +210,32 @@ def train(config: TrainConfig) -> None:
         if checkpoint:
             load_optimizer(optimizer, model, checkpoint, state.updates)
         with contextlib.closing(Metrics(output, state.step)) as metrics:
-            rate = _loop(config, setup, model, optimizer, state, metrics, poll)
-    loss, eval_loss = metrics.last["loss"], metrics.last.get("eval_loss")
+            rate = _loop(config, setup, model, teacher, optimizer, state, metrics, poll)
+    losses = {name: metrics.last.get(name) for name in ("loss", *(PARTS if teacher else ()), "eval_loss")}
+    shown = {"teacher": Path(config.teacher).resolve().name if Path(config.teacher).exists() else config.teacher} if teacher else {}
     summary = {key: value for key, value in setup.corpus.manifest.items() if key not in ("stage", "complete", "identity")}
-    complete_output(output, {"steps": state.step, "skipped": state.step - state.updates, "tokens": state.tokens, "loss": loss, "eval_loss": eval_loss,
-                             "parameters": model.num_parameters(), "corpus": summary})
-    figures = [text.format(value) for text, value in [("loss {:.4f}", loss), ("held-out loss {:.4f}", eval_loss), ("{:,.0f} tokens/s", rate)]
-               if value is not None]
+    complete_output(output, {"steps": state.step, "skipped": state.step - state.updates, "tokens": state.tokens, **losses,
+                             "parameters": model.num_parameters(), **shown, "corpus": summary})
+    figures = [text.format(value) for text, value in [
+        ("loss {:.4f}", losses["loss"]), ("held-out loss {:.4f}", losses["eval_loss"]), ("{:,.0f} tokens/s", rate)] if value is not None]
     print(f"trained {state.step:,} steps on {state.tokens:,} tokens: {', '.join([*figures, str(checkpoint_folder(output, state.step))])}")
 
 
-def _loop(config: TrainConfig, setup: _Setup, model, optimizer, state: TrainState, metrics: Metrics, poll) -> float | None:
+def _loop(config: TrainConfig, setup: _Setup, model, teacher: Teacher | None, optimizer, state: TrainState, metrics: Metrics, poll) -> float | None:
     """Train from `state` to the last step. Returns the tokens per second of the training steps, None if there was none."""
     output, steps, eos = Path(config.output), setup.steps, setup.corpus.eos_token_id
     peak = 1e12 * config.peak_tflops if config.peak_tflops else peak_flops(setup.device)
-    flops = 3 * model.flops_per_token(setup.order.epoch_tokens // len(setup.order.rows))  # the backward pass takes twice the forward
+    context = setup.order.epoch_tokens // len(setup.order.rows)
+    flops = training_flops(model, context, teacher)
+    if teacher:
+        _note(f"the loss is {1 - teacher.alpha:g} · cross-entropy + {teacher.alpha:g} · KL divergence from {config.teacher} at temperature "
+              f"{teacher.temperature:g}; the teacher takes {1 - training_flops(model, context) / flops:.0%} of {flops / 1e6:,.2f} MFLOPs per token")
+        if (ids := len(teacher.model.head_weight)) < len(model.head_weight):
+            _note(f"the teacher predicts {ids:,} ids, the student {len(model.head_weight):,}: the loss leaves the rest out, so the student does "
+                  "not learn to avoid them")
     saved, reported, spans = state.step, 0, []  # spans: (seconds, tokens) of each step, `reported` of them in a line
     if metrics.last["step"] == state.step:  # this step's line was written after its checkpoint
-        state.losses, state.line_step = [], state.step
+        state.losses, state.parts, state.line_step = [], [], state.step
 
     def due(interval: int) -> bool:
         return state.step % interval == 0 or state.step == steps
@@ -259,7 +253,8 @@ def _loop(config: TrainConfig, setup: _Setup, model, optimizer, state: TrainStat
     def report():
         nonlocal reported
         rate = tokens_per_second(reported)
-        line = {"step": state.step, "loss": sum(state.losses) / len(state.losses) if state.losses else None,
+        parts = {name: _mean([step[i] for step in state.parts]) for i, name in enumerate(PARTS)} if teacher else {}
+        line = {"step": state.step, "loss": _mean(state.losses), **parts,
                 "lr": learning_rate(state.step, steps, config.optimizer), "grad_norm": state.grad_norm, "tokens": state.tokens,
                 "tokens_per_second": rate, "mfu": rate and flops * rate / peak}
         if setup.held_out and due(config.eval_interval):
@@ -267,7 +262,7 @@ def _loop(config: TrainConfig, setup: _Setup, model, optimizer, state: TrainStat
         if state.skipped_in_a_row:
             line["skipped"] = True
         metrics.write(line)
-        state.losses, state.line_step, reported = [], state.step, len(spans)
+        state.losses, state.parts, state.line_step, reported = [], [], state.step, len(spans)
 
     batches = prefetch(global_batch(setup.corpus.rows(setup.order.step(step)), eos, setup.micro_batch_tokens, config.document_mask)
                        for step in range(state.step, steps))
@@ -291,13 +286,15 @@ def _loop(config: TrainConfig, setup: _Setup, model, optimizer, state: TrainStat
                 poll()
                 start = time.perf_counter()
                 micro_batches, lr = next(batches), learning_rate(state.step + 1, steps, config.optimizer)
-                loss, grad_norm = train_step(model, optimizer, micro_batches, lr, config.optimizer.max_grad_norm, setup.dtype, poll)
+                loss, grad_norm, *parts = train_step(model, optimizer, micro_batches, lr, config.optimizer.max_grad_norm, setup.dtype,
+                                                     poll, teacher)
                 tokens = sum(len(batch.targets) for batch in micro_batches)
                 spans.append((time.perf_counter() - start, tokens))
                 state.step, state.tokens, state.grad_norm = state.step + 1, state.tokens + tokens, _finite(grad_norm)
                 if math.isfinite(loss) and math.isfinite(grad_norm):
                     state.updates, state.skipped_in_a_row = state.updates + 1, 0
                     state.losses.append(loss)
+                    state.parts += [parts] if teacher else []
                 else:
                     state.skipped_in_a_row += 1
                     _note(f"step {state.step} skipped: loss {loss}, gradient norm {grad_norm}")
@@ -312,6 +309,10 @@ def _loop(config: TrainConfig, setup: _Setup, model, optimizer, state: TrainStat
 
 def _note(text: str):
     tqdm.write(text, file=sys.stderr)  # above the progress bar, if there is one
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _finite(value: float) -> float | None:
@@ -330,8 +331,9 @@ def _set_up(config: TrainConfig) -> _Setup:
                 "steps": steps, **{name: getattr(config, name) for name in ("batch_tokens", "shuffle", "seed", "document_mask")},
                 "device": device.type, "dtype": str(dtype).removeprefix("torch.")}
     architecture, held_out, micro_batch_tokens = None, [], config.micro_batch_tokens or (4_096 if device.type == "cpu" else 65_536)
+    for name in filter(None, (config.init_from, config.teacher)):
+        check_same_tokens(load_tokenizer(corpus.tokenizer), load_tokenizer(name), name)
     if config.init_from:
-        check_same_tokens(load_tokenizer(corpus.tokenizer), load_tokenizer(config.init_from), config.init_from)
         identity["init_from"] = model_hash(config.init_from)
     elif config.model_config:
         architecture, identity["model_config"] = _read_architecture(Path(config.model_config), corpus)
@@ -347,6 +349,8 @@ def _set_up(config: TrainConfig) -> _Setup:
         if not num_targets(held_out):
             raise UserError(f"the first {config.eval_rows} chunks of corpus {config.eval_data} hold no token to predict: give another eval_data")
         identity |= {"eval_corpus": evaluation.fingerprint, "eval_rows": config.eval_rows}
+    if config.teacher:
+        identity |= {"teacher": model_hash(config.teacher), "alpha": config.alpha, "temperature": config.temperature}
     return _Setup(device, dtype, corpus, order, steps, micro_batch_tokens, held_out, architecture, identity)
 
 
@@ -380,3 +384,12 @@ def _initial_model(config: TrainConfig, setup: _Setup) -> LanguageModel:
         from transformers import AutoModelForCausalLM
 
         return Adapter(AutoModelForCausalLM.from_config(setup.architecture, dtype=torch.float32), config.model_config).to(setup.device)
+
+
+def _load_teacher(config: TrainConfig, setup: _Setup) -> Teacher:
+    model, corpus = load_model(config.teacher, setup.dtype, setup.device).requires_grad_(False), setup.corpus
+    ids = len(model.head_weight)
+    if ids < corpus.manifest["vocab_size"] and ids <= corpus.highest_id:  # the second reads the whole corpus
+        raise UserError(f"teacher {config.teacher} predicts {ids} ids, corpus {config.data} has ids up to {corpus.highest_id}: "
+                        "give a teacher that was made for its tokenizer")
+    return Teacher(model, config.alpha, config.temperature)
