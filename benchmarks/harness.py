@@ -1,0 +1,309 @@
+"""What the benchmarks of the ops share: time, memory, ceilings, errors, and a run that loses nothing.
+
+A benchmark file is shapes, contenders and one call:
+
+    def cases(shape, device, dtype):     # a generator of one Case per pass; the inputs live as long as its frame
+        x, weight = ...
+        def plain():                     # prepare: imports, needs memory, compiles; returns the callable that is timed
+            return lambda: torch.nn.functional.rms_norm(x, weight.shape, weight)
+        yield Case("forward", {"plain": plain, ...}, bytes=..., errors=lambda out: {"out": relative_error(out, truth)})
+
+    if __name__ == "__main__":
+        run("rms_norm", __doc__, cases, shapes=[{"T": 16384, "d": 512}, ...], quick=[...], toy=[...], baseline="plain", by="d")
+
+(Import harness before miniplm: it finds the package in a checkout that is not installed.)
+
+    python benchmarks/FILE.py [--json FILE] [--plot FILE] [--quick] [--only NAME,NAME]
+
+A contender that raises (Skip, ImportError, out of memory, anything) is recorded as {"skipped": reason}; the run goes on. Its
+callable returns a tensor, a sequence of tensors, or None where there is nothing to compare. Contenders whose name begins with
+"miniplm" must run, be compared and be accurate, or the exit status is 1. What they ran is in environment.triton_ops: an op that is not
+there has no Triton kernel, and its figures on a GPU are those of the PyTorch reference.
+Without CUDA the toy shapes run on the CPU in float32: that tests the benchmark, and its figures say nothing else.
+
+A record: op, shape, dtype, pass, contender, and either skipped or
+    ms, ms_low, ms_high  median, 20% and 80% quantile of the timed calls
+    tflops, gb_per_s     FLOPs and bytes of the case over ms: what the operation needs, not what the contender does
+    percent_of_ceiling   of the bf16 GEMM's rate where the case has FLOPs, else of the copy's, both measured in the same run
+    extra_bytes          peak_memory less the results (gradients are results); null on the CPU
+    error, accurate      relative errors against float64 by name ("inf": not finite), and whether all are within LIMITS; null: not compared
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+try:
+    import miniplm.kernels
+except ImportError:  # a checkout that is not installed: do what setup.py's package_dir does
+    sys.path.append(str(ROOT))
+    import miniplm
+
+    miniplm.__path__.append(str(ROOT))
+    import miniplm.kernels
+
+LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # largest relative error of a right result
+PACKAGES = ("triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn")
+FLUSH = 256 << 20  # bytes written before each timed call: several times any L2 cache
+BUDGET_MS, FEWEST, MOST = 400, 7, 100  # timed calls: about BUDGET_MS in sum
+OURS = "miniplm"
+
+
+class Skip(Exception):
+    """Raised by a contender that cannot run here; the text says why."""
+
+
+class Case(NamedTuple):
+    """One pass of one shape."""
+
+    name: str  # forward, backward, both
+    contenders: dict[str, Callable[[], Callable]]  # name → prepare
+    flops: float = 0
+    bytes: float = 0
+    errors: Optional[Callable] = None  # result of a contender → {name: relative_error}
+
+
+def environment() -> dict:
+    """Where and with what the figures are measured."""
+    found = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), "python": platform.python_version(), "torch": torch.__version__,
+             "MINIPLM_KERNELS": os.environ.get("MINIPLM_KERNELS", "auto"), "triton_ops": sorted(miniplm.kernels.dispatch.TRITON)}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    if torch.cuda.is_available():
+        found |= {"device": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability()), "cuda": torch.version.cuda}
+    else:
+        found |= {"device": "cpu", "threads": torch.get_num_threads()}
+    try:
+        found["commit"] = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty"], capture_output=True, text=True,
+                                         check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found["commit"] = None
+    return found
+
+
+def measure(function) -> tuple[float, float, float]:
+    """(median, 20% quantile, 80% quantile) in ms of a call, after calls that compile, tune and warm up.
+
+    On CUDA: events around each call, the L2 cache overwritten before it. On the CPU: three calls by the clock.
+    """
+    function()
+    if torch.cuda.is_available():
+        flush = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
+
+        def timed(count):
+            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+            for start, end in events:
+                flush.zero_()
+                start.record()
+                function()
+                end.record()
+            torch.cuda.synchronize()
+            return [start.elapsed_time(end) for start, end in events]
+
+        times = timed(min(MOST, max(FEWEST, int(BUDGET_MS / min(timed(2))))))
+    else:
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            function()
+            times.append(1e3 * (time.perf_counter() - began))
+    cuts = statistics.quantiles(times, n=5, method="inclusive")
+    return statistics.median(times), cuts[0], cuts[-1]
+
+
+def peak_memory(function) -> Optional[int]:
+    """Bytes allocated at the peak of a call beyond those allocated before it; None on the CPU."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def need_memory(size: float):
+    """Skip unless `size` bytes of GPU memory are free; on the CPU, where only toys run, they are."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0]
+        if size > free:
+            raise Skip(f"needs about {size / 1e9:.1f} GB of GPU memory, {free / 1e9:.1f} GB are free")
+
+
+def gemm_ceiling() -> Optional[float]:
+    """TFLOP/s of an 8192³ bf16 matrix product of random numbers; None on the CPU."""
+    if not torch.cuda.is_available():
+        return None
+    x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(x)
+    return 2 * 8192**3 / measure(lambda: torch.mm(x, y, out=out))[0] / 1e9
+
+
+def copy_bandwidth() -> Optional[float]:
+    """GB/s, read plus written, of a device-to-device copy of 2 GiB; None on the CPU."""
+    if not torch.cuda.is_available():
+        return None
+    x = torch.randn(1 << 29, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / measure(lambda: y.copy_(x))[0] / 1e6
+
+
+def relative_error(result, truth) -> float:
+    """‖result − truth‖ / ‖truth‖ in float64; inf where the shapes differ or it is not finite."""
+    if result.shape != truth.shape:
+        return math.inf
+    error = float((result.detach().double() - truth).norm() / truth.norm())
+    return error if math.isfinite(error) else math.inf
+
+
+def contend(case: Case, name: str, dtype: torch.dtype, ceilings: dict) -> dict:
+    """The figures of one contender, or why there are none."""
+    try:
+        function = case.contenders[name]()
+        result = function()
+        errors = case.errors(result) if case.errors and result is not None else {}
+        result_bytes = sum(x.nbytes for x in ([result] if isinstance(result, torch.Tensor) else result or ()))
+        del result
+        peak = peak_memory(function)
+        ms, low, high = measure(function)
+    except Exception as problem:  # whatever a peer raises is its reason
+        text = str(problem) if isinstance(problem, Skip) else f"{type(problem).__name__}: {problem}"
+        return {"skipped": " ".join(text.split())[:300]}
+    tflops, gb_per_s = case.flops / ms / 1e9 or None, case.bytes / ms / 1e6 or None
+    rate, ceiling = (tflops, ceilings["gemm_tflops"]) if tflops else (gb_per_s, ceilings["copy_gb_per_s"])
+    return {"ms": ms, "ms_low": low, "ms_high": high, "tflops": tflops, "gb_per_s": gb_per_s,
+            "percent_of_ceiling": 100 * rate / ceiling if rate and ceiling else None,
+            "extra_bytes": None if peak is None else max(0, peak - result_bytes),
+            "error": {key: error if math.isfinite(error) else "inf" for key, error in errors.items()},
+            "accurate": all(error <= LIMITS[dtype] for error in errors.values()) if errors else None}
+
+
+def write_json(path, report: dict):
+    """Replace the file in one step: neither a reader nor a run that is cut sees half a file."""
+    aside = f"{path}.tmp"
+    Path(aside).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    os.replace(aside, path)
+
+
+def describe(shape: dict) -> str:
+    return " ".join(f"{key}={value}" for key, value in shape.items())
+
+
+def ratio(report: dict, record: dict) -> Optional[float]:
+    """The record's time over that of the baseline in the same shape and pass."""
+    for other in report["records"]:
+        if other["contender"] == report["baseline"] and "ms" in other and all(other[key] == record[key] for key in ("shape", "pass")):
+            return record["ms"] / other["ms"]
+    return None
+
+
+def table(report: dict) -> str:
+    lines, shape = [f"{'pass':<10}{'contender':<26}" + "".join(f"{head:>10}" for head in (
+        "ms", "ratio", "TFLOP/s", "GB/s", "% ceiling", "extra MB", "error"))], None
+    for record in report["records"]:
+        if record["shape"] != shape:
+            shape = record["shape"]
+            lines.append(describe(shape))
+        line = f"{record['pass']:<10}{record['contender']:<26}"
+        if "skipped" in record:
+            lines.append(line + "  skipped: " + record["skipped"])
+            continue
+        extra = None if record["extra_bytes"] is None else record["extra_bytes"] / 1e6
+        error = max(map(float, record["error"].values()), default=None)
+        cells = ((record["ms"], ".3f"), (ratio(report, record), ".3f"), (record["tflops"], ".1f"), (record["gb_per_s"], ".0f"),
+                 (record["percent_of_ceiling"], ".1f"), (extra, ".1f"), (error, ".1e"))
+        lines.append(line + "".join(f"{'-' if value is None else format(value, form):>10}" for value, form in cells)
+                     + "  inaccurate" * (record["accurate"] is False))
+    return "\n".join(lines)
+
+
+def plot(report: dict, path, by: str):
+    """Time over that of the baseline against the size `by`; a panel for each pass and remaining sizes with two points or more."""
+    try:
+        import matplotlib.figure
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
+    panels = {}
+    for record in report["records"]:
+        if "ms" in record and by in record["shape"] and (value := ratio(report, record)):
+            rest = describe({key: size for key, size in record["shape"].items() if key != by})
+            panels.setdefault(f"{record['pass']}, {rest}", {}).setdefault(record["contender"], []).append((record["shape"][by], value))
+    panels = {title: lines for title, lines in panels.items() if max(map(len, lines.values())) > 1}
+    if not panels:
+        print(f"no plot: no contender ran with two values of {by} beside {report['baseline']}")
+        return
+    figure = matplotlib.figure.Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    for axis, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, points in lines.items():
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name, linewidth=3 if name.startswith(OURS) else 1)
+        axis.set(title=title, xlabel=by, ylabel=f"time / {report['baseline']}", yscale="log")
+        axis.legend(fontsize=7)
+    figure.suptitle(f"{report['op']}, {report['environment']['device']}" + ", toy sizes" * report["toy"])
+    figure.savefig(path)
+
+
+def run(op: str, description: str, cases, shapes: list[dict], quick: list[dict], toy: list[dict], baseline: str, by: str):
+    """Read the options, measure every contender of every Case of every shape, print the table, exit 1 if ours is inaccurate or did not run.
+
+    Args:
+        cases: (shape, device, dtype) → the Cases of the shape. shapes, quick, toy: what runs by default, with --quick, and without CUDA.
+        baseline: the contender whose time the others' are divided by. by: the size on the plot's horizontal axis.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="write the report here, anew after each contender")
+    parser.add_argument("--plot", metavar="FILE", help=f"draw the times over those of {baseline} (needs matplotlib)")
+    parser.add_argument("--quick", action="store_true", help="few shapes")
+    parser.add_argument("--only", metavar="NAME,NAME", type=lambda text: text.split(","), help="these contenders alone")
+    options = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    torch.manual_seed(0)
+    report = {"op": op, "device": device, "toy": not on_gpu, "only": options.only, "baseline": baseline, "environment": environment(),
+              "ceilings": {"gemm_tflops": gemm_ceiling(), "copy_gb_per_s": copy_bandwidth()}, "finished": False, "records": []}
+    known = set()
+    for shape in (quick if options.quick else shapes) if on_gpu else toy:
+        for case in cases(shape, device, dtype):
+            known |= set(case.contenders)
+            for name in case.contenders:
+                if options.only and name not in options.only:
+                    continue
+                print(f"{op}: {describe(shape)}: {case.name}: {name}", file=sys.stderr, flush=True)
+                figures = contend(case, name, dtype, report["ceilings"])
+                report["records"].append({"op": op, "shape": shape, "dtype": str(dtype).removeprefix("torch."), "pass": case.name, "contender": name,
+                                          **figures})
+                if options.json:
+                    write_json(options.json, report)
+    report["finished"] = True
+    if options.json:
+        write_json(options.json, report)
+    print(json.dumps({key: report[key] for key in ("environment", "ceilings")}))
+    print(table(report))
+    if not on_gpu:
+        print("toy sizes on the CPU: a test of this benchmark, not a measurement")
+    if options.plot:
+        plot(report, options.plot, by)
+    if unknown := set(options.only or ()) - known:
+        sys.exit(f"--only: no contender {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+    bad = [record for record in report["records"] if record["contender"].startswith(OURS) and not record.get("accurate")]
+    if bad:
+        sys.exit("inaccurate or not run: " + ", ".join(sorted({f"{record['contender']} ({record['pass']})" for record in bad})))
