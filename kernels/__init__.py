@@ -16,6 +16,13 @@ if __name__ == "kernels":
         sys.modules[__name__] = importlib.util.module_from_spec(found)
         found.loader.exec_module(sys.modules[__name__])
 else:
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    # Each registers its launchers; without Triton every op runs on its reference. Before the ops: two files bear the name of one.
+    for name in ("attention", "attention_backward", "cross_entropy", "distillation", "log_prob", "rms_norm", "rotary", "swiglu") if find_spec("triton") else ():
+        import_module(f".{name}", __name__)
+
     from .ops import (
         DifferenceScore,
         DistillationLoss,

@@ -7,10 +7,12 @@ at each call, which function to run. `MINIPLM_KERNELS` decides:
     reference   the reference everywhere
     triton      Triton everywhere, an error where it cannot run; on the CPU it needs TRITON_INTERPRET=1
 
+Triton computes in float32, so float64 tensors take the reference too under auto.
+
 A Triton file adds its launcher, which takes the arguments of the reference function of the same name, with one call:
 
-    @dispatch.triton("linear_log_prob")
-    def linear_log_prob(hidden, weight, targets, ignore_index): ...
+    @dispatch.triton("swiglu", lambda make: [(make(4096, 2112), make(4096, 2112))])
+    def swiglu(gate, up): ...
 """
 
 import os
@@ -19,22 +21,29 @@ import torch
 
 LIBRARY = torch.library.Library("miniplm", "DEF")
 TRITON = {}  # op name → launcher
+EXAMPLES = {}  # op name → its examples, see triton()
 
 
-def triton(name: str):
-    """Decorator: the function is the Triton implementation of the op `name`."""
+def triton(name: str, examples):
+    """Decorator: the function is the Triton implementation of the op `name`.
+
+    Args:
+        examples: what benchmarks/compile_report.py launches, without memory or a GPU, to compile every kernel in every variant
+            that matters. A function of make(*shape, dtype=torch.bfloat16), which gives a tensor without storage, that returns a list
+            of argument tuples for the launcher; the launcher may not look at any value of a tensor.
+    """
 
     def add(launcher):
-        TRITON[name] = launcher
+        TRITON[name], EXAMPLES[name] = launcher, examples
         return launcher
 
     return add
 
 
-def implementation(name: str, reference, device: torch.device):
-    """The function that the op `name` runs on tensors of `device`."""
-    choice = os.environ.get("MINIPLM_KERNELS", "auto")
-    if choice == "reference" or (choice == "auto" and device.type != "cuda"):
+def implementation(name: str, reference, tensor: torch.Tensor):
+    """The function that the op `name` runs on `tensor` and its like."""
+    choice, device = os.environ.get("MINIPLM_KERNELS", "auto"), tensor.device
+    if choice == "reference" or (choice == "auto" and (device.type != "cuda" or tensor.dtype == torch.float64)):
         return reference
     launcher = TRITON.get(name)
     if choice == "auto":
@@ -43,6 +52,8 @@ def implementation(name: str, reference, device: torch.device):
         raise ValueError(f"MINIPLM_KERNELS is {choice!r}; it must be auto, triton or reference")
     if launcher is None:
         raise RuntimeError(f"MINIPLM_KERNELS=triton, but {name} has no Triton kernel here: use MINIPLM_KERNELS=auto")
+    if tensor.dtype == torch.float64:
+        raise RuntimeError(f"MINIPLM_KERNELS=triton, but {name} got float64, which no kernel computes in: use MINIPLM_KERNELS=auto")
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("MINIPLM_KERNELS=triton needs TRITON_INTERPRET=1 for tensors on the CPU: set it, or use MINIPLM_KERNELS=auto")
     return launcher
@@ -61,7 +72,7 @@ def register(schema: str, reference, fake, backward=None, setup_context=None):
 
     def kernel(*args):
         device = args[0].device
-        run = implementation(name, reference, device)
+        run = implementation(name, reference, args[0])
         if torch.is_autocast_enabled(device.type):  # the caller has cast already; the matrix products inside must stay as they are
             with torch.autocast(device.type, enabled=False):
                 return run(*args)

@@ -3,7 +3,7 @@
 Every op takes float32, float16 or bfloat16 tensors (float64 too, on the reference path), keeps its statistics in float32, and
 returns the dtype of its inputs unless stated. Under autocast, floating-point inputs are cast to autocast's dtype first.
 Inputs may be strided; none is changed. A wrong shape, dtype or device raises ValueError. A target outside the vocabulary
-raises ValueError on the CPU; on a GPU it is undefined, because a check would make the host wait.
+raises ValueError on the CPU; on a GPU it gives NaN, because a check would make the host wait.
 
 T tokens, V vocabulary, d hidden width, H heads, D head dimension, B documents. Document b of a packed batch is the tokens
 cu_seqlens[b]:cu_seqlens[b + 1], cu_seqlens [B + 1] int32.
@@ -18,7 +18,7 @@ from . import reference
 from .dispatch import register
 from .reference import IGNORE_INDEX, accumulate_dtype
 
-BUDGET = 256 << 20  # bytes of logits in memory at a time, where a gradient needs them
+BUDGET_CPU, BUDGET_GPU = 256 << 20, 1 << 30  # bytes of logits in memory at a time, where a gradient needs them, unless told otherwise
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -73,16 +73,40 @@ def _statistic(like, *sizes):
 
 # --- norms -----------------------------------------------------------------------------------------------------------
 
+def _autocast_norm(weight, *activations):
+    """The arguments of a norm under autocast: the weight, and so the result, in autocast's dtype; activations in float32 stay exact."""
+    device = activations[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return weight.to(dtype), *(x if x.dtype == torch.float32 else x.to(dtype) for x in activations)
+    return weight, *activations
+
+
+def _total_like(x, residual):
+    return torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype), memory_format=torch.contiguous_format)
+
+
+def _normed_like(x, weight):
+    return torch.empty_like(x, dtype=weight.dtype, memory_format=torch.contiguous_format)
+
+
 _RMS_NORM_BACKWARD = register(
-    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? grad_x) -> (Tensor, Tensor)",
-    reference.rms_norm_backward, lambda grad, x, weight, rstd, grad_x: _like(x, weight),
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? grad_x, bool narrow) -> (Tensor, Tensor, Tensor)",
+    reference.rms_norm_backward,
+    lambda grad, x, weight, rstd, grad_x, narrow: (*_like(x), _normed_like(x, weight) if narrow else weight.new_empty(0), *_like(weight)),
 )
+
+
+def _rms_norm_backward(ctx, grad, _):
+    grad_x, _, grad_weight = _RMS_NORM_BACKWARD(grad, *ctx.saved_tensors, None, False)
+    return grad_x, grad_weight, None
+
 
 _RMS_NORM = register(
     "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     reference.rms_norm,
-    lambda x, weight, eps: (*_like(x), _statistic(x, *x.shape[:-1], 1)),
-    lambda ctx, grad, _: (*_RMS_NORM_BACKWARD(grad, *ctx.saved_tensors, None), None),
+    lambda x, weight, eps: (_normed_like(x, weight), _statistic(x, *x.shape[:-1], 1)),
+    _rms_norm_backward,
     lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2], output[1]),
 )
 
@@ -91,26 +115,36 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / √(mean(x²) + eps) · weight over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467).
 
     Args:
-        x: [..., d]. weight: [d], of x's dtype.
-    Returns: [..., d].
+        x: [..., d]. weight: [d], of x's dtype, or of 16 bits where x is float32; under autocast a float32 x stays float32.
+    Returns: [..., d], of weight's dtype.
     """
-    x, weight = _autocast(x, weight)
+    weight, x = _autocast_norm(weight, x)
     _check("x", x, (..., None), FLOATS)
-    _check("weight", weight, x.shape[-1:], (x.dtype,), x)
+    _check("weight", weight, x.shape[-1:], FLOATS[:3] if x.dtype == torch.float32 else (x.dtype,), x)
     return _RMS_NORM(x, weight, eps)[0]
 
 
+def _add_rms_norm_setup(ctx, inputs, output):
+    x, residual, weight, _ = inputs
+    ctx.dtypes = x.dtype, residual.dtype
+    ctx.save_for_backward(output[1], weight, output[2])
+    ctx.set_materialize_grads(False)  # the last norm of a model leaves the sum unused: no zeros are made and read for it
+
+
 def _add_rms_norm_backward(ctx, grad, grad_total, _):
-    grad_x, grad_weight = _RMS_NORM_BACKWARD(grad, *ctx.saved_tensors, grad_total)
-    return grad_x, grad_x, grad_weight, None
+    total, weight, rstd = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(total, dtype=weight.dtype)
+    narrow = any(dtype != total.dtype for dtype in ctx.dtypes)
+    grad_sum, grad_narrow, grad_weight = _RMS_NORM_BACKWARD(grad, total, weight, rstd, grad_total, narrow)
+    return *(grad_sum if dtype == total.dtype else grad_narrow for dtype in ctx.dtypes), grad_weight, None
 
 
 _ADD_RMS_NORM = register(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
     reference.add_rms_norm,
-    lambda x, residual, weight, eps: (*_like(x, x), _statistic(x, *x.shape[:-1], 1)),
-    _add_rms_norm_backward,
-    lambda ctx, inputs, output: ctx.save_for_backward(output[1], inputs[2], output[2]),
+    lambda x, residual, weight, eps: (_normed_like(x, weight), _total_like(x, residual), _statistic(x, *x.shape[:-1], 1)),
+    _add_rms_norm_backward, _add_rms_norm_setup,
 )
 
 
@@ -118,13 +152,14 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
     """The residual stream's step: (rms_norm(x + residual, weight, eps), x + residual).
 
     Args:
-        x, residual: [..., d] of one dtype. weight: [d], of that dtype.
-    Returns: both [..., d].
+        x, residual: [..., d], each of weight's dtype or float32; the sum is float32 if one of them is, and normed as it is then.
+            Under autocast a float32 one stays float32. weight: [d].
+    Returns: both [..., d], the first of weight's dtype.
     """
-    x, residual, weight = _autocast(x, residual, weight)
+    weight, x, residual = _autocast_norm(weight, x, residual)
     _check("x", x, (..., None), FLOATS)
-    _check("residual", residual, x.shape, (x.dtype,), x)
-    _check("weight", weight, x.shape[-1:], (x.dtype,), x)
+    _check("weight", weight, x.shape[-1:], FLOATS[:3] if x.dtype == torch.float32 else (x.dtype,), x)
+    _check("residual", residual, x.shape, (weight.dtype, torch.float32) if weight.itemsize == 2 else (weight.dtype,), x)
     return _ADD_RMS_NORM(x, residual, weight, eps)[:2]
 
 
@@ -169,22 +204,42 @@ def apply_rotary(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> t
 
 
 _SWIGLU_BACKWARD = register(
-    "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)", reference.swiglu_backward, lambda grad, gate, up: _like(gate, up)
+    "swiglu_backward(Tensor grad, Tensor gate, Tensor? up) -> (Tensor, Tensor)",
+    reference.swiglu_backward, lambda grad, gate, up: (*_like(gate), gate.new_empty(0) if up is None else _like(up)[0]),
 )
+
+
+def _swiglu_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_backward(ctx, grad):
+    gate, up = ctx.saved_tensors
+    grad_gate, grad_up = _SWIGLU_BACKWARD(grad, gate, up)
+    return grad_gate, None if up is None else grad_up
+
+
 _SWIGLU = register(
-    "swiglu(Tensor gate, Tensor up) -> Tensor",
-    reference.swiglu, lambda gate, up: _like(gate)[0],
-    lambda ctx, grad: _SWIGLU_BACKWARD(grad, *ctx.saved_tensors), lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    "swiglu(Tensor gate, Tensor? up) -> Tensor",
+    reference.swiglu, lambda gate, up: gate.new_empty(*gate.shape[:-1], gate.shape[-1] // 2) if up is None else _like(gate)[0],
+    _swiglu_backward, _swiglu_setup,
 )
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Optional[Tensor] = None) -> Tensor:
     """gate · sigmoid(gate) · up (Shazeer 2020, arXiv 2002.05202).
 
     Args:
-        gate, up: [..., f], of one dtype.
+        gate, up: [..., f], of one dtype. Without `up`, gate is [..., 2f] and holds both side by side, gate first, as one matrix
+            product leaves them; its gradient is one such tensor.
     Returns: [..., f].
     """
+    if up is None:
+        (gate,) = _autocast(gate)
+        _check("gate", gate, (..., None), FLOATS)
+        if gate.shape[-1] % 2:
+            raise ValueError(f"gate has shape {list(gate.shape)}; without up its last size must be even")
+        return _SWIGLU(gate, None)
     gate, up = _autocast(gate, up)
     _check("gate", gate, (..., None), FLOATS)
     _check("up", up, gate.shape, (gate.dtype,), gate)
@@ -245,6 +300,10 @@ def _check_head(hidden, weight, targets, prefix=""):
     _check(f"{prefix}hidden", hidden, (len(targets), None), FLOATS)
     _check(f"{prefix}weight", weight, (None, hidden.shape[1]), (hidden.dtype,), hidden)
     _check("targets", targets, (len(hidden),), (torch.int64,), hidden)
+
+
+def _budget(budget: Optional[int], like: Tensor) -> int:
+    return budget or (BUDGET_CPU if like.device.type == "cpu" else BUDGET_GPU)
 
 
 def _gradients(need_hidden, need_weight, hidden, weight):
@@ -330,7 +389,7 @@ def linear_log_prob(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
     hidden, weight = _autocast(hidden, weight)
     _check_head(hidden, weight, targets)
-    return _LOG_PROB(hidden, weight, targets, IGNORE_INDEX, BUDGET)
+    return _LOG_PROB(hidden, weight, targets, IGNORE_INDEX, _budget(None, hidden))
 
 
 def difference_score(teacher_hidden: Tensor, teacher_weight: Tensor, reference_hidden: Tensor, reference_weight: Tensor, targets: Tensor,
@@ -351,7 +410,7 @@ def difference_score(teacher_hidden: Tensor, teacher_weight: Tensor, reference_h
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX, reduction: str = "mean",
-                         budget: int = BUDGET) -> Tensor:
+                         budget: Optional[int] = None) -> Tensor:
     """Cross-entropy of softmax(hidden weightᵀ), without the logits in memory.
 
     The gradients of "mean" and "sum" are computed with the loss, from the same logits; the backward pass of "none" computes the
@@ -360,13 +419,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     Args:
         hidden: [T, d]. weight: [V, d], of hidden's dtype. targets: [T] int64 in [0, V), or ignore_index: the token does not count.
         reduction: "mean" over the targets that count (0 where none does), "sum", or "none" (0 for a token that does not count).
-        budget: bytes of logits in memory at a time.
+        budget: bytes of logits in memory at a time; 256 MiB on the CPU and 1 GiB on a GPU if None. The weight's gradient is read
+            and written once per chunk of tokens that fits: where there is memory, 2.4 GiB take 8,192 tokens of 151,936 ids.
     Returns: scalar, or [T] for "none"; float32, nats.
     """
     hidden, weight = _autocast(hidden, weight)
     _check_head(hidden, weight, targets)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
+    budget = _budget(budget, hidden)
     count = (targets != ignore_index).sum().clamp(min=1) if reduction == "mean" else 1
     need_hidden, need_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
     if reduction != "none" and (need_hidden or need_weight):
@@ -378,7 +439,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
 
 def linear_distillation_loss(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, targets: Tensor,
                              alpha: float = 0.5, ignore_index: int = IGNORE_INDEX, temperature: float = 1.0,
-                             budget: int = BUDGET) -> DistillationLoss:
+                             budget: Optional[int] = None) -> DistillationLoss:
     """Vanilla KD (Hinton et al. 2015, arXiv 1503.02531) against the teacher's full distribution, without logits in memory:
     (1 − alpha) · cross-entropy + alpha · KL(softmax(teacher / temperature) ‖ softmax(student / temperature)).
 
@@ -388,7 +449,7 @@ def linear_distillation_loss(student_hidden: Tensor, student_weight: Tensor, tea
         student_hidden: [T, d]. student_weight: [V, d]. teacher_hidden: [T, d']. teacher_weight: [V', d']. Where V ≠ V', all
             softmaxes run over the first min(V, V') ids. The teacher gets no gradient.
         targets: [T] int64 in [0, min(V, V')), or ignore_index: the token does not count.
-        budget: bytes of logits of both models in memory at a time.
+        budget: bytes of logits of both models in memory at a time; 256 MiB on the CPU and 1 GiB on a GPU if None.
     Returns: DistillationLoss; all 0 where no token counts.
     """
     student_hidden, student_weight, teacher_hidden, teacher_weight = _autocast(student_hidden, student_weight, teacher_hidden, teacher_weight)
@@ -396,5 +457,5 @@ def linear_distillation_loss(student_hidden: Tensor, student_weight: Tensor, tea
     _check_head(teacher_hidden, teacher_weight, targets, "teacher_")
     need_hidden, need_weight = (torch.is_grad_enabled() and x.requires_grad for x in (student_hidden, student_weight))
     results = _DISTILLATION(student_hidden, student_weight, teacher_hidden.detach(), teacher_weight.detach(), targets, alpha, temperature,
-                            ignore_index, need_hidden, need_weight, budget)
+                            ignore_index, need_hidden, need_weight, _budget(budget, student_hidden))
     return DistillationLoss(*results[:3])

@@ -27,14 +27,17 @@ def accumulate_dtype(x):
 
 
 def rms_norm(x, weight, eps):
-    """x / rms(x) · weight with rms(x) = √(mean x² + eps). Returns (that, 1 / rms [..., 1])."""
+    """x / rms(x) · weight with rms(x) = √(mean x² + eps). Returns (that, in weight's dtype; 1 / rms [..., 1])."""
     x32 = x.to(accumulate_dtype(x))
     rstd = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (x32 * rstd).mul_(weight).to(x.dtype), rstd
+    return (x32 * rstd).mul_(weight).to(weight.dtype).contiguous(), rstd
 
 
-def rms_norm_backward(grad, x, weight, rstd, grad_x):
-    """With r = rstd, dx = r · g·w − x · r³/d · Σ_d g·w·x and dw = Σ g·x·r; grad_x, if given, is added to dx."""
+def rms_norm_backward(grad, x, weight, rstd, grad_x, narrow):
+    """With r = rstd, dx = r · g·w − x · r³/d · Σ_d g·w·x and dw = Σ g·x·r; grad_x, if given, is added to dx.
+
+    Returns (dx, dx again in weight's dtype if `narrow` else empty, dw).
+    """
     dtype, width = rstd.dtype, x.shape[-1]
     grad32, x32, rstd = grad.reshape(-1, width).to(dtype), x.reshape(-1, width).to(dtype), rstd.reshape(-1, 1)
     product = torch.mul(x32, rstd).mul_(grad32)
@@ -43,14 +46,14 @@ def rms_norm_backward(grad, x, weight, rstd, grad_x):
     dx = torch.mul(grad32, weight, out=product).mul_(rstd).addcmul_(x32, projection).view(x.shape)
     if grad_x is not None:
         dx += grad_x
-    return dx.to(x.dtype), grad_weight.to(weight.dtype)
+    return dx.to(x.dtype), dx.to(weight.dtype, copy=True) if narrow else weight.new_empty(0), grad_weight.to(weight.dtype)
 
 
 def add_rms_norm(x, residual, weight, eps):
     """(rms_norm(x + residual), x + residual, 1 / rms)."""
     total = x + residual
     normed, rstd = rms_norm(total, weight, eps)
-    return normed, total, rstd
+    return normed, total.contiguous(), rstd
 
 
 def rotary(q, k, positions, inv_freq, inverse):
@@ -71,18 +74,22 @@ def rotary(q, k, positions, inv_freq, inverse):
 
 
 def swiglu(gate, up):
-    """gate · sigmoid(gate) · up."""
+    """gate · sigmoid(gate) · up; without up, of the two halves of gate."""
+    if up is None:
+        gate, up = gate.chunk(2, -1)
     dtype = accumulate_dtype(gate)
-    return F.silu(gate.to(dtype)).mul_(up).to(gate.dtype)
+    return F.silu(gate.to(dtype)).mul_(up).to(gate.dtype).contiguous()
 
 
 def swiglu_backward(grad, gate, up):
-    """dgate = grad · up · silu'(gate), dup = grad · silu(gate)."""
+    """dgate = grad · up · silu'(gate), dup = grad · silu(gate); without up, both side by side, and an empty second result."""
+    if up is None:
+        return torch.cat(swiglu_backward(grad, *gate.chunk(2, -1)), -1), gate.new_empty(0)
     dtype = accumulate_dtype(gate)
     grad32, gate32 = grad.to(dtype), gate.to(dtype)
     grad_gate = grad32 * up
     torch.ops.aten.silu_backward.grad_input(grad_gate, gate32, grad_input=grad_gate)
-    return grad_gate.to(gate.dtype), F.silu(gate32).mul_(grad32).to(up.dtype)
+    return grad_gate.to(gate.dtype).contiguous(), F.silu(gate32).mul_(grad32).to(up.dtype).contiguous()
 
 
 # --- attention -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side
 import random
 
 import pytest
+import torch
 from texts import make_text
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before the package is imported
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +44,6 @@ def tiny_model(tiny_tokenizer):
     """tiny_model(folder, seed=0, config_class=Qwen2Config, **config) writes a random model with the tiny tokenizer, as transformers would."""
 
     def make(folder, seed=0, config_class=None, **overrides) -> str:
-        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
         settings = dict(vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

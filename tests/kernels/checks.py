@@ -25,7 +25,7 @@ def run(function, inputs, grads):
     return [y.detach() for y in outputs], list(found)
 
 
-def assert_accurate_everywhere(op, plain, inputs, grads, dtype):
+def assert_accurate_everywhere(op, plain, inputs, grads, dtype, relative=None):
     """assert_accurate for every output and gradient of `op`, against `plain` in dtype and in float64. Inputs and grads: float64."""
     rounded = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
     exact = [x.double() if x.is_floating_point() else x for x in rounded]
@@ -36,7 +36,7 @@ def assert_accurate_everywhere(op, plain, inputs, grads, dtype):
         assert torch.equal(x, kept), "an input was changed"
     for result, plainly, truth in zip(results, run(plain, rounded, upstream), run(plain, exact, [g.double() for g in upstream]), strict=True):
         for one, two, three in zip(result, plainly, truth, strict=True):
-            assert_accurate(one, two, three)
+            assert_accurate(one, two, three, relative)
 
 
 def strided(x):

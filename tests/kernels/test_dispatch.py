@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def arguments(dtype=torch.float32):
     teacher = tensor(T, 5).detach(), tensor(V + 2, 5).detach()
     return {
         "rms_norm": (tensor(T, D), tensor(D), 1e-6),
-        "rms_norm_backward": (tensor(T, D), tensor(T, D), tensor(D), torch.rand(T, 1, dtype=statistic), tensor(T, D)),
+        "rms_norm_backward": (tensor(T, D), tensor(T, D), tensor(D), torch.rand(T, 1, dtype=statistic), tensor(T, D), True),
         "add_rms_norm": (tensor(T, D), tensor(T, D), tensor(D), 1e-6),
         "rotary": (q, k, torch.arange(T), torch.rand(D // 2), False),
         "swiglu": (tensor(T, D), tensor(T, D)),
@@ -131,7 +132,8 @@ def test_autocast():
 def fake_kernel(monkeypatch):
     """A "Triton" swiglu that gives sevens."""
     monkeypatch.setattr(dispatch, "TRITON", {})
-    dispatch.triton("swiglu")(lambda gate, up: torch.full_like(gate, 7))
+    monkeypatch.setattr(dispatch, "EXAMPLES", {})
+    dispatch.triton("swiglu", None)(lambda gate, up: torch.full_like(gate, 7))
 
 
 def swiglu_of_ones():
@@ -160,14 +162,18 @@ def test_triton_on_the_cpu_needs_the_interpreter(fake_kernel, monkeypatch):
 
 def test_a_gpu_takes_triton_where_there_is_a_kernel(fake_kernel, monkeypatch):
     monkeypatch.delenv("MINIPLM_KERNELS", raising=False)
-    gpu = torch.device("cuda", 0)
+    gpu = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
+    exact = SimpleNamespace(device=gpu.device, dtype=torch.float64)
     assert dispatch.implementation("swiglu", reference.swiglu, gpu) is dispatch.TRITON["swiglu"]
     assert dispatch.implementation("rms_norm", reference.rms_norm, gpu) is reference.rms_norm
+    assert dispatch.implementation("swiglu", reference.swiglu, exact) is reference.swiglu
     monkeypatch.setenv("MINIPLM_KERNELS", "reference")
     assert dispatch.implementation("swiglu", reference.swiglu, gpu) is reference.swiglu
     monkeypatch.setenv("MINIPLM_KERNELS", "triton")
     with pytest.raises(RuntimeError, match="rms_norm has no Triton kernel"):
         dispatch.implementation("rms_norm", reference.rms_norm, gpu)
+    with pytest.raises(RuntimeError, match="float64"):
+        dispatch.implementation("swiglu", reference.swiglu, exact)
 
 
 def test_an_unknown_choice(monkeypatch):

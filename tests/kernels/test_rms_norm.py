@@ -1,7 +1,9 @@
 import pytest
 import torch
-from checks import assert_accurate_everywhere, run, strided
+from checks import assert_accurate, assert_accurate_everywhere, run, strided
 from miniplm.kernels import add_rms_norm, rms_norm
+
+NARROW = [torch.float16, torch.bfloat16]
 
 EPS = 1e-6
 SHAPES = [(1, 5), (3, 127), (129, 64), (2, 3, 255), (507, 576)]
@@ -10,7 +12,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def plain_rms_norm(x, weight):  # as in transformers: the statistics in float32 at least
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(weight.dtype)
 
 
 def plain_add_rms_norm(x, residual, weight):
@@ -38,6 +40,38 @@ def test_add_rms_norm(shape, dtype):
     assert_accurate_everywhere(add_rms_norm, plain_add_rms_norm, inputs, grads, dtype)
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("x_is_wide", [False, True])
+def test_float32_residual_stream(shape, dtype, x_is_wide):
+    """Beside a 16-bit weight, x and residual may be float32: the sum is float32, and normed without being rounded first."""
+    inputs = [torch.randn(shape).to(dtype if not x_is_wide else torch.float32), 3 * torch.randn(shape), torch.randn(shape[-1]).to(dtype)]
+    grads = [torch.randn(shape).to(dtype), torch.randn(shape)]
+    results, plain = run(add_rms_norm, inputs, grads), run(plain_add_rms_norm, inputs, grads)
+    exact = run(plain_add_rms_norm, [x.double() for x in inputs], grads)
+    assert [y.dtype for y in results[0]] == [dtype, torch.float32] and [g.dtype for g in results[1]] == [x.dtype for x in inputs]
+    assert torch.equal(results[0][1], inputs[0] + inputs[1])
+    for found, plainly, truth in zip(*((*part[0], *part[1]) for part in (results, plain, exact)), strict=True):
+        assert_accurate(found, plainly, truth)
+    alone = run(lambda x, weight: rms_norm(x, weight, EPS), [inputs[1], inputs[2]], grads[:1])
+    assert alone[0][0].dtype == dtype and [g.dtype for g in alone[1]] == [torch.float32, dtype]
+    for found, plainly, truth in zip(*((*part[0], *part[1]) for part in (
+            alone, run(plain_rms_norm, inputs[1:], grads[:1]), run(plain_rms_norm, [x.double() for x in inputs[1:]], grads[:1]))), strict=True):
+        assert_accurate(found, plainly, truth)
+
+
+def test_autocast_keeps_a_float32_stream():
+    x, residual, weight = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for x_ in (x, x.bfloat16()):
+            normed, total = add_rms_norm(x_, residual, weight)
+            assert normed.dtype == torch.bfloat16 and total.dtype == torch.float32
+            assert torch.equal(total, x_ + residual)
+        assert rms_norm(x, weight).dtype == torch.bfloat16
+        assert torch.equal(rms_norm(x, weight), rms_norm(x, weight.bfloat16()))
+        assert add_rms_norm(x.bfloat16(), residual.bfloat16(), weight)[1].dtype == torch.bfloat16
+
+
 def test_gradcheck():
     x, residual, weight = (random(*shape).requires_grad_() for shape in ((4, 7), (4, 7), (7,)))
     assert torch.autograd.gradcheck(rms_norm, (x, weight))
@@ -51,6 +85,7 @@ def test_strided(op, inputs):
     expected = run(op, inputs, grads)
     for change in (strided, lambda x: x.T.contiguous().T if x.dim() == 2 else x):
         found = run(op, [change(x) for x in inputs], [change(g) for g in grads])
+        assert all(y.is_contiguous() for y in found[0])
         for one, two in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
             torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
 
@@ -84,12 +119,17 @@ def test_no_tokens():
 
 @pytest.mark.parametrize("argument, call", [
     ("weight", lambda x: rms_norm(x, torch.ones(5))),
-    ("weight", lambda x: rms_norm(x, torch.ones(4, dtype=torch.float16))),
+    ("weight", lambda x: rms_norm(x, torch.ones(4, dtype=torch.float64))),
+    ("weight", lambda x: rms_norm(x.half(), torch.ones(4))),
+    ("weight", lambda x: rms_norm(x.half(), torch.ones(4, dtype=torch.bfloat16))),
     ("weight", lambda x: rms_norm(x, torch.ones(4, device="meta"))),
     ("x", lambda x: rms_norm(x.int(), torch.ones(4))),
     ("x", lambda x: rms_norm(x[0, 0], torch.ones(1))),
     ("residual", lambda x: add_rms_norm(x, x[:2], torch.ones(4))),
     ("residual", lambda x: add_rms_norm(x, x.double(), torch.ones(4))),
+    ("residual", lambda x: add_rms_norm(x, x.half(), torch.ones(4))),
+    ("residual", lambda x: add_rms_norm(x.double(), x, torch.ones(4).double())),
+    ("residual", lambda x: add_rms_norm(x.half(), x.bfloat16(), torch.ones(4).half())),
     ("weight", lambda x: add_rms_norm(x, x, torch.ones(3))),
 ])
 def test_wrong_arguments(argument, call):

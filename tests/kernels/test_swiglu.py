@@ -38,7 +38,23 @@ def test_strided():
                 torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_side_by_side(dtype):
+    """One tensor that holds gate and up gives the same, and its gradient is one tensor."""
+    both, grad = torch.randn(2, 9, 62, dtype=dtype), torch.randn(2, 9, 31, dtype=dtype)
+    (expected,), gradients = run(swiglu, [half.contiguous() for half in both.chunk(2, -1)], [grad])
+    for change in (lambda x: x, strided):
+        (found,), (gradient,) = run(swiglu, [change(both)], [change(grad)])
+        for one, two in ((found, expected), (gradient, torch.cat(gradients, -1))):  # PyTorch's exp differs in the last bit by layout
+            torch.testing.assert_close(one, two, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        assert found.is_contiguous() and gradient.is_contiguous()
+    both.requires_grad_()
+    torch.library.opcheck(torch.ops.miniplm.swiglu.default, (both, None))
+    torch.library.opcheck(torch.ops.miniplm.swiglu_backward.default, (grad, both.detach(), None))
+
+
 def test_no_tokens():
+    assert swiglu(torch.randn(0, 4)).shape == (0, 2)
     assert swiglu(torch.randn(0, 4), torch.randn(0, 4)).shape == (0, 4)
 
 
@@ -52,3 +68,8 @@ def test_no_tokens():
 def test_wrong_arguments(argument, gate, up):
     with pytest.raises(ValueError, match=f"^{argument} (has shape|is)"):
         swiglu(gate, up)
+
+
+def test_half_of_an_odd_width():
+    with pytest.raises(ValueError, match=r"^gate has shape \[2, 3\]; without up its last size must be even"):
+        swiglu(torch.randn(2, 3))

@@ -1,0 +1,171 @@
+"""linear_cross_entropy in Triton: the loss and both gradients from three matrix products, the logits in memory a chunk of tokens at a time.
+
+    z = x Wᵀ      loss = Σ_t g_t · nll_t,  nll = log Σ_v exp z_v − z[target]      dz = g (softmax(z) − onehot)      dx = dz W      dW = dzᵀ x
+
+T tokens, V vocabulary, d hidden width. x [T, d], W [V, d], g [T] a weight per token.
+
+With any offset c per token, E = exp(z − c) and S = Σ_v E, dz = s (E − S·onehot) with s = g / S: the row's scale s can go to the small operands,
+
+    dx = diag(s) (Ê W)        dW = Êᵀ (diag(s) x)        Ê = E with E[target] − S in the target's place
+
+so that E is written once, by the product that computes the logits, patched in T places, and read by two library products: three products,
+and no pass over the logits between them. The offset is the target's own logit, known from a gather and a dot before the first product:
+no maximum is needed, and nll = log S. E is stored in the dtype of x: bfloat16 has float32's exponents, so this holds until E overflows,
+for nll above 88 nats. The guard: where a chunk has an nll above 60 (or NaN), a flag on the device is set, and the kernels that follow compute the chunk anew
+with its log-sum-exp as the offset, one product more. They are launched always and return at once where the flag is 0, so the host never waits.
+float16 has not the exponents: it takes that way always, with E = 2¹⁵ p, and the weights g of a chunk relative to the largest.
+
+FLOPs 6·T·V·d. Bytes: E written once and read twice, 6·T·V for 16 bits; dW, summed in float32 over the chunks, 8·V·d a chunk.
+Memory: `budget` bytes for E, and dW in float32.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from . import dispatch
+from .logits import exponentials, logsumexp_partials, target_logits
+from .reference import IGNORE_INDEX
+from .tiles import LN_2, LOG2_E, combine_logsumexp, contiguous_rows, sum_splits
+
+GUARD = tl.constexpr(60.0)  # nats: exp(60) times any gradient stays far from the largest float32
+UNIT_FP16 = 2.0**15  # the largest E of float16
+
+
+@triton.jit
+def _guard_kernel(sum_ptr, targets_ptr, flag_ptr, T, splits, stride_target, ignore_index, factor, BLOCK_T: tl.constexpr):
+    r = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    counts = tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < T, other=ignore_index) != ignore_index
+    nll = tl.log2(sum_splits(sum_ptr, r, T, splits)) * LN_2  # the offset is the target's logit
+    if tl.max((counts & ~(nll * factor < GUARD)).to(tl.int32)) > 0:
+        tl.store(flag_ptr, 1)  # whoever does it, writes the same
+
+
+@triton.jit
+def _offset_kernel(max_ptr, sum_ptr, logit_ptr, flag_ptr, offset_ptr, T, splits, log_unit, MAXIMUM: tl.constexpr, BLOCK_T: tl.constexpr):
+    r = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    if tl.load(flag_ptr) == 0:
+        offset = tl.load(logit_ptr + r, mask=r < T, other=0.0)
+    else:
+        offset = combine_logsumexp(max_ptr, sum_ptr, r, T, splits, MAXIMUM) - log_unit
+    tl.store(offset_ptr + r, offset, mask=r < T)
+
+
+@triton.jit
+def _total_kernel(first_ptr, again_ptr, flag_ptr, total_ptr, T, splits, BLOCK_T: tl.constexpr):
+    r = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    if tl.load(flag_ptr) == 0:
+        total = sum_splits(first_ptr, r, T, splits)
+    else:
+        total = sum_splits(again_ptr, r, T, splits)
+    tl.store(total_ptr + r, total, mask=r < T)
+
+
+@triton.jit
+def _finish_kernel(e_ptr, total_ptr, logit_ptr, offset_ptr, targets_ptr, weight_ptr, nll_ptr, scale_ptr, T, V, stride_et, stride_target, stride_weight,
+                   ignore_index, BLOCK_T: tl.constexpr):
+    r = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    target = tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < T, other=ignore_index)
+    weight = tl.load(weight_ptr + r.to(tl.int64) * stride_weight, mask=r < T, other=0.0).to(tl.float32)
+    counts = target != ignore_index
+    offset, logit = tl.load(offset_ptr + r, mask=r < T, other=0.0), tl.load(logit_ptr + r, mask=r < T, other=0.0)
+    total = tl.load(total_ptr + r, mask=r < T, other=1.0)
+    e_target = e_ptr + r.to(tl.int64) * stride_et + target
+    inside = counts & (target >= 0) & (target < V)
+    nll, exponential = offset - logit + tl.log2(total) * LN_2, tl.exp2((logit - offset) * LOG2_E)
+    if e_ptr.dtype.element_ty == tl.float32:  # the logit within S, where its rounding is the same; what is stored in 16 bits is rounded further
+        exponential = tl.load(e_target, mask=inside, other=0.0)
+        nll = tl.where(exponential > 1e-30, tl.log2(total / exponential) * LN_2, nll)
+    tl.store(nll_ptr + r, tl.where(counts, tl.where(nll < 0, 0.0, nll), 0.0), mask=r < T)
+    tl.store(scale_ptr + r, tl.where(counts, weight / total, 0.0), mask=r < T)
+    tl.store(e_target, (exponential - total).to(e_ptr.dtype.element_ty), mask=inside)
+
+
+def chunk_tokens(T: int, bytes_per_token: int, budget: int) -> int:
+    """Tokens in a chunk: as many as the budget holds, the chunks nearly equal, whole tiles of 128."""
+    most = max(128, budget // bytes_per_token // 128 * 128)
+    return triton.cdiv(triton.cdiv(T, triton.cdiv(T, most)), 128) * 128
+
+
+def product(a, b):
+    """a @ b in float32."""
+    if a.dtype == torch.float32 or a.device.type == "cpu":
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def add_product(total, a, b):
+    """total += a @ b, total float32."""
+    if a.dtype == torch.float32 or a.device.type == "cpu":
+        total.addmm_(a.float(), b.float())
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+def guarded_exponentials(x, w, targets, ignore_index, e, log_unit, temperature=1.0, maximum=False):
+    """Write E = exp((z − offset) / temperature) [T, V] to e.
+
+    The offset is the target's logit; where that overflows, and for float16 always, the log-sum-exp (or the maximum) less log_unit.
+    Returns (Σ E, the target's logit, the offset), each float32 [T].
+    """
+    T, grid = len(x), (triton.cdiv(len(x), 128),)
+    logit = target_logits(x, w, targets, ignore_index)
+    offset, total, first = torch.empty_like(logit), torch.empty_like(logit), None
+    flag = x.new_full((1,), int(x.dtype == torch.float16), dtype=torch.int32)
+    if x.dtype != torch.float16:
+        first = exponentials(x, w, logit, e, temperature=temperature)
+        _guard_kernel[grid](first, targets, flag, T, len(first), targets.stride(0), ignore_index, max(1.0, temperature), BLOCK_T=128)
+    # From here on nothing happens where the flag is 0.
+    largest, sums = logsumexp_partials(x, w, flag)
+    _offset_kernel[grid](largest, sums, logit, flag, offset, T, len(sums), log_unit, MAXIMUM=maximum, BLOCK_T=128)
+    again = exponentials(x, w, offset, e, flag, temperature)
+    _total_kernel[grid](again if first is None else first, again, flag, total, T, len(again), BLOCK_T=128)
+    return total, logit, offset
+
+
+def _exponentials_and_scale(x, w, targets, token_weight, ignore_index, e):
+    """Write Ê to e [T, V]; returns (nll [T], the row scales s [T]), float32, both 0 where ignored."""
+    T, V = e.shape
+    total, logit, offset = guarded_exponentials(x, w, targets, ignore_index, e, math.log(UNIT_FP16) if x.dtype == torch.float16 else 0.0)
+    nll, scale = torch.empty_like(logit), torch.empty_like(logit)
+    _finish_kernel[(triton.cdiv(T, 128),)](e, total, logit, offset, targets, token_weight, nll, scale, T, V, e.stride(0), targets.stride(0),
+                                           token_weight.stride(0), ignore_index, BLOCK_T=128)
+    return nll, scale
+
+
+def _examples(make):
+    return [(make(4096, d, dtype=dtype), make(V, d, dtype=dtype), make(4096, dtype=torch.int64), make(4096, dtype=torch.float32), IGNORE_INDEX,
+             True, True, 1 << 30)
+            for V, d, dtype in [(151936, 1024, torch.bfloat16), (1001, 1001, torch.bfloat16), (151936, 1024, torch.float16), (151936, 512, torch.float32)]]
+
+
+@dispatch.triton("linear_cross_entropy", _examples)
+def linear_cross_entropy(hidden, weight, targets, token_weight, ignore_index, need_hidden, need_weight, budget):
+    (T, d), V = hidden.shape, len(weight)
+    weight = contiguous_rows(weight)
+    grad_hidden = hidden.new_empty(T, d) if need_hidden else hidden.new_empty(0)
+    grad_weight = weight.new_zeros(V, d, dtype=torch.float32) if need_weight else None
+    nll = hidden.new_empty(T, dtype=torch.float32)
+    width = triton.cdiv(V, 64) * 64  # rows of E aligned for descriptors and the products
+    size = chunk_tokens(T, width * hidden.itemsize, budget) if T else 1
+    memory = hidden.new_empty(min(size, T), width)
+    # What lies at ignored tokens must not reach the sums as 0 · NaN.
+    hidden = contiguous_rows(torch.where((targets != ignore_index)[:, None], hidden, 0))
+    unit = 1.0
+    if hidden.dtype == torch.float16:
+        unit = UNIT_FP16 / token_weight.abs().amax().clamp(min=1e-30) if T else unit
+    for t in range(0, T, size):
+        chunk = slice(t, t + size)
+        x = hidden[chunk]
+        e = memory[: len(x), :V]
+        nll[chunk], scale = _exponentials_and_scale(x, weight, targets[chunk], token_weight[chunk], ignore_index, e)
+        if need_hidden:
+            grad_hidden[chunk] = product(e, weight) * scale[:, None]
+        if need_weight:
+            add_product(grad_weight, e.T, (x * (scale * unit)[:, None]).to(x.dtype))
+    loss = (token_weight * nll).sum()
+    if not need_weight:
+        return loss, grad_hidden, weight.new_empty(0)
+    return loss, grad_hidden, (grad_weight / unit if hidden.dtype == torch.float16 else grad_weight).to(weight.dtype)

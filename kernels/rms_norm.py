@@ -1,0 +1,183 @@
+"""rms_norm and add_rms_norm in Triton, forward and backward.
+
+    s = x (+ residual)        r = 1 / √(mean_d s² + eps)        out = s · r · w
+
+    with n = s · r and g the gradient of out:   ds = r · (g·w − n · mean_d(g·w·n)) (+ gradient of s)        dw = Σ_rows g · n
+
+R rows, d their width, w [d]. A program holds whole rows in registers, several where they are narrow, so each input is read once
+and each output written once:
+
+    rms_norm 2·R·d elements, add_rms_norm 4·R·d (x, residual; s, out), backward 3·R·d (g, s; ds), 4·R·d with the gradient of s
+
+and 4·R bytes of r. s may be float32 beside 16-bit g, w and out; the backward pass then writes ds in both types if both are asked for.
+The backward grid just fills the GPU: a program walks over every programs-th tile of rows and keeps its own sum for dw, written once as a
+row of [programs, d] float32; a second kernel adds those rows in a fixed order. So equal inputs give equal bits on one GPU.
+
+Rows may be [A, H, d] with a stride for A and one for H: heads within the output of a fused projection are normed where they lie.
+Source of the formula: Zhang & Sennrich 2019, arXiv 1910.07467. A cross-check of the design: quack and Liger (one row or more per program,
+a float32 partial of dw per processor).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import dispatch, tuning
+
+
+@triton.jit
+def _locate(tile, R, H, d, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The rows as number [BLOCK_R], and as (a, h) of [A, H, d], each [BLOCK_R, 1]; the columns [1, BLOCK_D]; the mask."""
+    row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.arange(0, BLOCK_D)[None, :]
+    return row.to(tl.int64), (row // H).to(tl.int64)[:, None], (row % H).to(tl.int64)[:, None], column, (row < R)[:, None] & (column < d)
+
+
+@triton.jit
+def _forward_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, rstd_ptr, R, H, d, eps,
+                    stride_xa, stride_xh, stride_ra, stride_rh, ADD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    row, a, h, column, mask = _locate(tl.program_id(0), R, H, d, BLOCK_R, BLOCK_D)
+    weight = tl.load(weight_ptr + column, mask=column < d, other=0.0).to(tl.float32)  # [1, BLOCK_D]
+    total = tl.load(x_ptr + a * stride_xa + h * stride_xh + column, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_D]
+    if ADD:
+        total += tl.load(residual_ptr + a * stride_ra + h * stride_rh + column, mask=mask, other=0.0).to(tl.float32)
+        rounded = total.to(total_ptr.dtype.element_ty)  # what is normed is what is kept
+        tl.store(total_ptr + row[:, None] * d + column, rounded, mask=mask)
+        total = rounded.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(total * total, 1) / d + eps)  # [BLOCK_R]
+    tl.store(out_ptr + row[:, None] * d + column, (total * rstd[:, None] * weight).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(rstd_ptr + row, rstd, mask=row < R)
+
+
+@triton.jit
+def _backward_kernel(grad_ptr, x_ptr, weight_ptr, rstd_ptr, grad_x_ptr, dx_ptr, narrow_ptr, partial_ptr, R, H, d,
+                     stride_ga, stride_gh, stride_xa, stride_xh, stride_da, stride_dh,
+                     ADD: tl.constexpr, NARROW: tl.constexpr, SUM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    column = tl.arange(0, BLOCK_D)[None, :]
+    grad_weight = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
+        row, a, h, _, mask = _locate(tile, R, H, d, BLOCK_R, BLOCK_D)
+        grad = tl.load(grad_ptr + a * stride_ga + h * stride_gh + column, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_D]
+        x = tl.load(x_ptr + a * stride_xa + h * stride_xh + column, mask=mask, other=0.0).to(tl.float32)
+        if ADD:
+            dx = tl.load(grad_x_ptr + a * stride_da + h * stride_dh + column, mask=mask, other=0.0).to(tl.float32)
+        else:
+            dx = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=row < R, other=0.0)[:, None]
+        weight = tl.load(weight_ptr + column, mask=column < d, other=0.0).to(tl.float32)  # [1, BLOCK_D], from the L1 cache: registers are short
+        normed, weighted = x * rstd, grad * weight
+        dx += rstd * (weighted - normed * (tl.sum(normed * weighted, 1, keep_dims=True) / d))
+        if SUM:
+            grad_weight += grad * normed
+        tl.store(dx_ptr + row[:, None] * d + column, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if NARROW:
+            tl.store(narrow_ptr + row[:, None] * d + column, dx.to(narrow_ptr.dtype.element_ty), mask=mask)
+    if SUM:
+        partial = tl.sum(grad_weight, 0, keep_dims=True)
+        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * d + column, partial, mask=column < d)
+
+
+@triton.jit
+def _weight_kernel(grad_ptr, x_ptr, rstd_ptr, partial_ptr, R, H, d, stride_ga, stride_gh, stride_xa, stride_xh,
+                   BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The partial sums of dw for rows that are too wide to keep beside them: program (c, p) adds columns block c of every P-th tile of rows."""
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    grad_weight = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for tile in range(tl.program_id(1), tl.cdiv(R, BLOCK_R), tl.num_programs(1)):
+        row, a, h, _, _ = _locate(tile, R, H, d, BLOCK_R, BLOCK_D)
+        mask = (row < R)[:, None] & (column < d)
+        grad = tl.load(grad_ptr + a * stride_ga + h * stride_gh + column, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_D]
+        x = tl.load(x_ptr + a * stride_xa + h * stride_xh + column, mask=mask, other=0.0).to(tl.float32)
+        grad_weight += grad * (x * tl.load(rstd_ptr + row, mask=row < R, other=0.0)[:, None])
+    tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * d + column, tl.sum(grad_weight, 0, keep_dims=True), mask=column < d)
+
+
+@triton.jit
+def _sum_kernel(partial_ptr, out_ptr, P, d, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out [d] = Σ over the rows of partial [P, d]."""
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    for first in range(0, P, BLOCK_P):
+        row = first + tl.arange(0, BLOCK_P)[:, None]
+        total += tl.load(partial_ptr + row.to(tl.int64) * d + column[None, :], mask=(row < P) & (column < d)[None, :], other=0.0)
+    tl.store(out_ptr + column, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=column < d)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x [..., d] as [A, H, d] with contiguous rows; copied only where its strides leave no other way."""
+    if x.dim() != 3:
+        x = x.reshape(x.numel() // max(1, x.shape[-1]), 1, x.shape[-1])
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+def _forward(x, residual, weight, eps):
+    """(out, total, rstd); total is None without a residual."""
+    out = torch.empty_like(x, dtype=weight.dtype, memory_format=torch.contiguous_format)
+    rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    total = None
+    if residual is not None:
+        total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype), memory_format=torch.contiguous_format)
+    x, weight = _rows(x), weight.contiguous()
+    other = x if residual is None else _rows(residual)
+    heads, width = x.shape[1:]
+    rows = x.shape[0] * heads
+
+    def run(config):
+        _forward_kernel[(triton.cdiv(rows, config.blocks["BLOCK_R"]),)](
+            x, other, weight, out, total if total is not None else out, rstd, rows, heads, width, eps,
+            *x.stride()[:2], *other.stride()[:2], ADD=total is not None, **config.options)
+
+    if rows:
+        tuning.launch("rms_norm", run, x.device, width=width, itemsize=(x if total is None else total).itemsize)
+    return out, total, rstd
+
+
+def _examples(make):
+    narrow, wide = make(65536, 128), make(4096, 16384)
+    return [(narrow, make(128), 1e-6), (make(4096, 768), make(768), 1e-6), (make(4096, 768, dtype=torch.float32), make(768), 1e-6),
+            (wide, make(16384), 1e-6), (make(4096, 16384, dtype=torch.float32), make(16384, dtype=torch.float32), 1e-6)]
+
+
+@dispatch.triton("rms_norm", _examples)
+def rms_norm(x, weight, eps):
+    out, _, rstd = _forward(x, None, weight, eps)
+    return out, rstd
+
+
+@dispatch.triton("add_rms_norm", lambda make: [(make(*x.shape), x, weight, eps) for x, weight, eps in _examples(make)[1:4]])
+def add_rms_norm(x, residual, weight, eps):
+    return _forward(x, residual, weight, eps)
+
+
+def _backward_examples(make):
+    for x, weight, _ in _examples(make):
+        rstd = make(x.shape[0], 1, dtype=torch.float32)
+        for grad_x in (None, make(*x.shape, dtype=x.dtype)):
+            narrow = grad_x is not None and x.dtype != weight.dtype
+            yield make(*x.shape, dtype=weight.dtype), x, weight, rstd, grad_x, narrow
+
+
+@dispatch.triton("rms_norm_backward", _backward_examples)
+def rms_norm_backward(grad, x, weight, rstd, grad_x, narrow):
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dx_narrow = torch.empty_like(dx, dtype=weight.dtype) if narrow else weight.new_empty(0)
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    grad, x, weight, rstd = _rows(grad), _rows(x), weight.contiguous(), rstd.contiguous()
+    other = grad if grad_x is None else _rows(grad_x)
+    heads, width = x.shape[1:]
+    rows, processors = x.shape[0] * heads, tuning.target(x.device).processors
+
+    def run(config):
+        programs = min(processors * config.per_processor, triton.cdiv(rows, config.blocks["BLOCK_R"]))
+        partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+        if programs:
+            _backward_kernel[(programs,)](
+                grad, x, weight, rstd, other, dx, dx_narrow if narrow else dx, partial, rows, heads, width,
+                *grad.stride()[:2], *x.stride()[:2], *other.stride()[:2], ADD=grad_x is not None, NARROW=narrow, **config.options)
+            if not config.blocks["SUM"]:
+                _weight_kernel[(triton.cdiv(width, 256), programs)](
+                    grad, x, rstd, partial, rows, heads, width, *grad.stride()[:2], *x.stride()[:2], BLOCK_R=8, BLOCK_D=256)
+        _sum_kernel[(triton.cdiv(width, 32),)](partial, grad_weight, programs, width, BLOCK_P=128, BLOCK_D=32)
+
+    tuning.launch("rms_norm_backward", run, x.device, width=width, itemsize=x.itemsize)
+    return dx, dx_narrow, grad_weight

@@ -1,0 +1,221 @@
+"""Launch configurations: the block sizes, warps and stages of every kernel, per bucket of shapes and GPU.
+
+A launcher asks `launch(name, run, **bucket)`, which calls run(config) with one stated configuration: the first of
+CANDIDATES[name](target, **bucket). A bucket holds only what changes the choice (widths, element size, head dimension), never
+a packed length, so nothing is tuned anew when that changes. MINIPLM_AUTOTUNE=1 times all candidates at a bucket's first
+launch and keeps the fastest; which one it is may differ from run to run, and with it the last bits of results.
+
+benchmarks/compile_report.py compiles every candidate without a GPU: a new kernel gets there by its entry here and by the
+examples that its launcher is registered with (see dispatch.triton).
+"""
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+
+
+class Target(NamedTuple):
+    """What a kernel is compiled for: backend cuda, hip, or cpu (Triton's interpreter); arch 80, 90, … or "gfx942"."""
+
+    backend: str
+    arch: object
+    processors: int  # streaming multiprocessors, or compute units
+
+    @property
+    def descriptors(self) -> bool:
+        """Whether tiles come through host tensor descriptors: TMA on Hopper and newer. The interpreter takes both ways."""
+        return self.backend == "cpu" or (self.backend == "cuda" and self.arch >= 90)
+
+
+class Config(NamedTuple):
+    """One launch configuration."""
+
+    blocks: dict  # the kernel's constexpr block sizes
+    num_warps: int = 4
+    num_stages: int = 2
+    per_processor: int = 1  # programs of a persistent grid on each processor
+
+    @property
+    def options(self) -> dict:
+        """Keyword arguments for the kernel."""
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+OFFLINE = None  # a Target to compile for, without a GPU: then launch runs every candidate
+INTERPRETER = Target("cpu", 0, 4)
+_FASTEST = {}  # (name, target, bucket) → configuration, found under MINIPLM_AUTOTUNE=1
+
+
+def target(device: torch.device) -> Target:
+    """What kernels on tensors of `device` are compiled for."""
+    if OFFLINE:
+        return OFFLINE
+    return INTERPRETER if device.type == "cpu" else _gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _gpu(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Target("hip", properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def launch(name: str, run, device: torch.device, **bucket):
+    """run(config) with the configuration of kernel `name` for a bucket; returns what it returns.
+
+    Args:
+        run: launches the kernel; called several times while configurations are compared, so it must not change its inputs.
+        bucket: numbers that candidates depend on.
+    """
+    where = target(device)
+    candidates = CANDIDATES[name](where, **bucket)
+    if OFFLINE:
+        results = [run(config) for config in candidates]
+        return results[0]
+    if len(candidates) == 1 or os.environ.get("MINIPLM_AUTOTUNE") != "1" or where.backend == "cpu":
+        return run(candidates[0])
+    key = (name, where, *sorted(bucket.items()))
+    if key not in _FASTEST:
+        from triton.testing import do_bench
+
+        _FASTEST[key] = min(candidates, key=lambda config: do_bench(lambda: run(config), return_mode="median"))
+    return run(_FASTEST[key])
+
+
+def _logits(where: Target, itemsize: int, descriptors: bool) -> list[Config]:
+    """GEMM-shaped kernels over [BLOCK_T, BLOCK_V] tiles of logits with an accumulator tile in registers."""
+    def blocks(tokens, vocabulary, width):
+        return {"BLOCK_T": tokens, "BLOCK_V": vocabulary, "BLOCK_D": width}
+
+    if where.backend == "cpu":
+        return [Config(blocks(32, 64, 32))]
+    if itemsize == 4:  # no matrix unit computes exact float32 products: small tiles
+        return [Config(blocks(64, 32, 16), 8, 2, 2)]
+    if where.backend == "hip":
+        return [Config(blocks(128, 128, 64), 8, 2), Config(blocks(128, 128, 32), 8, 2)]
+    if descriptors:
+        return [Config(blocks(128, 256, 64), 8, 4), Config(blocks(128, 256, 64), 8, 3), Config(blocks(128, 128, 64), 4, 3, 2)]
+    return [Config(blocks(128, 128, 32), 8, 3), Config(blocks(128, 128, 32), 8, 4)]
+
+
+def _exponentials(where: Target, itemsize: int, descriptors: bool) -> list[Config]:
+    """As _logits, with a tile of the result in shared memory on its way out."""
+    if descriptors and where.backend == "cuda" and itemsize == 2:
+        return [Config({"BLOCK_T": 128, "BLOCK_V": 256, "BLOCK_D": 64}, 8, 3), Config({"BLOCK_T": 128, "BLOCK_V": 128, "BLOCK_D": 64}, 8, 4)]
+    return _logits(where, itemsize, descriptors)
+
+
+def _queries_and_keys(queries: int, keys: int, num_warps: int, num_stages: int) -> Config:
+    return Config({"BLOCK_M": queries, "BLOCK_N": keys}, num_warps, num_stages)
+
+
+def _attention(where: Target, dim: int, itemsize: int, descriptors: bool) -> list[Config]:
+    """Tiles of queries that walk over keys. On Hopper up to D = 96, 128 · 64 leaves room for two programs, four warp groups, on a
+    processor: the exponentials of one run under the products of another. Fewer queries a tile ask more keys of L2 than it delivers."""
+    if where.backend == "cpu":
+        return [_queries_and_keys(32, 16, 4, 1)]
+    if itemsize == 4:  # no matrix unit computes exact float32 products, and the others' operands fill the registers
+        return [_queries_and_keys(32, 32, 8, 1) if dim <= 64 else _queries_and_keys(16, 16, 8, 1)]
+    if dim > 128:
+        return [_queries_and_keys(64, 32, 8, 1)]
+    if where.backend == "hip":
+        return [_queries_and_keys(128, 64, 4, 1), _queries_and_keys(128, 32, 4, 1)]
+    if not descriptors:
+        return [_queries_and_keys(128, 64, 8, 2), _queries_and_keys(64, 64, 4, 2)]
+    if dim > 96:
+        return [_queries_and_keys(128, 128, 8, 2), _queries_and_keys(128, 64, 8, 3)]
+    return [_queries_and_keys(128, 64, 8, 3), _queries_and_keys(128, 128, 8, 2), _queries_and_keys(64, 64, 4, 3)]
+
+
+def _attention_dq(where: Target, dim: int, itemsize: int, descriptors: bool) -> list[Config]:
+    """As _attention, with two tiles of scores in registers."""
+    if where.backend == "cpu":
+        return [_queries_and_keys(32, 32, 4, 1)]
+    if itemsize == 4:
+        return [_queries_and_keys(16, 16, 8, 1)]
+    if dim > 128:  # spills registers, as the next function does
+        return [_queries_and_keys(64, 32, 8, 1)]
+    if not descriptors:
+        return [_queries_and_keys(128, 32, 8, 1), _queries_and_keys(64, 32, 4, 1)]
+    return [_queries_and_keys(128, 64, 8, 2)] + [_queries_and_keys(128, 128, 8, 2)] * (dim <= 64)
+
+
+def _attention_dkdv(where: Target, dim: int, itemsize: int, descriptors: bool, grouped: bool) -> list[Config]:
+    """Tiles of keys that walk over queries. Two sums [BLOCK_N, D] in registers leave room for 64 queries, at D = 128 for 32 in groups."""
+    if where.backend == "cpu":
+        return [_queries_and_keys(16, 32, 4, 1)]
+    if itemsize == 4:
+        return [_queries_and_keys(16, 16, 8, 1)]
+    if dim > 128:
+        return [_queries_and_keys(32, 32, 8, 1)]
+    if not descriptors:
+        return [_queries_and_keys(64 if dim <= 64 else 32, 64, 4 if dim <= 96 else 8, 1)]
+    queries = 32 if grouped and dim > 96 else 64
+    return [_queries_and_keys(queries, 128, 8, 2), _queries_and_keys(queries, 64, 4, 2)]
+
+
+def _whole_rows(elements, width):
+    """Blocks of whole rows: about `elements` of them, one row at least."""
+    block = max(16, 1 << (width - 1).bit_length())
+    return {"BLOCK_R": max(1, elements // block), "BLOCK_D": block}
+
+
+def _rms_norm(where: Target, width: int, itemsize: int) -> list[Config]:
+    """Memory-bound: 8 KiB of each input in flight per program, 64 bytes a thread; a wide row gets more threads."""
+    if where.backend == "cpu":
+        return [Config({**_whole_rows(1, width), "BLOCK_R": 4})]
+    found = [_whole_rows(elements, width) for elements in (8192 // itemsize, 4096 // itemsize)]
+    return [Config(blocks, min(16, max(4, blocks["BLOCK_R"] * blocks["BLOCK_D"] // 1024))) for blocks in found]
+
+
+def _rms_norm_backward(where: Target, width: int, itemsize: int) -> list[Config]:
+    """As _rms_norm, with up to three inputs in flight and a float32 sum in registers: 16 elements a thread, 32 in the widest rows."""
+    def config(elements):
+        blocks = _whole_rows(elements, width)
+        warps = min(16, max(4, blocks["BLOCK_R"] * blocks["BLOCK_D"] // 512))
+        together = blocks["BLOCK_D"] * itemsize <= 32768  # beyond, registers do not hold the row and the sum
+        return Config({**blocks, "SUM": together}, warps if together else 32, per_processor=max(1, 16 // warps))
+
+    if where.backend == "cpu":
+        return [Config({**_whole_rows(1, width), "BLOCK_R": 4, "SUM": width < 500})]
+    return [config(2048), config(4096)]
+
+
+def _rotary(where: Target, dim: int, itemsize: int) -> list[Config]:
+    """Memory-bound; eight heads share a sine and a cosine, or these would take longer than the memory."""
+    if where.backend == "cpu":
+        return [Config({"BLOCK_T": 16, "BLOCK_H": 3})]
+    tokens = max(8, 1024 // (1 << (dim // 2 - 1).bit_length()))  # eight pairs a thread: 16 bytes per access
+    return [Config({"BLOCK_T": tokens, "BLOCK_H": 8}), Config({"BLOCK_T": 2 * tokens, "BLOCK_H": 8}), Config({"BLOCK_T": tokens, "BLOCK_H": 16})]
+
+
+def _swiglu(where: Target, itemsize: int) -> list[Config]:
+    """Memory-bound: tiles of 512-byte pieces of rows, several 16-byte accesses a thread and tensor; 256 divides most widths well."""
+    if where.backend == "cpu":
+        return [Config({"BLOCK_R": 4, "BLOCK_F": 64})]
+    return [Config({"BLOCK_R": rows, "BLOCK_F": 256}) for rows in ((16, 8) if itemsize == 2 else (4,))]
+
+
+def _divergence(where: Target, itemsize: int) -> list[Config]:
+    """Two tiles of logits at a time, hardly ever launched in earnest."""
+    if where.backend == "cpu" or itemsize == 4:
+        return [Config({"BLOCK_T": 16, "BLOCK_V": 32, "BLOCK_D": 16}, 4)]
+    return [Config({"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_D": 64}, 4)]
+
+
+CANDIDATES = {
+    "logsumexp": _logits,
+    "exponentials": _exponentials,
+    "divergence": _divergence,
+    "attention": _attention,
+    "attention_dq": _attention_dq,
+    "attention_dkdv": _attention_dkdv,
+    "rms_norm": _rms_norm,
+    "rms_norm_backward": _rms_norm_backward,
+    "rotary": _rotary,
+    "swiglu": _swiglu,
+    "swiglu_backward": _swiglu,
+}
