@@ -146,7 +146,7 @@ def linear_cross_entropy(hidden, weight, targets, token_weight, ignore_index, ne
     (T, d), V = hidden.shape, len(weight)
     weight = contiguous_rows(weight)
     grad_hidden = hidden.new_empty(T, d) if need_hidden else hidden.new_empty(0)
-    grad_weight = weight.new_zeros(V, d, dtype=torch.float32) if need_weight else None
+    grad_weight = None
     nll = hidden.new_empty(T, dtype=torch.float32)
     width = triton.cdiv(V, 64) * 64  # rows of E aligned for descriptors and the products
     size = chunk_tokens(T, width * hidden.itemsize, budget) if T else 1
@@ -164,8 +164,14 @@ def linear_cross_entropy(hidden, weight, targets, token_weight, ignore_index, ne
         if need_hidden:
             grad_hidden[chunk] = product(e, weight) * scale[:, None]
         if need_weight:
-            add_product(grad_weight, e.T, (x * (scale * unit)[:, None]).to(x.dtype))
+            scaled = (x * (scale * unit)[:, None]).to(x.dtype)
+            if t == 0:
+                grad_weight = product(e.T, scaled)
+            else:
+                add_product(grad_weight, e.T, scaled)
     loss = (token_weight * nll).sum()
     if not need_weight:
         return loss, grad_hidden, weight.new_empty(0)
-    return loss, grad_hidden, (grad_weight / unit if hidden.dtype == torch.float16 else grad_weight).to(weight.dtype)
+    if not T:
+        return loss, grad_hidden, weight.new_zeros(V, d)
+    return loss, grad_hidden, (grad_weight.div_(unit) if hidden.dtype == torch.float16 else grad_weight).to(weight.dtype)

@@ -174,5 +174,5 @@ def linear_distillation_loss(student_hidden, student_weight, teacher_hidden, tea
             add_product(grad_weight[:V], e.T, hidden[0][chunk])
     cross_entropy, divergence = (x.sum() / count for x in losses)  # results must not share memory
     loss = (1 - alpha) * cross_entropy + alpha * divergence
-    grad_weight = (grad_weight / (unit * count)).to(student_weight.dtype) if need_weight else student_weight.new_empty(0)
+    grad_weight = grad_weight.div_(unit * count).to(student_weight.dtype) if need_weight else student_weight.new_empty(0)
     return loss, cross_entropy, divergence, grad_hidden, grad_weight

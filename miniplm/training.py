@@ -35,6 +35,8 @@ from .signals import Interrupted, stop_signals
 from .storage import Corpus
 from .tokenizer import check_same_tokens, load_tokenizer
 
+HEAD_TOKENS = 8192
+
 
 class TrainingDiverged(RuntimeError):
     """Too many steps in a row had a loss or a gradient that is not finite."""
@@ -55,7 +57,7 @@ def summed_loss(model: LanguageModel, batch: Batch, dtype: torch.dtype) -> Tenso
     """
     with torch.autocast(batch.input_ids.device.type, dtype, enabled=dtype != torch.float32):
         hidden = model(batch.input_ids, batch.cu_seqlens, batch.max_seqlen)
-        return linear_cross_entropy(hidden, model.head_weight, batch.targets, ignore_index=IGNORE, reduction="sum")
+        return linear_cross_entropy(hidden, model.head_weight, batch.targets, ignore_index=IGNORE, reduction="sum", budget=_head_budget(hidden, model, 1))
 
 
 class Teacher(NamedTuple):
@@ -76,7 +78,13 @@ def distillation_losses(student: LanguageModel, teacher: Teacher, batch: Batch, 
     with torch.autocast(batch.input_ids.device.type, dtype, enabled=dtype != torch.float32):
         hidden = student(batch.input_ids, batch.cu_seqlens, batch.max_seqlen)
         return torch.stack(linear_distillation_loss(hidden, student.head_weight, teacher_hidden, teacher.model.head_weight, batch.targets,
-                                                    alpha=teacher.alpha, ignore_index=IGNORE, temperature=teacher.temperature))
+                                                    alpha=teacher.alpha, ignore_index=IGNORE, temperature=teacher.temperature,
+                                                    budget=_head_budget(hidden, student, 2)))
+
+
+def _head_budget(hidden: Tensor, model: LanguageModel, models: int) -> int | None:
+    """Bytes of logits at a time: on a GPU those of HEAD_TOKENS tokens, since the head's gradient is read and written once per chunk of tokens."""
+    return None if hidden.device.type == "cpu" else models * HEAD_TOKENS * len(model.head_weight) * hidden.itemsize
 
 
 def training_flops(model: LanguageModel, context: int, teacher: Teacher | None = None) -> int:

@@ -34,29 +34,28 @@ def plain_attention(q, k, v, lengths, scale):
             parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
         else:
             queries, keys, values = (x.transpose(0, 1)[None] for x in (queries, keys, values))
-            with sdpa_kernel(SDPBackend.MATH):
+            with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
                 parts.append(F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)[0].transpose(0, 1))
     return torch.cat(parts)
 
 
-def check(device, lengths, heads, key_heads, dim, dtype, scale=None, factor=1):
+def check(device, lengths, heads, key_heads, dim, dtype, scale=None):
     inputs = random_inputs(device, sum(lengths), heads, key_heads, dim)
-    inputs = [factor * inputs[0], *inputs[1:]]
     op = lambda q, k, v: flash_attention(q, k, v, bounds(lengths, device), max(lengths), scale)
     plain = lambda q, k, v: plain_attention(q, k, v, lengths, dim**-0.5 if scale is None else scale)
     assert_accurate_everywhere(op, plain, inputs, [torch.randn_like(inputs[0])], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", [[0, 5, 0, 1, 127, 3, 0], [255], [7, 7, 14, 0, 14, 28, 9, 9], [3, 129], [1, 64, 32, 31]], ids=str)
+@pytest.mark.parametrize("lengths", [[0, 5, 0, 1, 127, 3, 0], [185], [7, 7, 14, 0, 14, 28, 9, 9], [3, 64, 32]], ids=str)
 def test_accuracy(lengths, dtype, device):
     check(device, lengths, 2, 1, 32, dtype)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_documents(seed, device):
     rng = random.Random(seed)
-    lengths = [rng.choice([0, 1, rng.randrange(20), rng.randrange(90)]) for _ in range(rng.randrange(1, 9))] + [1]
+    lengths = [rng.choice([0, 1, rng.randrange(20), rng.randrange(70)]) for _ in range(rng.randrange(1, 9))] + [1]
     key_heads = rng.choice([1, 2])
     check(device, lengths, key_heads * rng.choice([1, 3]), key_heads, rng.choice([16, 32, 64]), torch.float32, rng.choice([None, 0.3, 2.0]))
 
@@ -132,12 +131,12 @@ def test_tiles_of_a_document_near_the_largest_number(device):
 
 def test_gradients_stay_in_the_past_of_the_document(device):
     """The gradient of output i for input j is exactly zero unless j is in i's document and not after i; then it is not zero."""
-    lengths = [3, 40, 0, 1, 33]
-    q, k, v = (x.requires_grad_() for x in random_inputs(device, 77, 2, 1, 16, torch.float32))
+    lengths = [3, 34, 0, 1, 20]
+    q, k, v = (x.requires_grad_() for x in random_inputs(device, 58, 2, 1, 16, torch.float32))
     out = flash_attention(q, k, v, bounds(lengths, device), 40)
-    for token, start in ((0, 0), (2, 0), (3, 3), (4, 3), (20, 3), (42, 3), (43, 43), (44, 44), (60, 44), (76, 44)):
+    for token, start in ((2, 0), (3, 3), (4, 3), (36, 3), (37, 37), (50, 38)):
         dq, dk, dv = (x.flatten(1).any(1).cpu() for x in torch.autograd.grad(out[token].sum(), (q, k, v), retain_graph=True))
-        seen = torch.zeros(77, dtype=torch.bool)
+        seen = torch.zeros(58, dtype=torch.bool)
         seen[start : token + 1] = True
         assert torch.equal(dv, seen)
         assert torch.equal(dk, seen) or token == start  # a single key: no choice, no gradient
@@ -164,28 +163,26 @@ def test_a_broken_document_does_not_reach_the_others(heads_first, bad, device):
 
 
 def test_repeatable_and_max_seqlen_is_not_needed(device):
-    lengths = [50, 0, 40]
-    inputs = random_inputs(device, 90, 4, 2, 16, torch.float32)
+    lengths = [40, 0, 20]
+    inputs = random_inputs(device, 60, 2, 1, 16, torch.float32)
     grad = torch.randn_like(inputs[0])
-    results = [run(lambda q, k, v: flash_attention(q, k, v, bounds(lengths, device), longest), inputs, [grad]) for longest in (50, None, 7)]  # noqa: B023
+    results = [run(lambda q, k, v: flash_attention(q, k, v, bounds(lengths, device), longest), inputs, [grad]) for longest in (40, None, 7)]  # noqa: B023
     for outputs, gradients in results[1:]:
         for one, two in zip((*outputs, *gradients), (*results[0][0], *results[0][1]), strict=True):
             assert torch.equal(one, two)
 
 
 def test_strided(device):
-    qkv = torch.randn(45, 8 * 16, device=device)  # a fused projection
-    views = [part.view(45, -1, 16) for part in qkv.split([4 * 16, 2 * 16, 2 * 16], 1)]
-    call = lambda q, k, v: flash_attention(q, k, v, bounds([10, 35], device), 35)
-    grad = torch.randn(45, 4, 16, device=device)
+    qkv = torch.randn(25, 8 * 16, device=device)  # a fused projection
+    views = [part.view(25, -1, 16) for part in qkv.split([4 * 16, 2 * 16, 2 * 16], 1)]
+    call = lambda q, k, v: flash_attention(q, k, v, bounds([5, 20], device), 20)
+    grad = torch.randn(25, 4, 16, device=device)
     expected = run(call, [x.contiguous() for x in views], [grad])
-    for change in (lambda x: x, strided, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), lambda x: x.repeat(2, 2, 1)[::2, ::2]):
-        if change(grad).shape != grad.shape:
-            continue
+    for change in (lambda x: x, strided, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), lambda x: torch.stack((x, x), 2).flatten(1, 2)[:, ::2]):
         for found, wanted in zip(run(call, [change(x) for x in views], [change(grad)]), expected, strict=True):
             for one, two in zip(found, wanted, strict=True):
                 torch.testing.assert_close(one, two)
-    one, two = (run(call, views, [x])[1] for x in (grad[:1, :1, :1].expand(45, 4, 16), grad[:1, :1, :1].expand(45, 4, 16).contiguous()))
+    one, two = (run(call, views, [x])[1] for x in (grad[:1, :1, :1].expand(25, 4, 16), grad[:1, :1, :1].expand(25, 4, 16).contiguous()))
     assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
 
 
@@ -220,25 +217,35 @@ def _store(x_ptr, row, heads, D: tl.constexpr):
 def test_results_beyond_int32(far_apart, device):
     """Rows 2¹⁷ on of [T, 2⁹, 32] lie beyond 2³¹ elements."""
     x = far_apart(3, 2**16).as_strided((2**17 + 4, 2**9, 32), (2**14, 32, 1))
+    x[2**17 :] = 0
     _store[(1,)](x, 2**17, 2**9, D=32)
     written = x[2**17 :].float().cpu()
     assert (written[:3, -1] == 1).all() and not written[:3, :-1].any() and not written[3].any()
 
 
-@pytest.mark.parametrize("scale", [-0.4, 0.0, 1e4])
+@pytest.mark.parametrize("scale", [-0.4, 0.0, 1.0])
 def test_scales(scale, device):
-    check(device, [40, 7], 2, 1, 16, torch.float32, scale, factor=0.05 if scale > 1 else 1)
+    inputs = random_inputs(device, 47, 2, 1, 16)
+    grad = torch.randn_like(inputs[0])
+    results = run(lambda q, k, v: flash_attention(q, k, v, bounds([40, 7], device), 40, scale), [x.float() for x in inputs], [grad])
+    truth = run(lambda q, k, v: plain_attention(q, k, v, [40, 7], scale), [x.float().double() for x in inputs], [grad.float()])
+    for found, expected in zip(results[0] + results[1], truth[0] + truth[1], strict=True):
+        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_large_scores(device):
-    """Scores of ±1e4 neither overflow nor lose the softmax."""
-    inputs = random_inputs(device, 70, 2, 1, 16, torch.float32)
-    q, k, v = 50 * inputs[0], 50 * inputs[1], inputs[2]
-    assert 5e3 < torch.einsum("qhd,kd->hqk", q, k[:, 0]).abs().max() < 1e5
-    (out,), gradients = run(lambda q, k, v: flash_attention(q, k, v, bounds([70], device), 70, scale=1.0), [q, k, v], [torch.ones_like(q)])
-    exact = plain_attention(q.double(), k.double(), v.double(), [70], 1.0)
-    torch.testing.assert_close(out.double(), exact, rtol=1e-3, atol=1e-3)
-    assert all(gradient.isfinite().all() for gradient in gradients)
+def test_large_scores(device, monkeypatch):
+    """Scores of ±1e4 neither overflow nor lose the softmax; the gradients are as good as the reference's, which keeps the log-sum-exp too."""
+    q, k, v = random_inputs(device, 70, 2, 1, 16, torch.float32)
+    inputs, grad = [50 * q, 50 * k, v], torch.randn_like(q)
+    assert 1e4 < torch.einsum("qhd,kd->hqk", *inputs[:1], inputs[1][:, 0]).abs().max() < 1e5
+    op = lambda q, k, v: flash_attention(q, k, v, bounds([70], device), 70, scale=1.0)
+    (out,), gradients = run(op, inputs, [grad])
+    exact = [x.double() for x in inputs]
+    (truth,), exact_gradients = run(lambda q, k, v: plain_attention(q, k, v, [70], 1.0), exact, [grad.double()])
+    torch.testing.assert_close(out.double(), truth, rtol=1e-3, atol=1e-3)
+    monkeypatch.setenv("MINIPLM_KERNELS", "reference")
+    for one, two, three in zip(gradients, run(op, inputs, [grad])[1], exact_gradients, strict=True):
+        assert (one - three).norm() <= 2 * (two - three).norm() + 1e-5 * three.norm()
 
 
 def test_equal_scores(device):
@@ -252,8 +259,9 @@ def test_equal_scores(device):
 def test_log_sum_exp(device):
     q, k, v = random_inputs(device, 45, 2, 1, 16, torch.float32)
     arguments = q, k, v, bounds([5, 0, 40], device), 40, 0.5
+    assert dispatch.implementation("flash_attention", None, q) is attention.flash_attention
     _, lse = torch.ops.miniplm.flash_attention(*arguments)
-    expected = dispatch.implementation("flash_attention", None, q) is attention.flash_attention and [
+    expected = [
         (torch.einsum("qhd,kd->qhk", q[a:b], k[a:b, 0]) * 0.5).masked_fill(torch.ones(b - a, b - a, device=device).triu(1)[:, None].bool(), -torch.inf)
         .logsumexp(-1) for a, b in ((0, 5), (5, 45))]
     torch.testing.assert_close(lse, torch.cat(expected))
