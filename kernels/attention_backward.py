@@ -58,7 +58,7 @@ def _query_kernel(q, k, v, grad, out, dq_ptr, lse_ptr, values_ptr, cu_seqlens_pt
     lse = tl.load(lse_ptr + (start + queries).to(tl.int64) * Hq + head, mask=inside, other=0.0) * LOG2_E
     values_ptr += head.to(tl.int64) * stride_values + aligned(start, document) + queries
     tl.store(values_ptr, lse, mask=inside)
-    tl.store(values_ptr + Hq.to(tl.int64) * stride_values, delta, mask=inside)
+    tl.store(values_ptr + tl.cast(Hq, tl.int64) * stride_values, delta, mask=inside)
     dq = zeros(BLOCK_M, PARTS)
     diagonal = row // BLOCK_N * BLOCK_N
     for DIAGONAL in tl.static_range(2):

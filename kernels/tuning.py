@@ -172,7 +172,7 @@ def _rms_norm(where: Target, width: int, itemsize: int) -> list[Config]:
 
 
 def _rms_norm_backward(where: Target, width: int, itemsize: int) -> list[Config]:
-    """As _rms_norm, with up to three inputs in flight and a float32 sum in registers: 16 elements a thread, 32 in the widest rows."""
+    """Up to three inputs of 4 KiB in flight per program, four programs of 4 warps on a processor; the sum for dw is in registers."""
     def config(elements):
         blocks = _whole_rows(elements, width)
         warps = min(16, max(4, blocks["BLOCK_R"] * blocks["BLOCK_D"] // 512))
@@ -181,7 +181,7 @@ def _rms_norm_backward(where: Target, width: int, itemsize: int) -> list[Config]
 
     if where.backend == "cpu":
         return [Config({**_whole_rows(1, width), "BLOCK_R": 4, "SUM": width < 500})]
-    return [config(2048), config(4096)]
+    return [config(4096 // itemsize), config(8192 // itemsize)]
 
 
 def _rotary(where: Target, dim: int, itemsize: int) -> list[Config]:

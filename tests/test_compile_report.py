@@ -156,3 +156,44 @@ def test_memory_at_the_aims():
             small = 12 * tokens * 2048 + 100 * tokens * 8  # copies of the hidden states, and partial results
             assert (1 << 29) < extra <= (1 << 30) + 4 * vocabulary * d + small, line
     assert len(result.stdout.splitlines()) == 12
+
+
+ONES = """
+import sys
+sys.path.insert(0, {folder!r})
+import compile_report, torch
+from miniplm.kernels import dispatch
+from functools import partial
+
+def examples(make, D, heads):
+    make, ids, statistic = partial(make, dtype=torch.bfloat16), make(1, dtype=torch.int64), partial(make, dtype=torch.float32)
+    row, head, cu_seqlens = make(1, 1), make(1, heads, D), make(2, dtype=torch.int32)
+    return {{
+        "rms_norm": (row, make(1), 1e-6), "add_rms_norm": (row, row, make(1), 1e-6),
+        "rms_norm_backward": (row, row, make(1), statistic(1, 1), row, False),
+        "rotary": (head, head, ids, statistic(D // 2), False),
+        "swiglu": (row, row), "swiglu_backward": (row, row, row),
+        "flash_attention": (head, head, head, cu_seqlens, 1, 1.0),
+        "flash_attention_backward": (head, head, head, head, head, statistic(1, heads), cu_seqlens, 1, 1.0),
+        "linear_log_prob": (row, row, ids, -100, 1), "difference_score": (row, row, row, row, ids, cu_seqlens),
+        "linear_cross_entropy": (row, row, ids, statistic(1), -100, True, True, 1),
+        "linear_distillation_loss": (row, row, row, row, ids, 1.0, 1.0, -100, True, True, 1),
+    }}
+
+missing = set(dispatch.TRITON) - set(examples(compile_report.make, 16, 1))
+assert not missing, missing
+for D, heads in ((16, 1), (2, 1)):
+    for op in dispatch.TRITON:
+        dispatch.EXAMPLES[op] = lambda make, op=op: [examples(make, D, heads)[op]]
+        for row in compile_report.compile_op("sm_90", op):
+            for problem in row["broken"]:
+                if "Error" in problem:
+                    print(op, D, problem)
+"""
+
+
+def test_sizes_of_one():
+    """Triton makes a constant of an argument that is 1, which has not all the methods of a number; the interpreter does not."""
+    result = subprocess.run([sys.executable, "-c", ONES.format(folder=str(REPORT.parent))], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert not result.stdout, result.stdout
