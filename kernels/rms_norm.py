@@ -11,11 +11,11 @@ and each output written once:
 
 and 4·R bytes of r. s may be float32 beside 16-bit g, w and out; the backward pass then writes ds in both types if both are asked for.
 The backward grid just fills the GPU: a program walks over every programs-th tile of rows and keeps its own sum for dw, written once as a
-row of [programs, d] float32; a second kernel adds those rows in a fixed order. So equal inputs give equal bits on one GPU.
+row of [programs, d] float32; a second kernel adds those rows in a fixed order. So equal inputs give equal bits on one GPU. Rows of more
+than 32 KiB of s leave no registers for the sum: a kernel of its own reads g and s once more for it.
 
 Rows may be [A, H, d] with a stride for A and one for H: heads within the output of a fused projection are normed where they lie.
-Source of the formula: Zhang & Sennrich 2019, arXiv 1910.07467. A cross-check of the design: quack and Liger (one row or more per program,
-a float32 partial of dw per processor).
+Source of the formula: Zhang & Sennrich 2019, arXiv 1910.07467. The float32 partial sums of dw per program are as in quack and Liger.
 """
 
 import torch

@@ -33,7 +33,20 @@ class Batch:
         def move(tensor):
             return tensor.to(device, non_blocking=True)
 
-        return Batch(move(self.input_ids), move(self.targets), move(self.cu_seqlens), self.max_seqlen, move(self.row_cu_seqlens))
+        return self._map(move)
+
+    def pin_memory(self) -> "Batch":
+        """In memory from which a GPU copies while the host goes on."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change) -> "Batch":
+        return Batch(change(self.input_ids), change(self.targets), change(self.cu_seqlens), self.max_seqlen, change(self.row_cu_seqlens))
+
+
+def pinned(batches, device: torch.device):
+    """Iterate over the batches, in pinned memory if they go to a GPU. Made where the batches are made: in the background."""
+    for batch in batches:
+        yield batch.pin_memory() if device.type == "cuda" else batch
 
 
 def pack(rows, eos_token_id: int, document_mask: bool = False) -> Batch:

@@ -6,7 +6,9 @@ So a Hugging Face checkpoint is its state dict as it is, and its state dict is o
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .artifacts import UserError
 from .config import StudentConfig
@@ -22,8 +24,8 @@ class LanguageModel(nn.Module):
     """A causal language model on packed tokens: what every stage works with.
 
     Calling it: input_ids [T] int64, cu_seqlens [B+1] int32 (document b is tokens cu_seqlens[b]:cu_seqlens[b+1], empty
-    ones allowed) and optionally max_seqlen, the longest document, which saves a wait for the GPU. It returns the
-    hidden states [T, d] after the final norm. Each document starts at position 0 and attends to itself only.
+    ones allowed) and optionally max_seqlen, the length of the longest document or more. It returns the hidden states [T, d]
+    after the final norm. Each document starts at position 0 and attends to itself only.
     `head_weight` [V, d]: hidden @ head_weight.T are the logits. `config`: transformers' config.
     """
 
@@ -45,6 +47,18 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, residual, self.weight, self.eps)
 
 
+def side_by_side(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """[T, Σ out]: the results of linear layers for x [T, in], joined: one matrix product, and one for each gradient in the backward pass.
+
+    The layers keep their own parameters, under transformers' names, each with its own gradient and optimiser state; what is joined is a
+    copy, made at each call (under autocast in its dtype, as the layers would make one too). Of weights and results the smaller are joined.
+    """
+    if len(x) < x.shape[-1]:
+        return torch.cat([layer(x) for layer in layers], -1)
+    weight = torch.cat([layer.weight.to(x.dtype) for layer in layers])
+    return F.linear(x, weight, None if layers[0].bias is None else torch.cat([layer.bias.to(x.dtype) for layer in layers]))
+
+
 class Attention(nn.Module):
     def __init__(self, config, scale: float):
         super().__init__()
@@ -61,10 +75,9 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = None
 
-    def forward(self, x: Tensor, positions: Tensor, inv_freq: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hq, D]
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hk, D]
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+    def forward(self, x: Tensor, positions: Tensor, inv_freq: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
+        qkv = side_by_side(x, self.q_proj, self.k_proj, self.v_proj).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split([layer.out_features // self.head_dim for layer in (self.q_proj, self.k_proj, self.v_proj)], -2)  # views [T, H, D]
         if self.q_norm is not None:
             q, k = self.q_norm(q)[0], self.k_norm(k)[0]
         q, k = apply_rotary(q, k, positions, inv_freq)
@@ -80,7 +93,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(side_by_side(x, self.gate_proj, self.up_proj)))
 
 
 class Layer(nn.Module):
@@ -104,7 +117,13 @@ class Decoder(LanguageModel):
     Args:
         config: a Qwen2Config, LlamaConfig or Qwen3Config for which `unsupported(config)` is None; it is copied.
             Dropout is not applied, and the embedding of pad_token_id is trained like any other.
+
+    Under autocast the residual stream stays in the parameters' float32, as in transformers. Nothing waits for the GPU, and shapes depend on
+    those of the arguments alone: `torch.compile(fullgraph=True)` takes it.
+    activation_checkpointing: set to True, the backward pass computes each layer anew and only the layers' inputs are kept.
     """
+
+    activation_checkpointing = False
 
     def __init__(self, config):
         super().__init__()
@@ -140,13 +159,15 @@ class Decoder(LanguageModel):
 
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
         lengths = cu_seqlens.diff()
-        if max_seqlen is None:
-            max_seqlen = int(lengths.max()) if len(lengths) else 0
         starts = torch.repeat_interleave(cu_seqlens[:-1], lengths, output_size=len(input_ids))
         positions = torch.arange(len(input_ids), device=input_ids.device) - starts
         hidden, residual = self.model.embed_tokens(input_ids), None
         for layer in self.model.layers:
-            hidden, residual = layer(hidden, residual, positions, self.inv_freq, cu_seqlens, max_seqlen)
+            inputs = hidden, residual, positions, self.inv_freq, cu_seqlens, max_seqlen
+            if self.activation_checkpointing:
+                hidden, residual = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is random here
+            else:
+                hidden, residual = layer(*inputs)
         return self.model.norm(hidden, residual)[0]
 
     def flops_per_token(self, context: int) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .artifacts import MANIFEST, UserError, atomic_write, complete_output, open_output
-from .batches import IGNORE, Batch, pack, prefetch, split_by_tokens
+from .batches import IGNORE, Batch, pack, pinned, prefetch, split_by_tokens
 from .config import ScoreConfig
 from .kernels import difference_score, linear_log_prob
 from .model import choose_device, choose_dtype, load_model, model_hash
@@ -63,7 +63,7 @@ def score(config: ScoreConfig) -> None:
 
     open_output(output, "score", identity)  # claimed only now: a model that does not load leaves no folder behind
     positions = corpus.num_tokens - 1
-    batches = ((number, batch) for number in todo for batch in _batches(corpus, shards[number], batch_tokens, config.document_mask))
+    batches = ((number, batch) for number in todo for batch in pinned(_batches(corpus, shards[number], batch_tokens, config.document_mask), device))
     left = sum(int(positions[shards[number]].sum()) for number in todo)
     with torch.inference_mode(), Progress("score", int(positions.sum()), done=int(positions.sum()) - left) as progress:
         for number, group in groupby(prefetch(batches), key=itemgetter(0)):

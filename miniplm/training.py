@@ -23,12 +23,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .artifacts import MANIFEST, UserError, complete_output, fingerprint, open_output, read_json
-from .batches import IGNORE, Batch, prefetch
+from .batches import IGNORE, Batch, pinned, prefetch
 from .checkpoints import Metrics, TrainState, checkpoint_folder, find_checkpoint, load_optimizer, prune_checkpoints, save_checkpoint
 from .config import OptimizerConfig, TrainConfig
 from .data_order import DataOrder, global_batch
 from .decoder import Decoder, LanguageModel, student_config, unsupported
 from .kernels import linear_cross_entropy, linear_distillation_loss
+from .memory import micro_batch_tokens
 from .model import Adapter, choose_device, choose_dtype, load_model, model_hash
 from .progress import Progress
 from .signals import Interrupted, stop_signals
@@ -124,7 +125,7 @@ def train_step(model: LanguageModel, optimizer, micro_batches: list[Batch], lr: 
     device = model.head_weight.device
     optimizer.zero_grad()
     total = torch.zeros(3 if teacher else 1, device=device)
-    # All are moved now: a copy from pageable memory waits for the device, and between micro-batches that would drain its queue.
+    # All are moved now: a copy from memory that is not pinned waits for the device, and between micro-batches that would drain its queue.
     for batch, targets in zip([batch.to(device) for batch in micro_batches], counts, strict=True):
         poll()
         if teacher:
@@ -176,7 +177,6 @@ class _Setup(NamedTuple):
     corpus: Corpus
     order: DataOrder
     steps: int
-    micro_batch_tokens: int
     held_out: list[Batch]  # of the evaluation corpus; empty without one
     architecture: object  # transformers' config of a model from scratch
     identity: dict
@@ -213,12 +213,17 @@ def train(config: TrainConfig) -> None:
         if checkpoint:
             _note(f"continuing after step {state.step:,} of {setup.steps:,}")
             model = load_model(checkpoint, torch.float32, setup.device)
+        model.activation_checkpointing = config.activation_checkpointing
         model.eval()  # no dropout, as published; so a step depends on no random numbers
         optimizer = make_optimizer(model, config.optimizer)
         if checkpoint:
             load_optimizer(optimizer, model, checkpoint, state.updates)
         with contextlib.closing(Metrics(output, state.step)) as metrics:
-            rate = _loop(config, setup, model, teacher, optimizer, state, metrics, poll)
+            try:
+                rate = _loop(config, setup, model, teacher, optimizer, state, metrics, poll)
+            except torch.OutOfMemoryError as error:
+                raise UserError(f"out of GPU memory: lower micro_batch_tokens{f' (now {n:,})' if (n := config.micro_batch_tokens) else ''}, or set "
+                                "activation_checkpointing; the run continues from its last checkpoint") from error
     losses = {name: metrics.last.get(name) for name in ("loss", *(PARTS if teacher else ()), "eval_loss")}
     shown = {"teacher": Path(config.teacher).resolve().name if Path(config.teacher).exists() else config.teacher} if teacher else {}
     summary = {key: value for key, value in setup.corpus.manifest.items() if key not in ("stage", "complete", "identity")}
@@ -272,7 +277,8 @@ def _loop(config: TrainConfig, setup: _Setup, model, teacher: Teacher | None, op
         metrics.write(line)
         state.losses, state.parts, state.line_step, reported = [], [], state.step, len(spans)
 
-    batches = prefetch(global_batch(setup.corpus.rows(setup.order.step(step)), eos, setup.micro_batch_tokens, config.document_mask)
+    micro_batch = config.micro_batch_tokens or _micro_batch_tokens(model, teacher, setup, config.activation_checkpointing)
+    batches = prefetch(list(pinned(global_batch(setup.corpus.rows(setup.order.step(step)), eos, micro_batch, config.document_mask), setup.device))
                        for step in range(state.step, steps))
     with contextlib.closing(batches), Progress("train", steps * config.batch_tokens, done=state.step * config.batch_tokens) as progress:
         try:
@@ -338,7 +344,7 @@ def _set_up(config: TrainConfig) -> _Setup:
     identity = {"corpus": corpus.fingerprint, "tokenizer": manifest["tokenizer_fingerprint"], "optimizer": dataclasses.asdict(config.optimizer),
                 "steps": steps, **{name: getattr(config, name) for name in ("batch_tokens", "shuffle", "seed", "document_mask")},
                 "device": device.type, "dtype": str(dtype).removeprefix("torch.")}
-    architecture, held_out, micro_batch_tokens = None, [], config.micro_batch_tokens or (4_096 if device.type == "cpu" else 65_536)
+    architecture, held_out = None, []
     for name in filter(None, (config.init_from, config.teacher)):
         check_same_tokens(load_tokenizer(corpus.tokenizer), load_tokenizer(name), name)
     if config.init_from:
@@ -353,13 +359,13 @@ def _set_up(config: TrainConfig) -> _Setup:
         if evaluation.manifest["tokenizer_fingerprint"] != manifest["tokenizer_fingerprint"]:
             raise UserError(f"corpora {config.data} and {config.eval_data} have different tokenizers: prepare both with the same one")
         rows = evaluation.rows(range(min(config.eval_rows, len(evaluation))))
-        held_out = global_batch(rows, corpus.eos_token_id, micro_batch_tokens, config.document_mask)
+        held_out = global_batch(rows, corpus.eos_token_id, config.micro_batch_tokens or 4_096, config.document_mask)
         if not num_targets(held_out):
             raise UserError(f"the first {config.eval_rows} chunks of corpus {config.eval_data} hold no token to predict: give another eval_data")
         identity |= {"eval_corpus": evaluation.fingerprint, "eval_rows": config.eval_rows}
     if config.teacher:
         identity |= {"teacher": model_hash(config.teacher), "alpha": config.alpha, "temperature": config.temperature}
-    return _Setup(device, dtype, corpus, order, steps, micro_batch_tokens, held_out, architecture, identity)
+    return _Setup(device, dtype, corpus, order, steps, held_out, architecture, identity)
 
 
 def _read_architecture(path: Path, corpus: Corpus):
@@ -392,6 +398,15 @@ def _initial_model(config: TrainConfig, setup: _Setup) -> LanguageModel:
         from transformers import AutoModelForCausalLM
 
         return Adapter(AutoModelForCausalLM.from_config(setup.architecture, dtype=torch.float32), config.model_config).to(setup.device)
+
+
+def _micro_batch_tokens(model: LanguageModel, teacher: Teacher | None, setup: _Setup, checkpointing: bool) -> int:
+    if setup.device.type == "cpu":
+        return 4_096
+    head_bytes = (1 + bool(teacher)) * HEAD_TOKENS * len(model.head_weight) * setup.dtype.itemsize
+    tokens = micro_batch_tokens(model, torch.cuda.mem_get_info(setup.device)[0], setup.dtype.itemsize, head_bytes, checkpointing)
+    _note(f"micro-batches of {tokens:,} tokens, by the free memory")
+    return tokens
 
 
 def _load_teacher(config: TrainConfig, setup: _Setup) -> Teacher:
