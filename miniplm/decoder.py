@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .artifacts import UserError
 from .config import StudentConfig
+from .float8 import Float8Linear, quantize
 from .kernels import add_rms_norm, apply_rotary, flash_attention, rms_norm, swiglu
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -53,6 +54,9 @@ def side_by_side(x: Tensor, *layers: nn.Linear) -> Tensor:
     The layers keep their own parameters, under transformers' names, each with its own gradient and optimiser state; what is joined is a
     copy, made at each call (under autocast in its dtype, as the layers would make one too). Of weights and results the smaller are joined.
     """
+    if isinstance(layers[0], Float8Linear):
+        rows = quantize(x)
+        return torch.cat([layer.product(*rows, x.dtype) for layer in layers], -1)
     if len(x) < x.shape[-1]:
         return torch.cat([layer(x) for layer in layers], -1)
     weight = torch.cat([layer.weight.to(x.dtype) for layer in layers])

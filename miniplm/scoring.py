@@ -17,6 +17,7 @@ import torch
 from .artifacts import MANIFEST, UserError, atomic_write, complete_output, open_output
 from .batches import IGNORE, Batch, pack, pinned, prefetch, split_by_tokens
 from .config import ScoreConfig
+from .float8 import to_float8
 from .kernels import difference_score, linear_log_prob
 from .model import choose_device, choose_dtype, load_model, model_hash
 from .progress import Progress
@@ -24,6 +25,7 @@ from .storage import Corpus
 from .tokenizer import check_same_tokens, load_tokenizer
 
 ROLES = ("teacher", "reference")
+AGREEMENT_ROWS = 1024  # on which float8 is compared
 
 
 def score(config: ScoreConfig) -> None:
@@ -45,7 +47,7 @@ def score(config: ScoreConfig) -> None:
     identity = {
         "corpus": corpus.fingerprint, **{role: model_hash(names[role]) if role in names else None for role in ROLES},
         "dtype": str(dtype).removeprefix("torch."), "document_mask": config.document_mask, "vocab_size": config.vocab_size,
-        "batch_tokens": batch_tokens, "shard_rows": shard_rows, "device": device.type}
+        "batch_tokens": batch_tokens, "shard_rows": shard_rows, "device": device.type, **({"precision": config.precision} if config.precision else {})}
     output = Path(config.output)
     columns = [f"{role}_log_prob" for role in names] + ["score"] * (len(names) == 2)
     shards = [range(start, min(start + shard_rows, len(corpus))) for start in range(0, len(corpus), shard_rows)]
@@ -61,6 +63,7 @@ def score(config: ScoreConfig) -> None:
         raise UserError(f"corpus {config.data} has ids up to {needed - 1}, the softmax covers only {vocab_size}: "
                         "give models with a larger head, or a larger vocab_size")
 
+    agreement = _to_float8(models, corpus, batch_tokens, config.document_mask, vocab_size, columns[-1]) if config.precision else None
     open_output(output, "score", identity)  # claimed only now: a model that does not load leaves no folder behind
     positions = corpus.num_tokens - 1
     batches = ((number, batch) for number in todo for batch in pinned(_batches(corpus, shards[number], batch_tokens, config.document_mask), device))
@@ -74,8 +77,11 @@ def score(config: ScoreConfig) -> None:
             _write_shard(output / shard_name(number), shards[number], columns, parts)
     figures = _figures(output, len(shards), columns[-1])
     shown = {role: _display_name(names.get(role)) for role in ROLES}
-    complete_output(output, {**shown, "vocab_size": vocab_size, **figures, "torch": torch.__version__})
+    complete_output(output, {**shown, "vocab_size": vocab_size, **figures, **({"fp8_agreement": agreement} if agreement else {}), "torch": torch.__version__})
     _print_summary(figures, columns[-1], output)
+    if agreement and agreement["spearman"] is not None:
+        print(f"fp8 against {identity['dtype']} on {agreement['rows']:,} chunks: {agreement['equal_selections']:.1%} selected or dropped alike at ratio 0.5, "
+              f"Spearman's rank correlation {agreement['spearman']:.4f}")
 
 
 def score_batch(models: dict, batch: Batch, vocab_size: int) -> dict[str, torch.Tensor]:
@@ -98,6 +104,35 @@ def score_batch(models: dict, batch: Batch, vocab_size: int) -> dict[str, torch.
     offsets = batch.row_cu_seqlens.long()
     total, count = (torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0) for values in (log_prob, batch.targets != IGNORE))
     return {"num_tokens": count, f"{role}_log_prob": total / count}
+
+
+def _to_float8(models: dict, corpus: Corpus, batch_tokens: int, document_mask: bool, vocab_size: int, column: str) -> dict:
+    """Turn the models to float8, and tell how a column's ranks of AGREEMENT_ROWS rows, spread over the corpus, agree before and after."""
+    rows = np.unique(np.linspace(0, len(corpus) - 1, AGREEMENT_ROWS).astype(np.int64))
+    device = next(iter(models.values())).head_weight.device
+
+    @torch.inference_mode()
+    def ranked():
+        parts = []
+        for group in split_by_tokens(corpus.num_tokens[rows], batch_tokens):
+            parts.append(score_batch(models, pack(corpus.rows(rows[group]), corpus.eos_token_id, document_mask).to(device), vocab_size)[column])
+        return torch.cat(parts).double().cpu().numpy()
+
+    before = ranked()
+    for model in models.values():
+        to_float8(model)
+    return rank_agreement(before, ranked())
+
+
+def rank_agreement(before: np.ndarray, after: np.ndarray) -> dict:
+    """How well two scorings [R] of the same rows agree, over the rows finite in both: their number, Spearman's rank correlation, and the share that
+    Difference Sampling at ratio 0.5 keeps or drops alike."""
+    both = np.isfinite(before) & np.isfinite(after)
+    ranks = [np.argsort(np.argsort(-values[both], kind="stable"), kind="stable") for values in (before, after)]
+    rows = int(both.sum())
+    kept = [rank < int(0.5 * rows) for rank in ranks]
+    return {"rows": rows, "spearman": float(np.corrcoef(*ranks)[0, 1]) if rows > 1 else None,
+            "equal_selections": float((kept[0] == kept[1]).mean()) if rows else None}
 
 
 def shard_name(number: int) -> str:
