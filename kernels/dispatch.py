@@ -15,6 +15,7 @@ A Triton file adds its launcher, which takes the arguments of the reference func
     def swiglu(gate, up): ...
 """
 
+import contextlib
 import os
 
 import torch
@@ -73,10 +74,12 @@ def register(schema: str, reference, fake, backward=None, setup_context=None):
     def kernel(*args):
         device = args[0].device
         run = implementation(name, reference, args[0])
-        if torch.is_autocast_enabled(device.type):  # the caller has cast already; the matrix products inside must stay as they are
-            with torch.autocast(device.type, enabled=False):
-                return run(*args)
-        return run(*args)
+        with contextlib.ExitStack() as stack:
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))  # Triton launches on the current device
+            if torch.is_autocast_enabled(device.type):  # the caller has cast already; the matrix products inside must stay as they are
+                stack.enter_context(torch.autocast(device.type, enabled=False))
+            return run(*args)
 
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
