@@ -43,8 +43,8 @@ def find_tile(cu_seqlens_ptr, B, slot, BLOCK: tl.constexpr):
 @triton.jit
 def load_head(x, row, end, head, stride_t, stride_h, BLOCK: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, DESCRIPTORS: tl.constexpr,
               RAGGED: tl.constexpr):
-    """x[row : row + BLOCK, head] as tiles of PARTS columns. Rows from `end` on hold anything; finite numbers of this document, or zeros,
-    where RAGGED, so that a weight of zero silences them."""
+    """x[row : row + BLOCK, head] as tiles of PARTS columns; x: a descriptor for each of one or two parts, or a pointer and None. Rows
+    from `end` on hold anything; where RAGGED numbers of this document, or zeros, so that a weight of zero silences them."""
     parts = ()
     column = 0
     for i in tl.static_range(len(PARTS)):
@@ -55,7 +55,7 @@ def load_head(x, row, end, head, stride_t, stride_h, BLOCK: tl.constexpr, D: tl.
         else:
             rows = tl.minimum(row + tl.arange(0, BLOCK), end - 1).to(tl.int64)
             columns = column + tl.arange(0, PARTS[i])
-            part = tl.load(x + head.to(tl.int64) * stride_h + rows[:, None] * stride_t + columns[None, :])
+            part = tl.load(x[0] + head.to(tl.int64) * stride_h + rows[:, None] * stride_t + columns[None, :])
         parts = parts + (part,)
         column += PARTS[i]
     return parts
@@ -108,14 +108,14 @@ def scaled(parts, factor):
 
 
 @triton.jit(do_not_specialize=["B"])
-def _forward_kernel(q, k, v, out_ptr, lse_ptr, cu_seqlens_ptr, B, Hq, scale, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-                    GROUP: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr,
-                    BLOCK_N: tl.constexpr):
+def _forward_kernel(q, q_rest, k, k_rest, v, v_rest, out_ptr, lse_ptr, cu_seqlens_ptr, B, Hq, scale, stride_qt, stride_qh, stride_kt, stride_kh,
+                    stride_vt, stride_vh, GROUP: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     head = tl.program_id(0) % Hq
     _, start, end, row = find_tile(cu_seqlens_ptr, B, (tl.num_programs(0) - 1 - tl.program_id(0)) // Hq, BLOCK_M)
     if start + row >= end:
         return
-    q_tile = load_head(q, start + row, end, head, stride_qt, stride_qh, BLOCK_M, D, PARTS, DESCRIPTORS, False)  # [BLOCK_M, D]
+    q_tile = load_head((q, q_rest), start + row, end, head, stride_qt, stride_qh, BLOCK_M, D, PARTS, DESCRIPTORS, False)  # [BLOCK_M, D]
     queries = row + tl.arange(0, BLOCK_M)
     largest = tl.full([BLOCK_M], -float("inf"), tl.float32)  # of the scores in base 2; finite after the first tile, which holds key 0
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -126,7 +126,7 @@ def _forward_kernel(q, k, v, out_ptr, lse_ptr, cu_seqlens_ptr, B, Hq, scale, str
         first = diagonal if DIAGONAL else 0
         last = tl.minimum(row + BLOCK_M, end - start) if DIAGONAL else diagonal
         for key in tl.range(first, last, BLOCK_N):
-            k_tile = load_head(k, start + key, end, head // GROUP, stride_kt, stride_kh, BLOCK_N, D, PARTS, DESCRIPTORS, False)  # [BLOCK_N, D]
+            k_tile = load_head((k, k_rest), start + key, end, head // GROUP, stride_kt, stride_kh, BLOCK_N, D, PARTS, DESCRIPTORS, False)
             scores = inner_product(q_tile, k_tile)  # [BLOCK_M, BLOCK_N]
             if DIAGONAL:
                 scores = tl.where((key + tl.arange(0, BLOCK_N))[None, :] <= queries[:, None], scores, -float("inf"))
@@ -134,7 +134,7 @@ def _forward_kernel(q, k, v, out_ptr, lse_ptr, cu_seqlens_ptr, B, Hq, scale, str
             weights = tl.exp2(scores * scale - new[:, None])
             factor = tl.exp2(largest - new)
             total = total * factor + tl.sum(weights, 1)
-            v_tile = load_head(v, start + key, end, head // GROUP, stride_vt, stride_vh, BLOCK_N, D, PARTS, DESCRIPTORS, DIAGONAL)
+            v_tile = load_head((v, v_rest), start + key, end, head // GROUP, stride_vt, stride_vh, BLOCK_N, D, PARTS, DESCRIPTORS, DIAGONAL)
             out = add_product(scaled(out, factor[:, None]), weights, v_tile)
             largest = new
     store_head(out_ptr, scaled(out, (1 / total)[:, None]), start + row, end, head, Hq, BLOCK_M, D)
@@ -155,20 +155,22 @@ def parts_of(dim: int) -> tuple:
 
 def describable(where: tuning.Target, *tensors: torch.Tensor) -> bool:
     """Whether all tensors [T, H, D] can be read through descriptors, as matrices [T, H · D]."""
-    return all(x.stride(1) == x.shape[2] for x in tensors) and use_descriptors(where, *(x.flatten(1) for x in tensors))
+    parts = len(parts_of(tensors[0].shape[2]))
+    return parts <= 2 and all(x.stride(1) == x.shape[2] for x in tensors) and use_descriptors(where, *(x.flatten(1) for x in tensors))
 
 
-def argument(x: torch.Tensor, block: int, descriptors: bool):
-    """The kernel's argument for x [T, H, D], read in tiles of `block` rows."""
-    return tuple(matrix(x.flatten(1), block, width, True) for width in parts_of(x.shape[2])) if descriptors else x
+def arguments(block: int, descriptors: bool, x: torch.Tensor) -> tuple:
+    """The kernel's two arguments for x [T, H, D], read in tiles of `block` rows. (A launcher takes no descriptors inside of tuples.)"""
+    if not descriptors:
+        return x, None
+    return tuple(matrix(x.flatten(1), block, width, True) for width in parts_of(x.shape[2])) + (None,) * (2 - len(parts_of(x.shape[2])))
 
 
 def examples(make):
     """Every head dimension, grouped heads, an input that descriptors cannot take, float16 and float32."""
     cu_seqlens = make(17, dtype=torch.int32)
-    for dim, heads, key_heads, dtype in ((16, 4, 4, torch.bfloat16), (32, 4, 4, torch.bfloat16), (64, 12, 12, torch.bfloat16), (64, 8, 2, torch.float16),
-                                         (96, 16, 16, torch.bfloat16), (96, 8, 1, torch.bfloat16), (128, 16, 16, torch.bfloat16),
-                                         (128, 28, 4, torch.bfloat16), (64, 4, 4, torch.float32)):
+    shapes = [(16, 4, 4), (32, 4, 4), (64, 12, 12), (96, 16, 16), (96, 8, 1), (128, 16, 16), (128, 28, 4)]  # D, Hq, Hk
+    for dim, heads, key_heads, dtype in (*((*shape, torch.bfloat16) for shape in shapes), (64, 8, 2, torch.float16), (64, 4, 4, torch.float32)):
         k = make(16384, key_heads, dim, dtype=dtype)
         yield make(16384, heads, dim, dtype=dtype), k, k, cu_seqlens, 1024, dim**-0.5
     for dim in (64, 128):  # heads far apart
@@ -193,7 +195,7 @@ def flash_attention(q, k, v, cu_seqlens, max_seqlen, scale):
     def run(config):
         M, N = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
         _forward_kernel[((T // M + B) * Hq,)](
-            argument(q, M, descriptors), argument(k, N, descriptors), argument(v, N, descriptors), result, lse, cu_seqlens, B, Hq, scale,
+            *arguments(M, descriptors, q), *arguments(N, descriptors, k), *arguments(N, descriptors, v), result, lse, cu_seqlens, B, Hq, scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], Hq // k.shape[1], D, parts_of(D), descriptors, **config.options)
 
     tuning.launch("attention", run, q.device, dim=D, itemsize=q.itemsize, descriptors=descriptors)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from . import dispatch, tuning
-from .attention import add_product, argument, describable, find_tile, inner_product, load_head, padded, parts_of, scaled, store_head, zeros
+from .attention import add_product, arguments, describable, find_tile, inner_product, load_head, padded, parts_of, scaled, store_head, zeros
 from .attention import examples as forward_examples
 from .tiles import LOG2_E, matrix
 
@@ -40,18 +40,19 @@ def load_values(values, row, column, stride, BLOCK: tl.constexpr, DESCRIPTORS: t
 
 
 @triton.jit(do_not_specialize=["B"])
-def _query_kernel(q, k, v, grad, out, dq_ptr, lse_ptr, values_ptr, cu_seqlens_ptr, B, Hq, scale, scale_log2, stride_values, stride_qt, stride_qh,
-                  stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh, stride_ot, stride_oh, GROUP: tl.constexpr, D: tl.constexpr,
-                  PARTS: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _query_kernel(q, q_rest, k, k_rest, v, v_rest, grad, grad_rest, out, out_rest, dq_ptr, lse_ptr, values_ptr, cu_seqlens_ptr, B, Hq, scale,
+                  scale_log2, stride_values, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh, stride_ot,
+                  stride_oh, GROUP: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr):
     head = tl.program_id(0) % Hq
     document, start, end, row = find_tile(cu_seqlens_ptr, B, (tl.num_programs(0) - 1 - tl.program_id(0)) // Hq, BLOCK_M)
     if start + row >= end:
         return
     queries = row + tl.arange(0, BLOCK_M)
     inside = queries < end - start
-    q_tile = load_head(q, start + row, end, head, stride_qt, stride_qh, BLOCK_M, D, PARTS, DESCRIPTORS, False)  # [BLOCK_M, D]
-    grad_tile = load_head(grad, start + row, end, head, stride_gt, stride_gh, BLOCK_M, D, PARTS, DESCRIPTORS, False)
-    out_tile = load_head(out, start + row, end, head, stride_ot, stride_oh, BLOCK_M, D, PARTS, DESCRIPTORS, False)
+    q_tile = load_head((q, q_rest), start + row, end, head, stride_qt, stride_qh, BLOCK_M, D, PARTS, DESCRIPTORS, False)  # [BLOCK_M, D]
+    grad_tile = load_head((grad, grad_rest), start + row, end, head, stride_gt, stride_gh, BLOCK_M, D, PARTS, DESCRIPTORS, False)
+    out_tile = load_head((out, out_rest), start + row, end, head, stride_ot, stride_oh, BLOCK_M, D, PARTS, DESCRIPTORS, False)
     delta = tl.zeros([BLOCK_M], tl.float32)
     for i in tl.static_range(len(PARTS)):
         delta += tl.sum(grad_tile[i].to(tl.float32) * out_tile[i].to(tl.float32), 1)
@@ -65,8 +66,8 @@ def _query_kernel(q, k, v, grad, out, dq_ptr, lse_ptr, values_ptr, cu_seqlens_pt
         first = diagonal if DIAGONAL else 0
         last = tl.minimum(row + BLOCK_M, end - start) if DIAGONAL else diagonal
         for key in tl.range(first, last, BLOCK_N):
-            k_tile = load_head(k, start + key, end, head // GROUP, stride_kt, stride_kh, BLOCK_N, D, PARTS, DESCRIPTORS, DIAGONAL)  # [BLOCK_N, D]
-            v_tile = load_head(v, start + key, end, head // GROUP, stride_vt, stride_vh, BLOCK_N, D, PARTS, DESCRIPTORS, False)
+            k_tile = load_head((k, k_rest), start + key, end, head // GROUP, stride_kt, stride_kh, BLOCK_N, D, PARTS, DESCRIPTORS, DIAGONAL)
+            v_tile = load_head((v, v_rest), start + key, end, head // GROUP, stride_vt, stride_vh, BLOCK_N, D, PARTS, DESCRIPTORS, False)
             weights = tl.exp2(inner_product(q_tile, k_tile) * scale_log2 - lse[:, None])  # [BLOCK_M, BLOCK_N]
             d_scores = weights * (inner_product(grad_tile, v_tile) - delta[:, None])
             if DIAGONAL:
@@ -76,16 +77,16 @@ def _query_kernel(q, k, v, grad, out, dq_ptr, lse_ptr, values_ptr, cu_seqlens_pt
 
 
 @triton.jit(do_not_specialize=["B"])
-def _key_kernel(q, k, v, grad, values, dk_ptr, dv_ptr, cu_seqlens_ptr, B, Hq, scale, scale_log2, stride_values, stride_qt, stride_qh, stride_kt,
-                stride_kh, stride_vt, stride_vh, stride_gt, stride_gh, GROUP: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
-                DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _key_kernel(q, q_rest, k, k_rest, v, v_rest, grad, grad_rest, values, dk_ptr, dv_ptr, cu_seqlens_ptr, B, Hq, scale, scale_log2,
+                stride_values, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh, GROUP: tl.constexpr,
+                D: tl.constexpr, PARTS: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     Hk = Hq // GROUP
     key_head = tl.program_id(0) % Hk
     document, start, end, row = find_tile(cu_seqlens_ptr, B, tl.program_id(0) // Hk, BLOCK_N)
     if start + row >= end:
         return
-    k_tile = load_head(k, start + row, end, key_head, stride_kt, stride_kh, BLOCK_N, D, PARTS, DESCRIPTORS, False)  # [BLOCK_N, D]
-    v_tile = load_head(v, start + row, end, key_head, stride_vt, stride_vh, BLOCK_N, D, PARTS, DESCRIPTORS, False)
+    k_tile = load_head((k, k_rest), start + row, end, key_head, stride_kt, stride_kh, BLOCK_N, D, PARTS, DESCRIPTORS, False)  # [BLOCK_N, D]
+    v_tile = load_head((v, v_rest), start + row, end, key_head, stride_vt, stride_vh, BLOCK_N, D, PARTS, DESCRIPTORS, False)
     dk, dv = zeros(BLOCK_N, PARTS), zeros(BLOCK_N, PARTS)
     # Tiles of queries: those before `full` lie on the diagonal, those from `cut` on (one or none) reach past the document; both are masked.
     tiles = tl.cdiv(end - start, BLOCK_M)
@@ -99,8 +100,8 @@ def _key_kernel(q, k, v, grad, values, dk_ptr, dv_ptr, cu_seqlens_ptr, B, Hq, sc
             if MASKED:
                 tile += tl.where(tile >= full, cut - full, 0)
             query = start + tile * BLOCK_M
-            q_tile = load_head(q, query, end, head, stride_qt, stride_qh, BLOCK_M, D, PARTS, DESCRIPTORS, MASKED)  # [BLOCK_M, D]
-            grad_tile = load_head(grad, query, end, head, stride_gt, stride_gh, BLOCK_M, D, PARTS, DESCRIPTORS, MASKED)
+            q_tile = load_head((q, q_rest), query, end, head, stride_qt, stride_qh, BLOCK_M, D, PARTS, DESCRIPTORS, MASKED)  # [BLOCK_M, D]
+            grad_tile = load_head((grad, grad_rest), query, end, head, stride_gt, stride_gh, BLOCK_M, D, PARTS, DESCRIPTORS, MASKED)
             column = tl.multiple_of(aligned(start, document) + tile * BLOCK_M, 16)
             lse = load_values(values, head, column, stride_values, BLOCK_M, DESCRIPTORS)  # [BLOCK_M]
             delta = load_values(values, Hq + head, column, stride_values, BLOCK_M, DESCRIPTORS)
@@ -136,19 +137,19 @@ def flash_attention_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, sc
     values = lse.new_empty(2 * Hq, width)  # of each head lse in base 2, then of each head Δ
     bucket = {"dim": q.shape[2], "itemsize": q.itemsize, "descriptors": descriptors}
 
-    def arguments(config, *tensors):
-        """(the tensors in tiles, what follows the other pointers); tensors: q, k, v, grad and, for dq, out."""
+    def split(config, *tensors):
+        """(the kernel's arguments for q, k, v, grad and, for dq, out; its last ones)."""
         M, N = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
-        tiles = [argument(x, block, descriptors) for x, block in zip(tensors, (M, N, N, M, M), strict=False)]
+        tiles = [part for x, block in zip(tensors, (M, N, N, M, M), strict=False) for part in arguments(block, descriptors, x)]
         strides = [stride for x in tensors for stride in x.stride()[:2]]
         return tiles, (cu_seqlens, B, Hq, scale, scale * LOG2_E.value, width, *strides, Hq // Hk, q.shape[2], parts_of(q.shape[2]), descriptors)
 
     def query_pass(config):
-        tiles, others = arguments(config, q, k, v, grad, out)
+        tiles, others = split(config, q, k, v, grad, out)
         _query_kernel[((T // config.blocks["BLOCK_M"] + B) * Hq,)](*tiles, dq, lse, values, *others, **config.options)
 
     def key_pass(config):
-        tiles, others = arguments(config, q, k, v, grad)
+        tiles, others = split(config, q, k, v, grad)
         tiles.append(matrix(values, 1, config.blocks["BLOCK_M"], descriptors))
         _key_kernel[((T // config.blocks["BLOCK_N"] + B) * Hk,)](*tiles, dk, dv, *others, **config.options)
 

@@ -127,7 +127,7 @@ def _attention(where: Target, dim: int, itemsize: int, descriptors: bool) -> lis
         return [_queries_and_keys(128, 64, 8, 2), _queries_and_keys(64, 64, 4, 2)]
     if dim > 96:
         return [_queries_and_keys(128, 128, 8, 2), _queries_and_keys(128, 64, 8, 3)]
-    return [_queries_and_keys(128, 64, 8, 3), _queries_and_keys(128, 128, 8, 2), _queries_and_keys(64, 64, 4, 3)]
+    return [_queries_and_keys(128, 64, 8, 3), _queries_and_keys(128, 128, 8, 2)] + [_queries_and_keys(64, 64, 4, 3)] * (dim > 32)
 
 
 def _attention_dq(where: Target, dim: int, itemsize: int, descriptors: bool) -> list[Config]:
@@ -148,11 +148,11 @@ def _attention_dkdv(where: Target, dim: int, itemsize: int, descriptors: bool, g
     if where.backend == "cpu":
         return [_queries_and_keys(16, 32, 4, 1)]
     if itemsize == 4:
-        return [_queries_and_keys(16, 16, 8, 1)]
+        return [_queries_and_keys(16, 16, 8 if descriptors else 4, 1)]
     if dim > 128:
         return [_queries_and_keys(32, 32, 8, 1)]
     if not descriptors:
-        return [_queries_and_keys(64 if dim <= 64 else 32, 64, 4 if dim <= 96 else 8, 1)]
+        return [_queries_and_keys(64, 64, 4, 1) if dim <= 64 else _queries_and_keys(16, 64, 4, 1) if dim <= 96 else _queries_and_keys(32, 64, 8, 1)]
     queries = 32 if grouped and dim > 96 else 64
     return [_queries_and_keys(queries, 128, 8, 2), _queries_and_keys(queries, 64, 4, 2)]
 

@@ -57,7 +57,7 @@ def attention_mask_documents(batch_size, kv_length, mask_function=causal_mask_fu
         starts = _starts(batch_size, length, mask_function, device)
         if use_vmap or starts is None:
             window = f" (a window of {others['local_size']} tokens)" if others.get("local_size") else ""
-            raise ValueError(f'attn_implementation="{ATTENTION}" computes causal attention within documents; this model asks for another mask{window}')
+            raise ValueError(f'attn_implementation="{ATTENTION}" is causal attention within documents; this model asks for another mask{window}')
     document, kept = starts.flatten().cumsum(0), None
     if attention_mask is not None:
         kept = attention_mask.flatten().nonzero()[:, 0]
@@ -71,9 +71,13 @@ def _equal_documents(batch_size, length, device):
 
 
 def _starts(batch_size, length, mask_function, device):
-    """Which tokens [B, S] begin a document, by a mask function of index tensors; None where it is not causal within documents."""
-    row, head, i = torch.arange(batch_size, device=device)[:, None], torch.zeros((), dtype=torch.long, device=device), torch.arange(length, device=device)
-    i = i.expand(batch_size, -1)
+    """Which tokens [B, S] begin a document, by a mask function of index tensors; None where it is not causal within documents.
+
+    A token begins one if it does not see the token before it. Each is then asked for itself, the first token of its document, the one before that
+    and the one after itself: every mask of transformers fails there unless it is what we compute; the caller refuses users' own masks outright.
+    """
+    row, head = torch.arange(batch_size, device=device)[:, None], torch.zeros((), dtype=torch.long, device=device)
+    i = torch.arange(length, device=device).expand(batch_size, -1)
 
     def sees(key):
         return (key >= 0) & (key < length) & mask_function(row, head, i, key.clamp(0, length - 1))

@@ -61,7 +61,9 @@ def test_random_documents(seed, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads, key_heads, dim", [(2, 2, 16), (3, 1, 32), (4, 2, 64), (1, 1, 96), (2, 1, 128), (1, 1, 80), (2, 1, 20), (1, 1, 256)])
+@pytest.mark.parametrize("heads, key_heads, dim", [
+    (2, 2, 16), (3, 1, 32), (4, 2, 64), (1, 1, 96), (2, 1, 128), (1, 1, 80), (1, 1, 112), (2, 1, 20), (1, 1, 256),
+])
 def test_heads(heads, key_heads, dim, dtype, device):
     check(device, [5, 37, 2], heads, key_heads, dim, dtype)
 
@@ -166,7 +168,8 @@ def test_repeatable_and_max_seqlen_is_not_needed(device):
     lengths = [40, 0, 20]
     inputs = random_inputs(device, 60, 2, 1, 16, torch.float32)
     grad = torch.randn_like(inputs[0])
-    results = [run(lambda q, k, v: flash_attention(q, k, v, bounds(lengths, device), longest), inputs, [grad]) for longest in (40, None, 7)]  # noqa: B023
+    op = lambda longest: lambda q, k, v: flash_attention(q, k, v, bounds(lengths, device), longest)
+    results = [run(op(longest), inputs, [grad]) for longest in (40, None, 7)]
     for outputs, gradients in results[1:]:
         for one, two in zip((*outputs, *gradients), (*results[0][0], *results[0][1]), strict=True):
             assert torch.equal(one, two)
@@ -178,7 +181,8 @@ def test_strided(device):
     call = lambda q, k, v: flash_attention(q, k, v, bounds([5, 20], device), 20)
     grad = torch.randn(25, 4, 16, device=device)
     expected = run(call, [x.contiguous() for x in views], [grad])
-    for change in (lambda x: x, strided, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), lambda x: torch.stack((x, x), 2).flatten(1, 2)[:, ::2]):
+    heads_first, every_other = (lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)), (lambda x: torch.stack((x, x), 2).flatten(1, 2)[:, ::2])
+    for change in (lambda x: x, strided, heads_first, every_other):
         for found, wanted in zip(run(call, [change(x) for x in views], [change(grad)]), expected, strict=True):
             for one, two in zip(found, wanted, strict=True):
                 torch.testing.assert_close(one, two)
@@ -191,7 +195,7 @@ def test_views_of_one_tensor_are_read_where_they_lie(device):
     views = [part.view(45, -1, 16) for part in qkv.split([4 * 16, 2 * 16, 2 * 16], 1)]
     where = attention.tuning.INTERPRETER
     assert attention.describable(where, *views) and all(attention.padded(x) is x for x in views)
-    assert [attention.argument(x, 16, True)[0].base.data_ptr() for x in views] == [x.data_ptr() for x in views]
+    assert [attention.arguments(16, True, x)[0].base.data_ptr() for x in views] == [x.data_ptr() for x in views]
     assert not attention.describable(where, views[0].transpose(0, 1).contiguous().transpose(0, 1))
 
 
@@ -262,8 +266,8 @@ def test_log_sum_exp(device):
     assert dispatch.implementation("flash_attention", None, q) is attention.flash_attention
     _, lse = torch.ops.miniplm.flash_attention(*arguments)
     expected = [
-        (torch.einsum("qhd,kd->qhk", q[a:b], k[a:b, 0]) * 0.5).masked_fill(torch.ones(b - a, b - a, device=device).triu(1)[:, None].bool(), -torch.inf)
-        .logsumexp(-1) for a, b in ((0, 5), (5, 45))]
+        (torch.einsum("qhd,kd->qhk", q[a:b], k[a:b, 0]) * 0.5)
+        .masked_fill(torch.ones(b - a, b - a, dtype=torch.bool, device=device).triu(1)[:, None], -torch.inf).logsumexp(-1) for a, b in ((0, 5), (5, 45))]
     torch.testing.assert_close(lse, torch.cat(expected))
 
 
