@@ -184,8 +184,6 @@ def flash_attention(q, k, v, cu_seqlens, max_seqlen, scale):
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2], dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
-    if scale <= 0:  # the kernel takes the maximum before it scales
-        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     T, Hq, dim = q.shape
     q, k, v = padded(q), padded(k), padded(v)
     D, B, cu_seqlens = q.shape[2], len(cu_seqlens) - 1, cu_seqlens.contiguous()

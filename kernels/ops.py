@@ -277,8 +277,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seq
 
     Args:
         q: [T, Hq, D]. k, v: [T, Hk, D], of q's dtype; Hq is a multiple of Hk, and query head h reads key head h // (Hq / Hk).
-        cu_seqlens: [B + 1] int32, rising from 0 to T; documents may be empty.
-        max_seqlen: the length of the longest document, or more; None where it is not known (the reference does not need it).
+        cu_seqlens: [B + 1] int32, rising from 0 to T (ValueError on the CPU if not, undefined on a GPU); documents may be empty.
+        max_seqlen: the length of the longest document, or more; None where it is not known (no implementation needs it today).
         scale: D ** -0.5 if None.
     Returns: [T, Hq, D].
     """
@@ -290,7 +290,10 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seq
     if k.shape[1] == 0 or heads % k.shape[1]:
         raise ValueError(f"k has {k.shape[1]} heads; q's {heads} must be a multiple of them")
     _check("cu_seqlens", cu_seqlens, (None,), (torch.int32,), q)
-    return _FLASH_ATTENTION(q, k, v, cu_seqlens, max_seqlen, dim**-0.5 if scale is None else scale)[0]
+    scale = dim**-0.5 if scale is None else scale
+    if scale <= 0:  # the implementations take the maximum of the scores before they scale
+        q, scale = (-q, -scale) if scale else (0 * q, 1.0)
+    return _FLASH_ATTENTION(q, k, v, cu_seqlens, max_seqlen, scale)[0]
 
 
 # --- the head: log-probabilities, cross-entropy, distillation ---------------------------------------------------------

@@ -141,3 +141,12 @@ def test_wrong_arguments(argument, change):
     flash_attention(**right)
     with pytest.raises(ValueError, match=f"^{argument} (has|is|must)"):
         flash_attention(**{**right, **change})
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+def test_scales_that_are_not_positive(scale):
+    inputs = [torch.randn(47, 2, 16, dtype=torch.float64) for _ in range(3)]
+    grads = [torch.randn(47, 2, 16, dtype=torch.float64)]
+    found, expected = (run(op, inputs, grads) for op in (lambda q, k, v: flash_attention(q, k, v, bounds([40, 7]), 40, scale),
+                                                         lambda q, k, v: plain_attention(q, k, v, [40, 7], scale)))
+    torch.testing.assert_close(found, expected)
