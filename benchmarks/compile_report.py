@@ -31,6 +31,7 @@ import torch
 import triton
 from miniplm.kernels import dispatch, tuning
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -128,11 +129,10 @@ def resources(name: str, kernel) -> dict:
 def assemble(name: str, ptx: str) -> str:
     """What NVIDIA's assembler says of a kernel."""
     arch = TARGETS[name][1]
-    assembler = Path(triton.__file__).parent / "backends/nvidia/bin" / ("ptxas-blackwell" if arch >= 100 else "ptxas")
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        result = subprocess.run([assembler, "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", file.name, "-o", os.devnull],
+        result = subprocess.run([get_ptxas(arch).path, "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", file.name, "-o", os.devnull],
                                 capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(result.stderr)

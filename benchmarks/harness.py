@@ -167,12 +167,22 @@ def copy_bandwidth() -> Optional[float]:
     return 2 * x.nbytes / measure(lambda: y.copy_(x))[0] / 1e6
 
 
+def ceilings() -> dict:
+    return {"gemm_tflops": gemm_ceiling(), "copy_gb_per_s": copy_bandwidth()}
+
+
 def relative_error(result, truth) -> float:
     """‖result − truth‖ / ‖truth‖ in float64; inf where the shapes differ or it is not finite."""
     if result.shape != truth.shape:
         return math.inf
     error = float((result.detach().double() - truth).norm() / truth.norm())
     return error if math.isfinite(error) else math.inf
+
+
+def reason(problem: Exception) -> str:
+    """Why a contender was skipped, in one line: whatever a peer raises is its reason."""
+    text = str(problem) if isinstance(problem, Skip) else f"{type(problem).__name__}: {problem}"
+    return " ".join(text.split())[:300]
 
 
 def contend(case: Case, name: str, dtype: torch.dtype, ceilings: dict) -> dict:
@@ -185,9 +195,8 @@ def contend(case: Case, name: str, dtype: torch.dtype, ceilings: dict) -> dict:
         del result
         peak = peak_memory(function)
         ms, low, high = measure(function)
-    except Exception as problem:  # whatever a peer raises is its reason
-        text = str(problem) if isinstance(problem, Skip) else f"{type(problem).__name__}: {problem}"
-        return {"skipped": " ".join(text.split())[:300]}
+    except Exception as problem:
+        return {"skipped": reason(problem)}
     tflops, gb_per_s = case.flops / ms / 1e9 or None, case.bytes / ms / 1e6 or None
     rate, ceiling = (tflops, ceilings["gemm_tflops"]) if tflops else (gb_per_s, ceilings["copy_gb_per_s"])
     return {"ms": ms, "ms_low": low, "ms_high": high, "tflops": tflops, "gb_per_s": gb_per_s,
@@ -278,8 +287,8 @@ def run(op: str, description: str, cases, shapes: list[dict], quick: list[dict],
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     torch.manual_seed(0)
-    report = {"op": op, "device": device, "toy": not on_gpu, "only": options.only, "baseline": baseline, "environment": environment(),
-              "ceilings": {"gemm_tflops": gemm_ceiling(), "copy_gb_per_s": copy_bandwidth()}, "finished": False, "records": []}
+    report = {"op": op, "device": device, "toy": not on_gpu, "only": options.only, "baseline": baseline, "by": by, "environment": environment(),
+              "ceilings": ceilings(), "finished": False, "records": []}
     known = set()
     for shape in (quick if options.quick else shapes) if on_gpu else toy:
         for case in cases(shape, device, dtype):

@@ -94,7 +94,7 @@ def _divergence_kernel(x, w, teacher_x, teacher_w, total_ptr, offset_ptr, teache
     t = tl.program_id(0) * BLOCK_T
     r = t + tl.arange(0, BLOCK_T)
     counts = tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < T, other=ignore_index) != ignore_index
-    scale = LOG2_E / temperature  # logarithms to base 2 from here on
+    scale = 1 / temperature * LOG2_E  # logarithms to base 2 from here on
     log_q = tl.log2(tl.load(total_ptr + r, mask=r < T, other=1.0)) + tl.load(offset_ptr + r, mask=r < T, other=0.0) * scale
     log_r = tl.log2(tl.load(teacher_total_ptr + r, mask=r < T, other=1.0)) + tl.load(teacher_offset_ptr + r, mask=r < T, other=0.0) * scale
     divergence, mass = tl.zeros([BLOCK_T], tl.float32), tl.zeros([BLOCK_T], tl.float32)

@@ -73,39 +73,44 @@ def _statistic(like, *sizes):
 
 # --- norms -----------------------------------------------------------------------------------------------------------
 
-def _autocast_norm(weight, *activations):
-    """The arguments of a norm under autocast: the weight, and so the result, in autocast's dtype; activations in float32 stay exact."""
+def _norm_arguments(weight, *activations):
+    """(the result's dtype, the arguments) of a norm: autocast's dtype, else that of 16 bits if an argument has it. What is float32 stays so."""
     device = activations[0].device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        return weight.to(dtype), *(x if x.dtype == torch.float32 else x.to(dtype) for x in activations)
-    return weight, *activations
+        return dtype, *(x if x.dtype == torch.float32 else x.to(dtype) for x in (weight, *activations))
+    return next((x.dtype for x in (*activations, weight) if x.itemsize == 2), activations[0].dtype), weight, *activations
+
+
+def _norm_dtypes(dtype):
+    """What a norm takes beside a result of `dtype`."""
+    return (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,)
 
 
 def _total_like(x, residual):
     return torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype), memory_format=torch.contiguous_format)
 
 
-def _normed_like(x, weight):
-    return torch.empty_like(x, dtype=weight.dtype, memory_format=torch.contiguous_format)
+def _contiguous_like(x, dtype):
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 _RMS_NORM_BACKWARD = register(
-    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? grad_x, bool narrow) -> (Tensor, Tensor, Tensor)",
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? grad_x, ScalarType? narrow) -> (Tensor, Tensor, Tensor)",
     reference.rms_norm_backward,
-    lambda grad, x, weight, rstd, grad_x, narrow: (*_like(x), _normed_like(x, weight) if narrow else weight.new_empty(0), *_like(weight)),
+    lambda grad, x, weight, rstd, grad_x, narrow: (*_like(x), _contiguous_like(x, narrow) if narrow else weight.new_empty(0), *_like(weight)),
 )
 
 
 def _rms_norm_backward(ctx, grad, _):
-    grad_x, _, grad_weight = _RMS_NORM_BACKWARD(grad, *ctx.saved_tensors, None, False)
-    return grad_x, grad_weight, None
+    grad_x, _, grad_weight = _RMS_NORM_BACKWARD(grad, *ctx.saved_tensors, None, None)
+    return grad_x, grad_weight, None, None
 
 
 _RMS_NORM = register(
-    "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    "rms_norm(Tensor x, Tensor weight, float eps, ScalarType dtype) -> (Tensor, Tensor)",
     reference.rms_norm,
-    lambda x, weight, eps: (_normed_like(x, weight), _statistic(x, *x.shape[:-1], 1)),
+    lambda x, weight, eps, dtype: (_contiguous_like(x, dtype), _statistic(x, *x.shape[:-1], 1)),
     _rms_norm_backward,
     lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2], output[1]),
 )
@@ -115,17 +120,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / √(mean(x²) + eps) · weight over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467).
 
     Args:
-        x: [..., d]. weight: [d], of x's dtype, or of 16 bits where x is float32; under autocast a float32 x stays float32.
-    Returns: [..., d], of weight's dtype.
+        x: [..., d]. weight: [d]. Of one dtype, or one of them float32 beside 16 bits; under autocast what is float32 stays so.
+    Returns: [..., d], of the narrower dtype, under autocast of autocast's.
     """
-    weight, x = _autocast_norm(weight, x)
+    dtype, weight, x = _norm_arguments(weight, x)
     _check("x", x, (..., None), FLOATS)
-    _check("weight", weight, x.shape[-1:], FLOATS[:3] if x.dtype == torch.float32 else (x.dtype,), x)
-    return _RMS_NORM(x, weight, eps)[0]
+    _check("weight", weight, x.shape[-1:], _norm_dtypes(dtype), x)
+    return _RMS_NORM(x, weight, eps, dtype)[0]
 
 
 def _add_rms_norm_setup(ctx, inputs, output):
-    x, residual, weight, _ = inputs
+    x, residual, weight, _, ctx.dtype = inputs
     ctx.dtypes = x.dtype, residual.dtype
     ctx.save_for_backward(output[1], weight, output[2])
     ctx.set_materialize_grads(False)  # the last norm of a model leaves the sum unused: no zeros are made and read for it
@@ -134,16 +139,16 @@ def _add_rms_norm_setup(ctx, inputs, output):
 def _add_rms_norm_backward(ctx, grad, grad_total, _):
     total, weight, rstd = ctx.saved_tensors
     if grad is None:
-        grad = torch.zeros_like(total, dtype=weight.dtype)
-    narrow = any(dtype != total.dtype for dtype in ctx.dtypes)
+        grad = torch.zeros_like(total, dtype=ctx.dtype)
+    narrow = next((dtype for dtype in ctx.dtypes if dtype != total.dtype), None)
     grad_sum, grad_narrow, grad_weight = _RMS_NORM_BACKWARD(grad, total, weight, rstd, grad_total, narrow)
-    return *(grad_sum if dtype == total.dtype else grad_narrow for dtype in ctx.dtypes), grad_weight, None
+    return *(grad_sum if dtype == total.dtype else grad_narrow for dtype in ctx.dtypes), grad_weight, None, None
 
 
 _ADD_RMS_NORM = register(
-    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     reference.add_rms_norm,
-    lambda x, residual, weight, eps: (_normed_like(x, weight), _total_like(x, residual), _statistic(x, *x.shape[:-1], 1)),
+    lambda x, residual, weight, eps, dtype: (_contiguous_like(x, dtype), _total_like(x, residual), _statistic(x, *x.shape[:-1], 1)),
     _add_rms_norm_backward, _add_rms_norm_setup,
 )
 
@@ -152,15 +157,16 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
     """The residual stream's step: (rms_norm(x + residual, weight, eps), x + residual).
 
     Args:
-        x, residual: [..., d], each of weight's dtype or float32; the sum is float32 if one of them is, and normed as it is then.
-            Under autocast a float32 one stays float32. weight: [d].
-    Returns: both [..., d], the first of weight's dtype.
+        x, residual: [..., d]. weight: [d]. Of one dtype, or some of 16 bits and the others float32; under autocast what is float32 stays
+            so. The sum is float32 if x or residual is, and normed as it is then.
+    Returns: both [..., d], the first of the narrowest dtype, under autocast of autocast's.
     """
-    weight, x, residual = _autocast_norm(weight, x, residual)
+    dtype, weight, x, residual = _norm_arguments(weight, x, residual)
     _check("x", x, (..., None), FLOATS)
-    _check("weight", weight, x.shape[-1:], FLOATS[:3] if x.dtype == torch.float32 else (x.dtype,), x)
-    _check("residual", residual, x.shape, (weight.dtype, torch.float32) if weight.itemsize == 2 else (weight.dtype,), x)
-    return _ADD_RMS_NORM(x, residual, weight, eps)[:2]
+    _check("x", x, x.shape, _norm_dtypes(dtype))
+    _check("weight", weight, x.shape[-1:], _norm_dtypes(dtype), x)
+    _check("residual", residual, x.shape, _norm_dtypes(dtype), x)
+    return _ADD_RMS_NORM(x, residual, weight, eps, dtype)[:2]
 
 
 # --- rotary, SwiGLU --------------------------------------------------------------------------------------------------

@@ -26,17 +26,17 @@ def accumulate_dtype(x):
 # --- norms, rotary, SwiGLU -------------------------------------------------------------------------------------------
 
 
-def rms_norm(x, weight, eps):
-    """x / rms(x) · weight with rms(x) = √(mean x² + eps). Returns (that, in weight's dtype; 1 / rms [..., 1])."""
+def rms_norm(x, weight, eps, dtype):
+    """x / rms(x) · weight with rms(x) = √(mean x² + eps). Returns (that, in dtype; 1 / rms [..., 1])."""
     x32 = x.to(accumulate_dtype(x))
     rstd = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (x32 * rstd).mul_(weight).to(weight.dtype).contiguous(), rstd
+    return (x32 * rstd).mul_(weight).to(dtype).contiguous(), rstd
 
 
 def rms_norm_backward(grad, x, weight, rstd, grad_x, narrow):
     """With r = rstd, dx = r · g·w − x · r³/d · Σ_d g·w·x and dw = Σ g·x·r; grad_x, if given, is added to dx.
 
-    Returns (dx, dx again in weight's dtype if `narrow` else empty, dw).
+    Returns (dx, dx again in the dtype `narrow`, empty if None, dw).
     """
     dtype, width = rstd.dtype, x.shape[-1]
     grad32, x32, rstd = grad.reshape(-1, width).to(dtype), x.reshape(-1, width).to(dtype), rstd.reshape(-1, 1)
@@ -46,13 +46,13 @@ def rms_norm_backward(grad, x, weight, rstd, grad_x, narrow):
     dx = torch.mul(grad32, weight, out=product).mul_(rstd).addcmul_(x32, projection).view(x.shape)
     if grad_x is not None:
         dx += grad_x
-    return dx.to(x.dtype), dx.to(weight.dtype, copy=True) if narrow else weight.new_empty(0), grad_weight.to(weight.dtype)
+    return dx.to(x.dtype), dx.to(narrow, copy=True) if narrow else weight.new_empty(0), grad_weight.to(weight.dtype)
 
 
-def add_rms_norm(x, residual, weight, eps):
-    """(rms_norm(x + residual), x + residual, 1 / rms)."""
+def add_rms_norm(x, residual, weight, eps, dtype):
+    """(rms_norm(x + residual) in dtype, x + residual, 1 / rms)."""
     total = x + residual
-    normed, rstd = rms_norm(total, weight, eps)
+    normed, rstd = rms_norm(total, weight, eps, dtype)
     return normed, total.contiguous(), rstd
 
 

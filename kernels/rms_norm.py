@@ -110,9 +110,9 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
-def _forward(x, residual, weight, eps):
+def _forward(x, residual, weight, eps, dtype):
     """(out, total, rstd); total is None without a residual."""
-    out = torch.empty_like(x, dtype=weight.dtype, memory_format=torch.contiguous_format)
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     total = None
     if residual is not None:
@@ -133,34 +133,36 @@ def _forward(x, residual, weight, eps):
 
 
 def _examples(make):
-    narrow, wide = make(65536, 128), make(4096, 16384)
-    return [(narrow, make(128), 1e-6), (make(4096, 768), make(768), 1e-6), (make(4096, 768, dtype=torch.float32), make(768), 1e-6),
-            (wide, make(16384), 1e-6), (make(4096, 16384, dtype=torch.float32), make(16384, dtype=torch.float32), 1e-6)]
+    def example(rows, width, x, weight):
+        return make(rows, width, dtype=x), make(width, dtype=weight), 1e-6, torch.bfloat16 if torch.bfloat16 in (x, weight) else x
+
+    bf16, fp32 = torch.bfloat16, torch.float32
+    return [example(65536, 128, bf16, bf16), example(4096, 768, bf16, bf16), example(4096, 768, fp32, bf16), example(4096, 768, bf16, fp32),
+            (make(4096, 768, dtype=fp32), make(768, dtype=fp32), 1e-6, bf16), example(4096, 16384, bf16, bf16), example(4096, 16384, fp32, fp32)]
 
 
 @dispatch.triton("rms_norm", _examples)
-def rms_norm(x, weight, eps):
-    out, _, rstd = _forward(x, None, weight, eps)
+def rms_norm(x, weight, eps, dtype):
+    out, _, rstd = _forward(x, None, weight, eps, dtype)
     return out, rstd
 
 
-@dispatch.triton("add_rms_norm", lambda make: [(make(*x.shape), x, weight, eps) for x, weight, eps in _examples(make)[1:4]])
-def add_rms_norm(x, residual, weight, eps):
-    return _forward(x, residual, weight, eps)
+@dispatch.triton("add_rms_norm", lambda make: [(make(*x.shape), x, *others) for x, *others in _examples(make)[1:6]])
+def add_rms_norm(x, residual, weight, eps, dtype):
+    return _forward(x, residual, weight, eps, dtype)
 
 
 def _backward_examples(make):
-    for x, weight, _ in _examples(make):
+    for x, weight, _, dtype in _examples(make):
         rstd = make(x.shape[0], 1, dtype=torch.float32)
         for grad_x in (None, make(*x.shape, dtype=x.dtype)):
-            narrow = grad_x is not None and x.dtype != weight.dtype
-            yield make(*x.shape, dtype=weight.dtype), x, weight, rstd, grad_x, narrow
+            yield make(*x.shape, dtype=dtype), x, weight, rstd, grad_x, dtype if grad_x is not None and x.dtype != dtype else None
 
 
 @dispatch.triton("rms_norm_backward", _backward_examples)
 def rms_norm_backward(grad, x, weight, rstd, grad_x, narrow):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dx_narrow = torch.empty_like(dx, dtype=weight.dtype) if narrow else weight.new_empty(0)
+    dx_narrow = torch.empty_like(dx, dtype=narrow) if narrow else weight.new_empty(0)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad, x, weight, rstd = _rows(grad), _rows(x), weight.contiguous(), rstd.contiguous()
     other = grad if grad_x is None else _rows(grad_x)
@@ -173,7 +175,7 @@ def rms_norm_backward(grad, x, weight, rstd, grad_x, narrow):
         if programs:
             _backward_kernel[(programs,)](
                 grad, x, weight, rstd, other, dx, dx_narrow if narrow else dx, partial, rows, heads, width,
-                *grad.stride()[:2], *x.stride()[:2], *other.stride()[:2], ADD=grad_x is not None, NARROW=narrow, **config.options)
+                *grad.stride()[:2], *x.stride()[:2], *other.stride()[:2], ADD=grad_x is not None, NARROW=narrow is not None, **config.options)
             if not config.blocks["SUM"]:
                 _weight_kernel[(triton.cdiv(width, 256), programs)](
                     grad, x, rstd, partial, rows, heads, width, *grad.stride()[:2], *x.stride()[:2], BLOCK_R=8, BLOCK_D=256)

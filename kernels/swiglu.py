@@ -34,7 +34,7 @@ def _forward_kernel(gate_ptr, up_ptr, out_ptr, R, f, stride_gr, stride_ur, BLOCK
     row, column, mask = _locate(R, f, BLOCK_R, BLOCK_F)
     gate = tl.load(gate_ptr + row * stride_gr + column, mask=mask).to(tl.float32)  # [BLOCK_R, BLOCK_F]
     up = tl.load(up_ptr + row * stride_ur + column, mask=mask).to(tl.float32)
-    out = gate / (1 + tl.exp2(-LOG2_E * gate)) * up
+    out = gate / (1 + tl.exp2(gate * -LOG2_E)) * up
     tl.store(out_ptr + row * f + column, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -45,7 +45,7 @@ def _backward_kernel(grad_ptr, gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, R, 
     grad = tl.load(grad_ptr + row * stride_or + column, mask=mask).to(tl.float32)  # [BLOCK_R, BLOCK_F]
     gate = tl.load(gate_ptr + row * stride_gr + column, mask=mask).to(tl.float32)
     up = tl.load(up_ptr + row * stride_ur + column, mask=mask).to(tl.float32)
-    sigmoid = 1 / (1 + tl.exp2(-LOG2_E * gate))
+    sigmoid = 1 / (1 + tl.exp2(gate * -LOG2_E))
     grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
     tl.store(grad_gate_ptr + row * stride_dr + column, grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=mask)
     tl.store(grad_up_ptr + row * stride_dr + column, (grad * gate * sigmoid).to(grad_up_ptr.dtype.element_ty), mask=mask)

@@ -171,8 +171,8 @@ def examples(make, D, heads):
     make, ids, statistic = partial(make, dtype=torch.bfloat16), make(1, dtype=torch.int64), partial(make, dtype=torch.float32)
     row, head, cu_seqlens = make(1, 1), make(1, heads, D), make(2, dtype=torch.int32)
     return {{
-        "rms_norm": (row, make(1), 1e-6), "add_rms_norm": (row, row, make(1), 1e-6),
-        "rms_norm_backward": (row, row, make(1), statistic(1, 1), row, False),
+        "rms_norm": (row, make(1), 1e-6, row.dtype), "add_rms_norm": (row, row, make(1), 1e-6, row.dtype),
+        "rms_norm_backward": (row, row, make(1), statistic(1, 1), row, None),
         "rotary": (head, head, ids, statistic(D // 2), False),
         "swiglu": (row, row), "swiglu_backward": (row, row, row),
         "flash_attention": (head, head, head, cu_seqlens, 1, 1.0),

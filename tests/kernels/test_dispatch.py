@@ -27,9 +27,9 @@ def arguments(dtype=torch.float32):
     out, lse = reference.flash_attention(*(x.detach() for x in (q, k, v)), cu_seqlens, 4, 0.3)
     teacher = tensor(T, 5).detach(), tensor(V + 2, 5).detach()
     return {
-        "rms_norm": (tensor(T, D), tensor(D), 1e-6),
-        "rms_norm_backward": (tensor(T, D), tensor(T, D), tensor(D), torch.rand(T, 1, dtype=statistic), tensor(T, D), True),
-        "add_rms_norm": (tensor(T, D), tensor(T, D), tensor(D), 1e-6),
+        "rms_norm": (tensor(T, D), tensor(D), 1e-6, dtype),
+        "rms_norm_backward": (tensor(T, D), tensor(T, D), tensor(D), torch.rand(T, 1, dtype=statistic), tensor(T, D), torch.float16),
+        "add_rms_norm": (tensor(T, D), tensor(T, D), tensor(D), 1e-6, dtype),
         "rotary": (q, k, torch.arange(T), torch.rand(D // 2), False),
         "swiglu": (tensor(T, D), tensor(T, D)),
         "swiglu_backward": (tensor(T, D), tensor(T, D), tensor(T, D)),

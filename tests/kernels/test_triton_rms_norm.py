@@ -4,7 +4,7 @@ import pytest
 import torch
 from checks import assert_accurate, assert_accurate_everywhere, run, strided
 from miniplm.kernels import add_rms_norm, rms_norm, tuning
-from test_rms_norm import plain_add_rms_norm, plain_rms_norm
+from test_rms_norm import check_mixed_dtypes, plain_add_rms_norm, plain_rms_norm
 
 pytestmark = pytest.mark.usefixtures("triton_ops")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -113,11 +113,18 @@ def test_opcheck(wide, device):
     if not wide:
         residual = residual.half()
     rstd = torch.rand(7, 1, device=device)
-    torch.library.opcheck(torch.ops.miniplm.rms_norm_backward.default, (x, residual, weight, rstd, residual, wide), rtol=1e-2, atol=1e-2)
+    example = x, residual, weight, rstd, residual, torch.float16 if wide else None
+    torch.library.opcheck(torch.ops.miniplm.rms_norm_backward.default, example, rtol=1e-2, atol=1e-2)
     for tensor in (x, residual, weight):
         tensor.requires_grad_()
-    torch.library.opcheck(torch.ops.miniplm.rms_norm.default, (residual, weight, 1e-6))
-    torch.library.opcheck(torch.ops.miniplm.add_rms_norm.default, (x, residual, weight, 1e-6))
+    torch.library.opcheck(torch.ops.miniplm.rms_norm.default, (residual, weight, 1e-6, torch.float16))
+    torch.library.opcheck(torch.ops.miniplm.add_rms_norm.default, (x, residual, weight, 1e-6, torch.float16))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float16, torch.float32), (torch.float32, torch.float16, torch.float32),
+                                    (torch.bfloat16, torch.float32, torch.bfloat16), (torch.float32, torch.float32, torch.bfloat16)])
+def test_mixed_dtypes(dtypes, device):
+    check_mixed_dtypes(dtypes, device)
 
 
 def test_offsets_beyond_int32(far_apart, device):

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU in one command: the kernels' tests, the pipeline's benchmark, the loss curve, every op's benchmark.
+#
+#     benchmarks/run_all.sh OUT [SECONDS [STEP...]]        PYTHON=python3.12 benchmarks/run_all.sh ... for another Python
+#
+# The most important comes first; each step has a time limit, and all end within SECONDS (default 520). A step's output goes to OUT/STEP.log
+# as it comes, its figures to OUT/STEP.json after each contender, and one line on it to OUT/summary.txt: nothing is lost if the run is cut. A step that
+# fails, or is cut at its limit, stops no other. STEP...: these alone. Exit status 1 if one failed, was cut, or was left out for want of time.
+# It runs from a checkout that is not installed, and needs torch, triton, transformers, pyarrow, tqdm and pytest. OUT, or its JSON files, go into
+# benchmarks/results/NAME/ for render.py. Without a GPU the tests skip themselves and the benchmarks run their toys.
+set -u
+if [ $# -lt 1 ]; then sed -n '2,4p' "$0" >&2; exit 2; fi
+root=$(cd "$(dirname "$0")/.." && pwd)
+mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
+seconds=${2:-520} python=${PYTHON:-python3} only=" ${*:3} " failed=0
+: >"$out/summary.txt"
+
+# What setup.py's package_dir does, as links, so that processes started by tests find the package too.
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+mkdir "$site/miniplm"
+ln -s "$root"/miniplm/* "$site/miniplm/"
+ln -s "$root/kernels" "$site/miniplm/kernels"
+export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+cd "$site" || exit 2
+
+step() {  # step NAME LIMIT COMMAND...
+    local name=$1 limit=$2 left=$((seconds - SECONDS)) began=$SECONDS status
+    shift 2
+    if [ "$only" != "  " ] && [[ "$only" != *" $name "* ]]; then return; fi
+    if [ "$left" -lt 5 ]; then
+        failed=1
+        printf '%-14s left out, no time\n' "$name" | tee -a "$out/summary.txt"
+        return
+    fi
+    timeout --kill-after=5 $((limit < left ? limit : left)) "$@" >"$out/$name.log" 2>&1 </dev/null
+    case $? in
+        0) status=ok ;;
+        124 | 137) status="cut at its limit" failed=1 ;;
+        *) status=failed failed=1 ;;
+    esac
+    printf '%-14s %s, %d s: %s\n' "$name" "$status" $((SECONDS - began)) "$(tail -n 1 "$out/$name.log" | cut -c -150)" | tee -a "$out/summary.txt"
+}
+
+bench() {  # bench NAME LIMIT FILE [OPTION...]: its report is NAME.json
+    step "$1" "$2" "$python" "$root/benchmarks/$3" --json "$out/$1.json" "${@:4}"
+}
+
+tests() {  # tests NAME LIMIT SELECTION FILES...
+    step "$1" "$2" "$python" -m pytest -q -c "$root/pyproject.toml" -p no:cacheprovider -m "$3" "${@:4}"
+}
+
+step environment 40 "$python" -c "import sys; sys.path.insert(0, '$root/benchmarks'); import harness
+harness.write_json('$out/environment.json', {'environment': harness.environment(), 'ceilings': harness.ceilings()})"
+tests tests 90 gpu "$root/tests/kernels"
+bench train 160 pipeline.py train --quick --profile "$out/train-trace.json.gz"
+bench score 130 pipeline.py score --quick
+for file in log_prob cross_entropy attention distillation $(cd "$root/benchmarks" && grep -l '^def cases(' ./*.py | sed 's|^\./||; s|\.py$||'); do
+    [[ " ${ops:=} " == *" $file "* ]] && continue
+    ops+=" $file"
+    bench "$file" 50 "$file.py" --quick
+done
+bench loss-curve 90 pipeline.py train --loss-curve 200
+tests more-tests 120 "not gpu" "$root"/tests/kernels/test_triton_*.py
+
+printf '\n'
+timeout 20 "$python" "$root/benchmarks/render.py" --results "$out" --readme -
+printf '\n'
+cat "$out/summary.txt"
+exit "$failed"
