@@ -54,12 +54,12 @@ def _offset_kernel(max_ptr, sum_ptr, logit_ptr, flag_ptr, offset_ptr, T, splits,
 
 
 @triton.jit
-def _total_kernel(first_ptr, again_ptr, flag_ptr, total_ptr, T, splits, BLOCK_T: tl.constexpr):
+def _total_kernel(first_ptr, again_ptr, flag_ptr, total_ptr, T, first_splits, again_splits, BLOCK_T: tl.constexpr):
     r = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     if tl.load(flag_ptr) == 0:
-        total = sum_splits(first_ptr, r, T, splits)
+        total = sum_splits(first_ptr, r, T, first_splits)
     else:
-        total = sum_splits(again_ptr, r, T, splits)
+        total = sum_splits(again_ptr, r, T, again_splits)
     tl.store(total_ptr + r, total, mask=r < T)
 
 
@@ -121,7 +121,8 @@ def guarded_exponentials(x, w, targets, ignore_index, e, log_unit, temperature=1
     largest, sums = logsumexp_partials(x, w, flag)
     _offset_kernel[grid](largest, sums, logit, flag, offset, T, len(sums), log_unit, MAXIMUM=maximum, BLOCK_T=128)
     again = exponentials(x, w, offset, e, flag, temperature)
-    _total_kernel[grid](again if first is None else first, again, flag, total, T, len(again), BLOCK_T=128)
+    first = again if first is None else first
+    _total_kernel[grid](first, again, flag, total, T, len(first), len(again), BLOCK_T=128)
     return total, logit, offset
 
 

@@ -139,7 +139,8 @@ def _walk(x, w, offset, e, flag, temperature):
             FLAG=flag is not None, DESCRIPTORS=descriptors, **config.options)
         return largest, total
 
-    return tuning.launch("logsumexp" if e is None else "exponentials", run, x.device, itemsize=x.itemsize, descriptors=descriptors)
+    return tuning.launch("logsumexp" if e is None else "exponentials", run, x.device, itemsize=x.itemsize, descriptors=descriptors,
+                         conditional=flag is not None)
 
 
 def logsumexp_partials(x, w, flag=None):

@@ -85,8 +85,9 @@ def launch(name: str, run, device: torch.device, **bucket):
     return run(_FASTEST[key])
 
 
-def _logits(where: Target, itemsize: int, descriptors: bool) -> list[Config]:
-    """GEMM-shaped kernels over [BLOCK_T, BLOCK_V] tiles of logits with an accumulator tile in registers."""
+def _logits(where: Target, itemsize: int, descriptors: bool, conditional: bool = False) -> list[Config]:
+    """GEMM-shaped kernels over [BLOCK_T, BLOCK_V] tiles of logits with an accumulator tile in registers. What is launched on condition
+    mostly returns at once: there is nothing to time."""
     def blocks(tokens, vocabulary, width):
         return {"BLOCK_T": tokens, "BLOCK_V": vocabulary, "BLOCK_D": width}
 
@@ -95,17 +96,20 @@ def _logits(where: Target, itemsize: int, descriptors: bool) -> list[Config]:
     if itemsize == 4:  # no matrix unit computes exact float32 products: small tiles
         return [Config(blocks(64, 32, 16), 8, 2, 2)]
     if where.backend == "hip":
-        return [Config(blocks(128, 128, 64), 8, 2), Config(blocks(128, 128, 32), 8, 2)]
-    if descriptors:
-        return [Config(blocks(128, 256, 64), 8, 4), Config(blocks(128, 256, 64), 8, 3), Config(blocks(128, 128, 64), 4, 3, 2)]
-    return [Config(blocks(128, 128, 32), 8, 3), Config(blocks(128, 128, 32), 8, 4)]
+        found = [Config(blocks(128, 128, 64), 8, 2), Config(blocks(128, 128, 32), 8, 2)]
+    elif descriptors:
+        found = [Config(blocks(128, 256, 64), 8, 4), Config(blocks(128, 256, 64), 8, 3), Config(blocks(128, 128, 64), 4, 3, 2)]
+    else:
+        found = [Config(blocks(128, 128, 32), 8, 3), Config(blocks(128, 128, 32), 8, 4)]
+    return found[:1] if conditional else found
 
 
-def _exponentials(where: Target, itemsize: int, descriptors: bool) -> list[Config]:
+def _exponentials(where: Target, itemsize: int, descriptors: bool, conditional: bool = False) -> list[Config]:
     """As _logits, with a tile of the result in shared memory on its way out."""
     if descriptors and where.backend == "cuda" and itemsize == 2:
-        return [Config({"BLOCK_T": 128, "BLOCK_V": 256, "BLOCK_D": 64}, 8, 3), Config({"BLOCK_T": 128, "BLOCK_V": 128, "BLOCK_D": 64}, 8, 4)]
-    return _logits(where, itemsize, descriptors)
+        found = [Config({"BLOCK_T": 128, "BLOCK_V": 256, "BLOCK_D": 64}, 8, 3), Config({"BLOCK_T": 128, "BLOCK_V": 128, "BLOCK_D": 64}, 8, 4)]
+        return found[:1] if conditional else found
+    return _logits(where, itemsize, descriptors, conditional)
 
 
 def _queries_and_keys(queries: int, keys: int, num_warps: int, num_stages: int) -> Config:

@@ -72,7 +72,10 @@ def score(config: ScoreConfig) -> None:
         for number, group in groupby(prefetch(batches), key=itemgetter(0)):
             parts = []
             for _, batch in group:
-                parts.append(score_batch(models, batch.to(device), vocab_size))
+                try:
+                    parts.append(score_batch(models, batch.to(device), vocab_size))
+                except torch.OutOfMemoryError as error:
+                    raise UserError(f"out of GPU memory: lower batch_tokens (now {batch_tokens:,}) for a new output folder") from error
                 progress.update(len(batch.input_ids))
             _write_shard(output / shard_name(number), shards[number], columns, parts)
     figures = _figures(output, len(shards), columns[-1])

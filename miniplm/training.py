@@ -28,8 +28,8 @@ from .checkpoints import Metrics, TrainState, checkpoint_folder, find_checkpoint
 from .config import OptimizerConfig, TrainConfig
 from .data_order import DataOrder, global_batch
 from .decoder import Decoder, LanguageModel, student_config, unsupported
+from .hardware import micro_batch_tokens, peak_flops
 from .kernels import linear_cross_entropy, linear_distillation_loss
-from .memory import micro_batch_tokens
 from .model import Adapter, choose_device, choose_dtype, load_model, model_hash
 from .progress import Progress
 from .signals import Interrupted, stop_signals
@@ -153,17 +153,6 @@ def held_out_loss(model: LanguageModel, batches: list[Batch], dtype: torch.dtype
     return total.item() / num_targets(batches)
 
 
-def peak_flops(device: torch.device) -> float:
-    """FLOP/s of a square matrix product, the best of ten: 8192 in bfloat16 on a GPU, 1024 in float32 on the CPU."""
-    size, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
-    matrix, best = torch.rand(size, size, dtype=dtype, device=device), math.inf
-    for _ in range(10):
-        start = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # waits for the product
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
 # ---- the stage ----
 
 PARTS = ("cross_entropy", "kl_divergence")  # of the loss with a teacher
@@ -201,7 +190,7 @@ def train(config: TrainConfig) -> None:
         print(f"training {output} is complete, nothing to do")
         return
     # Made before the output is claimed: weights that cannot be read must not leave a run behind.
-    model = None if any(output.glob("checkpoints/step-*")) else _initial_model(config, setup)
+    model = None if any(output.glob("checkpoints/step-*")) else _with_checkpointing(_initial_model(config, setup), config)
     teacher = _load_teacher(config, setup) if config.teacher else None
     open_output(output, "train", setup.identity)
     if config.optimizer.warmup_steps >= setup.steps:
@@ -212,8 +201,7 @@ def train(config: TrainConfig) -> None:
         checkpoint, state = find_checkpoint(output, fingerprint(setup.identity)) or (None, TrainState())
         if checkpoint:
             _note(f"continuing after step {state.step:,} of {setup.steps:,}")
-            model = load_model(checkpoint, torch.float32, setup.device)
-        model.activation_checkpointing = config.activation_checkpointing
+            model = _with_checkpointing(load_model(checkpoint, torch.float32, setup.device), config)
         model.eval()  # no dropout, as published; so a step depends on no random numbers
         optimizer = make_optimizer(model, config.optimizer)
         if checkpoint:
@@ -407,6 +395,15 @@ def _micro_batch_tokens(model: LanguageModel, teacher: Teacher | None, setup: _S
     tokens = micro_batch_tokens(model, torch.cuda.mem_get_info(setup.device)[0], setup.dtype.itemsize, head_bytes, checkpointing)
     _note(f"micro-batches of {tokens:,} tokens, by the free memory")
     return tokens
+
+
+def _with_checkpointing(model: LanguageModel, config: TrainConfig) -> LanguageModel:
+    if config.activation_checkpointing:
+        if not isinstance(model, Decoder):
+            raise UserError(f"activation_checkpointing is built for Qwen2, Llama and Qwen3, not for {model.config.model_type}: leave it out, or lower "
+                            "micro_batch_tokens")
+        model.activation_checkpointing = True
+    return model
 
 
 def _load_teacher(config: TrainConfig, setup: _Setup) -> Teacher:

@@ -114,3 +114,28 @@ def test_equal_seeds_give_equal_weights_and_leave_the_callers_numbers_alone(conf
     pairs = list(zip(first.parameters(), second.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in pairs)
     assert not torch.equal(first.head_weight, other.head_weight)
+
+
+def test_activation_checkpointing(tiny_corpus, tmp_path):
+    """The same bits; and refused, with nothing left behind, where the model is not the decoder."""
+    config = replace(make_config(tiny_corpus, tmp_path / "plain"), steps=3)
+    again = replace(config, output=str(tmp_path / "again"), activation_checkpointing=True)
+    for each in (config, again):
+        train(each)
+    check_equal_runs(tmp_path / "plain", tmp_path / "again")
+    from transformers import GPT2Config
+
+    GPT2Config(vocab_size=500, n_embd=16, n_layer=1, n_head=2).save_pretrained(tmp_path / "gpt2")
+    refused = replace(config, output=str(tmp_path / "refused"), activation_checkpointing=True, model=StudentConfig(), model_config=str(tmp_path / "gpt2"))
+    with pytest.raises(UserError, match=r"^activation_checkpointing is built for Qwen2, Llama and Qwen3, not for gpt2: leave it out"):
+        train(refused)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_out_of_memory_is_one_line(tiny_corpus, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(training, "train_step", fail)
+    with pytest.raises(UserError, match=r"^out of GPU memory: lower micro_batch_tokens \(now 70\), or set activation_checkpointing; the run continues"):
+        train(make_config(tiny_corpus, tmp_path / "run"))

@@ -153,6 +153,15 @@ def test_the_guard_trips_where_it_must(nats, trips, device, monkeypatch):
     assert [flag.item() for flag in flags] == [0, int(trips)]
 
 
+@pytest.mark.parametrize("nats", [40.0, 70.0])
+def test_what_is_launched_on_condition_may_be_cut_otherwise(nats, device, monkeypatch):
+    """As where the first launch was tuned and the other not: more splits of the vocabulary in one than in the other."""
+    configs = [tuning.Config({"BLOCK_T": 16, "BLOCK_V": width, "BLOCK_D": 16}) for width in (16, 64)]
+    monkeypatch.setitem(tuning.CANDIDATES, "exponentials", lambda *_, conditional, **__: [configs[conditional]])
+    inputs = on(device, *head_with_unlikely_targets([7], nats), dtype=torch.float32)
+    assert_accurate_everywhere(linear_cross_entropy, plain_cross_entropy, inputs, [torch.tensor(3.0, dtype=torch.float64, device=device)], torch.float32)
+
+
 def test_nan_is_not_hidden(device):
     hidden, weight, targets = on(device, *random_head(9, 101), dtype=torch.float32)
     hidden[0] = torch.nan
