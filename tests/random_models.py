@@ -1,5 +1,7 @@
 """Tiny random models of many architectures and packed documents, for the tests of miniplm.decoder and miniplm.model."""
 
+import copy
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -51,7 +53,7 @@ ADAPTED = {
 def random_model(config, seed=0):
     """A transformers model with random weights, biases and norms too (theirs start as zeros and ones)."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()  # transformers keeps and changes the config it is given
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 and not name.endswith((".D", "dt_proj.bias")):  # Mamba's dynamics must stay stable
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
