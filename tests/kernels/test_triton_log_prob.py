@@ -169,3 +169,15 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.miniplm.linear_log_prob.default, (hidden, weight, targets, IGNORE, 1 << 20))
     cu_seqlens = torch.tensor([0, 5, 20], dtype=torch.int32, device=device)
     torch.library.opcheck(torch.ops.miniplm.difference_score.default, (hidden, weight, hidden[:, :3], weight[:120, :3], targets % 100, cu_seqlens))
+
+
+def test_compiled(device):
+    """Both ops in one graph, without a break, with the same bits."""
+    heads, targets, cu_seqlens = random_pair([5, 0, 15], 130, 120, torch.float32)
+    heads, targets, cu_seqlens = [x.to(device) for x in heads], targets.to(device), cu_seqlens.to(device)
+
+    def both(*heads):
+        return linear_log_prob(heads[0], heads[1][:120], targets), *difference_score(*heads, targets, cu_seqlens)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(*heads)
+    assert all(torch.equal(one.nan_to_num(7), two.nan_to_num(7)) for one, two in zip(compiled, both(*heads), strict=True))
