@@ -54,9 +54,9 @@ def side_by_side(x: Tensor, *layers: nn.Linear) -> Tensor:
     The layers keep their own parameters, under transformers' names, each with its own gradient and optimiser state; what is joined is a
     copy, made at each call (under autocast in its dtype, as the layers would make one too). Of weights and results the smaller are joined.
     """
-    if isinstance(layers[0], Float8Linear):
+    if any(isinstance(layer, Float8Linear) for layer in layers):  # a layer of odd sizes is none
         rows = quantize(x)
-        return torch.cat([layer.product(*rows, x.dtype) for layer in layers], -1)
+        return torch.cat([layer.product(*rows, x.dtype) if isinstance(layer, Float8Linear) else layer(x) for layer in layers], -1)
     if len(x) < x.shape[-1]:
         return torch.cat([layer(x) for layer in layers], -1)
     weight = torch.cat([layer.weight.to(x.dtype) for layer in layers])

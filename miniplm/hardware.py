@@ -29,7 +29,7 @@ def activation_bytes(config, itemsize: int, checkpointing: bool = False) -> int:
     config = config.get_text_config()
     width, heads = config.hidden_size, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or width // heads
-    queries, keys = heads * head_dim, getattr(config, "num_key_value_heads", None) * head_dim
+    queries, keys = heads * head_dim, config.num_key_value_heads * head_dim
     layer = 8 * width + itemsize * (2 * width + 3 * queries + 3 * keys + 3 * config.intermediate_size)
     return layer + config.num_hidden_layers * (4 + itemsize) * width if checkpointing else config.num_hidden_layers * layer
 
@@ -43,6 +43,6 @@ def micro_batch_tokens(model, free: int, itemsize: int, head_bytes: int, checkpo
     free = 0.9 * free - 12 * model.num_parameters() - head_bytes - 4 * model.head_weight.numel()
     try:
         per_token = activation_bytes(model.config, itemsize, checkpointing)
-    except (AttributeError, TypeError):
+    except AttributeError:
         per_token = 64 * 24 * itemsize * model.head_weight.shape[1]
     return min(MOST, max(STEP, int(free / per_token) // STEP * STEP))

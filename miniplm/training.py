@@ -347,7 +347,8 @@ def _set_up(config: TrainConfig) -> _Setup:
         if evaluation.manifest["tokenizer_fingerprint"] != manifest["tokenizer_fingerprint"]:
             raise UserError(f"corpora {config.data} and {config.eval_data} have different tokenizers: prepare both with the same one")
         rows = evaluation.rows(range(min(config.eval_rows, len(evaluation))))
-        held_out = global_batch(rows, corpus.eos_token_id, config.micro_batch_tokens or 4_096, config.document_mask)
+        tokens = config.micro_batch_tokens or (4_096 if device.type == "cpu" else 65_536)
+        held_out = global_batch(rows, corpus.eos_token_id, tokens, config.document_mask)
         if not num_targets(held_out):
             raise UserError(f"the first {config.eval_rows} chunks of corpus {config.eval_data} hold no token to predict: give another eval_data")
         identity |= {"eval_corpus": evaluation.fingerprint, "eval_rows": config.eval_rows}

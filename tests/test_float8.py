@@ -53,6 +53,18 @@ def test_model(dtype, tiny_model, tmp_path):
     assert near.dtype == dtype and 0 < (near - exact).norm() < 0.1 * exact.norm()
 
 
+@pytest.mark.parametrize("sizes", [dict(num_attention_heads=4, num_key_value_heads=1), dict(num_attention_heads=3, num_key_value_heads=3)])
+def test_joined_layers_of_which_some_stay(sizes, tiny_model, tmp_path):
+    """Heads of 8: keys and values 8 wide, or all 24 wide, are no multiple of 16."""
+    name = tiny_model(tmp_path, initializer_range=0.05, head_dim=8, **sizes)
+    model, plain = to_float8(load_model(name)), load_model(name)
+    assert {type(module) for module in model.modules()} >= {nn.Linear, Float8Linear}
+    ids, cu_seqlens = torch.randint(0, 500, (60,)), torch.tensor([0, 60], dtype=torch.int32)
+    with torch.inference_mode():
+        near, exact = model(ids, cu_seqlens), plain(ids, cu_seqlens)
+    assert 0 < (near - exact).norm() < 0.1 * exact.norm()
+
+
 def test_odd_sizes_stay():
     class Odd(nn.Module):
         def __init__(self):
