@@ -4,6 +4,7 @@
     add_rms_norm    x, residual [T, d] → norm, sum; with residual=float32 the sum and its gradient are float32
     rotary          q, k [T, d/D heads of D], positions of documents of 1,024 tokens
     swiglu          gate, up [T, f], two tensors; side_by_side: one tensor [T, 2f], and so its gradient
+    quantize_rows   x [T, d] → float8, scales; forward alone
 
     eager, compile  plain PyTorch, statistics in float32 as in transformers; rotary gets tables of cosines and sines of [T, D], as there
     liger           liger_kernel.transformers.functional (written for Liger Kernel 0.8.5), in_place=False; rotary gets the tables
@@ -47,8 +48,15 @@ def side_by_side(both):
     return swiglu(*both.chunk(2, -1))
 
 
+def quantize_rows(x):
+    scale = x.abs().amax(1, keepdim=True).to(torch.promote_types(x.dtype, torch.float32)) / 448
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
 def liger(name):
     def prepare(*constants):
+        if name == "quantize_rows":
+            raise Skip("liger has no such op")
         from liger_kernel.transformers import functional
 
         if name == "rotary":
@@ -69,7 +77,7 @@ def liger(name):
 def quack(name):
     def prepare(*_):
         if name not in ("rms_norm", "add_rms_norm"):
-            raise Skip("quack has this only as the epilogue of a matrix product")
+            raise Skip("quack has no kernel of its own for this")
         from quack.rmsnorm import rmsnorm
 
         if name == "rms_norm":
@@ -82,7 +90,8 @@ def quack(name):
 def ours(name):
     def prepare(*constants):
         return {"rms_norm": lambda x, w: kernels.rms_norm(x, w, EPS), "add_rms_norm": lambda x, r, w: kernels.add_rms_norm(x, r, w, EPS),
-                "rotary": lambda q, k: kernels.apply_rotary(q, k, *constants[2:]), "swiglu": kernels.swiglu, "side_by_side": kernels.swiglu}[name]
+                "rotary": lambda q, k: kernels.apply_rotary(q, k, *constants[2:]), "swiglu": kernels.swiglu, "side_by_side": kernels.swiglu,
+                "quantize_rows": kernels.quantize_rows}[name]
 
     return prepare
 
@@ -103,7 +112,7 @@ CONTENDERS = {"miniplm": ours, "eager": lambda name: plain(name, False), "compil
 
 
 def make(shape, device, dtype):
-    """(inputs, constants: cos, sin, positions, inv_freq of rotary, elements that the forward and the backward pass move)."""
+    """(inputs, constants: cos, sin, positions, inv_freq of rotary, elements that the forward and the backward pass move; 0: it has none)."""
     name, T, d = shape["op"], shape["T"], shape["d"]
     new = lambda *sizes, dtype=dtype: torch.randn(sizes, device=device, dtype=dtype)
     if name == "rms_norm":
@@ -118,18 +127,20 @@ def make(shape, device, dtype):
         positions, inv_freq = torch.arange(T, device=device) % 1024, 1e6 ** (-torch.arange(0, D, 2, device=device) / D)
         angles = (positions[:, None] * inv_freq).repeat(1, 2)
         return [new(T, d // D, D), new(T, d // D, D)], [angles.cos().to(dtype), angles.sin().to(dtype), positions, inv_freq], 4 * T * d, 4 * T * d
+    if name == "quantize_rows":
+        return [new(T, d)], [], (1 + 1 / dtype.itemsize) * T * d, 0
     return [new(T, d), new(T, d)] if name == "swiglu" else [new(T, 2 * d)], [], 3 * T * d, 5 * T * d
 
 
 def exact(name, inputs, constants, grads):
     """(outputs, gradients) in float64; the angles of rotary are products in float32, as in every contender."""
-    inputs = [x.double().requires_grad_() for x in inputs]
+    inputs = [x.double().requires_grad_(bool(grads)) for x in inputs]
     if name == "rotary":
         angles = (constants[2][:, None] * constants[3]).repeat(1, 2).double()
         constants = angles.cos(), angles.sin()
     outputs = globals()[name](*inputs, *constants)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return [y.detach() for y in outputs], torch.autograd.grad(outputs, inputs, [g.double() for g in grads])
+    return [y.detach().double() for y in outputs], torch.autograd.grad(outputs, inputs, [g.double() for g in grads]) if grads else []
 
 
 def cases(shape, device, dtype):
@@ -137,7 +148,7 @@ def cases(shape, device, dtype):
     inputs, constants, forward_elements, backward_elements = make(shape, device, dtype)
     with torch.no_grad():
         outputs = ours(name)(*constants)(*inputs)
-    grads = [torch.randn_like(y) for y in (outputs if isinstance(outputs, tuple) else (outputs,))]
+    grads = [torch.randn_like(y) for y in (outputs if isinstance(outputs, tuple) else (outputs,))] if backward_elements else []
     outputs, gradients = exact(name, inputs, constants, grads)
 
     def forward(prepare):
@@ -169,8 +180,9 @@ def cases(shape, device, dtype):
     prepared = {contender: prepare(name) for contender, prepare in CONTENDERS.items()}
     yield Case("forward", {key: forward(value) for key, value in prepared.items()}, bytes=forward_elements * dtype.itemsize,
                errors=errors(outputs, "output"))
-    yield Case("backward", {key: backward(value) for key, value in prepared.items()}, bytes=backward_elements * dtype.itemsize,
-               errors=errors(gradients, "gradient"))
+    if backward_elements:
+        yield Case("backward", {key: backward(value) for key, value in prepared.items()}, bytes=backward_elements * dtype.itemsize,
+                   errors=errors(gradients, "gradient"))
 
 
 if __name__ == "__main__":
@@ -180,7 +192,8 @@ if __name__ == "__main__":
         {"op": "add_rms_norm", "T": T, "d": d, "residual": "float32"} for d in (768, 2048)]
     SHAPES += [{"op": "rotary", "T": T, "d": d, "D": D} for d, D in ((768, 64), (1536, 96), (2048, 128))]
     SHAPES += [{"op": op, "T": T, "d": d} for op in ("swiglu", "side_by_side") for d in (1408, 2112, 2816, 4224, 5504)]
-    QUICK = [shape for shape in SHAPES if shape["d"] in (768, 2112)]
+    SHAPES += [{"op": "quantize_rows", "T": T, "d": d} for d in (512, 2048, 5504)]
+    QUICK = [shape for shape in SHAPES if shape["d"] in (768, 2112) or shape == {"op": "quantize_rows", "T": T, "d": 2048}]
     TOY = [{"op": "rms_norm", "T": 33, "d": 64}, {"op": "add_rms_norm", "T": 33, "d": 48}, {"op": "rotary", "T": 33, "d": 64, "D": 32},
-           {"op": "side_by_side", "T": 33, "d": 44}]
+           {"op": "side_by_side", "T": 33, "d": 44}, {"op": "quantize_rows", "T": 33, "d": 44}]
     run("elementwise", __doc__, cases, SHAPES, quick=QUICK, toy=TOY, baseline="eager", by="d")

@@ -3,7 +3,8 @@
     python benchmarks/pipeline.py train|score [--json FILE] [--quick] [--only NAME,NAME] [--profile FILE]
     python benchmarks/pipeline.py train --loss-curve STEPS [--json FILE]
 
-miniplm is the project's own core: data_order.global_batch, training.make_optimizer and train_step; batches.pack, scoring.score_batch. The others
+miniplm is the project's own core: data_order.global_batch, training.make_optimizer and train_step; batches.pack, scoring.score_batch; "miniplm fp8"
+scores as --precision fp8 does, "miniplm compiled" has its layers compiled by torch (is there a gain?). The others
 are in peers.py, models and chunks in workload.py. Batches are made in a background thread, for all contenders alike; where memory is short, the
 chunks per batch are halved until they fit.
 
@@ -16,6 +17,7 @@ A record: op, shape (model, chunks per training step or in all, length), dtype, 
                           it), forward, head (with its gradients where the forward pass makes them), backward, optimiser (with clipping), other
     error, limit, accurate   before the first update: the loss and all gradients, or the scores, against plain transformers in float64,
                           ‖x − x*‖ / ‖x*‖; at most twice that of plain transformers in the same dtype, plus FLOOR
+    agreement             of the scores with miniplm's: Spearman's rank correlation, and the share selected or dropped alike at ratio 0.5
 Exit status 1 if miniplm fails or is not accurate.
 
 --loss-curve STEPS: instead of all that, miniplm and plain transformers train a model for so many steps, from the same weights on the same batches.
@@ -43,6 +45,7 @@ from miniplm.batches import Batch, pack, prefetch, split_by_tokens
 from miniplm.config import OptimizerConfig
 from miniplm.data_order import global_batch
 from miniplm.decoder import Decoder
+from miniplm.float8 import to_float8
 
 SHAPES = {
     "train": [{"model": model, "chunks": 64, "length": 1024} for model in ("200M", "104M", "500M", "1.2B")],
@@ -60,12 +63,14 @@ FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
 
 
 @contextlib.contextmanager
-def ours(job: Job, rows: int):
+def ours(job: Job, rows: int, prepare=lambda model: model):
+    """prepare: makes of each model what is run."""
     models = []
     for config, state in zip(job.configs, job.states, strict=True):
         with torch.device(job.device):
             models.append(Decoder(config).to(job.device, torch.float32 if job.trains else job.dtype).eval())
         models[-1].load_state_dict(state)
+        prepare(models[-1])
     parts = {"data": [(workload, "next_batch"), (Batch, "to")], "forward": [(model, "forward") for model in models]}
     if not job.trains:
         named = dict(zip(scoring.ROLES, models, strict=True))
@@ -89,7 +94,26 @@ def ours(job: Job, rows: int):
                                     "optimiser": [(torch.nn.utils, "clip_grad_norm_"), (optimizer, "zero_grad"), (optimizer, "step")]})
 
 
-CONTENDERS = {"miniplm": ours, **peers.PEERS}
+@contextlib.contextmanager
+def float8(job: Job, rows: int):
+    with ours(job, rows, to_float8) as contender:
+        yield contender
+
+
+@contextlib.contextmanager
+def compiled(job: Job, rows: int):
+    def compile_layers(model):
+        for layer in model.model["layers"]:  # each by itself: they are all alike, so one is compiled
+            layer.compile(dynamic=True, backend="inductor" if job.device == "cuda" else "aot_eager")
+
+    try:
+        with ours(job, rows, compile_layers) as contender:
+            yield contender
+    finally:
+        torch._dynamo.reset()
+
+
+CONTENDERS = {harness.OURS: ours, **peers.PEERS, harness.OURS + " fp8": float8, harness.OURS + " compiled": compiled}
 
 
 def truth_and_limits(job: Job, chunks) -> tuple[dict, dict]:
@@ -107,7 +131,7 @@ def free():
 
 def contend(name: str, job: Job, chunks, checked, truth: dict, limit: dict, gemm_tflops) -> dict:
     """The figures of one contender, or why there are none."""
-    rows = BATCH[job.device][name != harness.OURS]
+    rows = BATCH[job.device][not name.startswith(harness.OURS)]
     while True:
         free()
         try:
@@ -123,16 +147,17 @@ def contend(name: str, job: Job, chunks, checked, truth: dict, limit: dict, gemm
 def figures(name: str, rows: int, job: Job, chunks, checked, truth: dict, limit: dict, gemm_tflops) -> dict:
     with CONTENDERS[name](job, rows) as contender:
         error = workload.errors(workload.results(contender, job, checked), truth)
-        workload.run_pass(contender, job, chunks)
+        found, _ = workload.run_pass(contender, job, chunks)
         if job.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        seconds = [workload.run_pass(contender, job, chunks) for _ in range(REPEATS)]
+        seconds = [workload.run_pass(contender, job, chunks)[1] for _ in range(REPEATS)]
         peak = torch.cuda.max_memory_allocated() if job.device == "cuda" else None
         split = workload.split(contender, job, chunks)
     tokens, needed = sum(len(chunk) - 1 for chunk in chunks), workload.flops(job, chunks)
     return {"chunks_per_batch": rows, "tokens_per_second": tokens / statistics.median(seconds), "tokens_per_second_low": tokens / max(seconds),
             "tokens_per_second_high": tokens / min(seconds), "mfu": gemm_tflops and needed / statistics.median(seconds) / gemm_tflops / 1e12,
-            "peak_bytes": peak, "split": split, "error": error, "limit": limit, "accurate": all(float(error[key]) <= limit[key] for key in limit)}
+            "peak_bytes": peak, "split": split, "error": error, "limit": limit, "accurate": all(float(error[key]) <= limit[key] for key in limit),
+            **({} if job.trains else {"scores": found.double().numpy()})}
 
 
 # ---- the loss curve ----
@@ -169,12 +194,14 @@ def main():
     parser.add_argument("op", choices=["train", "score"])
     parser.add_argument("--json", metavar="FILE", help="write the report here, anew after each contender")
     parser.add_argument("--quick", action="store_true", help="the first model alone")
-    parser.add_argument("--only", metavar="NAME,NAME", type=lambda text: text.split(","), default=list(CONTENDERS), help="these contenders alone")
+    parser.add_argument("--only", metavar="NAME,NAME", type=lambda text: text.split(","), help="these contenders alone")
     parser.add_argument("--loss-curve", metavar="STEPS", type=int, help="instead: the losses of so many training steps")
     parser.add_argument("--profile", metavar="FILE", help="write a trace of one pass of the first contender (.json or .json.gz)")
     options = parser.parse_args()
-    if unknown := set(options.only) - set(CONTENDERS):
-        sys.exit(f"--only: no contender {', '.join(sorted(unknown))}; there are {', '.join(CONTENDERS)}")
+    names = [name for name, contender in CONTENDERS.items() if options.op == "score" or contender is not float8]
+    if unknown := set(options.only or ()) - set(names):
+        sys.exit(f"--only: no contender {', '.join(sorted(unknown))} in {options.op}; there are {', '.join(names)}")
+    options.only = options.only or names
     if options.loss_curve and options.op != "train":
         sys.exit("--loss-curve goes with train")
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
@@ -201,10 +228,16 @@ def main():
         chunks = chunks_of(shape, job)
         checked = workload.synthetic_chunks(BATCH[device][1], job, seed=1)
         truth, limit = truth_and_limits(job, checked)
-        for name in CONTENDERS:
+        own = None
+        for name in names:
             if name in options.only:
                 print(f"{options.op}: {harness.describe(shape)}: {name}", file=sys.stderr, flush=True)
                 record = contend(name, job, chunks, checked, truth, limit, report["ceilings"]["gemm_tflops"])
+                scores = record.pop("scores", None)
+                if name == harness.OURS:
+                    own = scores
+                elif own is not None and scores is not None:
+                    record["agreement"] = scoring.rank_agreement(own, scores)
                 report["records"].append({"op": options.op, "shape": shape, "dtype": str(dtype).removeprefix("torch."), "contender": name, **record})
                 write()
     report["finished"] = True

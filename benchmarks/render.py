@@ -67,9 +67,17 @@ def pipeline_table(report: dict) -> list[str]:
         rows.append([
             *row, number(record["tokens_per_second"], ",.0f"), number(base and base["tokens_per_second"] / record["tokens_per_second"], ".2f"),
             number(record["mfu"] and 100 * record["mfu"], ".1f"), number(record["peak_bytes"] and record["peak_bytes"] / 1e9, ".1f"),
-            record["chunks_per_batch"], number(max(map(float, record["error"].values())), ".1e") + " (inaccurate)" * (not record["accurate"]),
+            record["chunks_per_batch"], number(max(map(float, record["error"].values())), ".1e") + " (inaccurate)" * (not record["accurate"])
+            + ranks(record.get("agreement")),
             ", ".join(f"{part} {100 * share:.0f}%" for part, share in record["split"].items())])
     return table(["shape", "", "tokens/s", "miniplm is × as fast", "MFU, %", "peak GB", "chunks a batch", "error", "time"], rows)
+
+
+def ranks(agreement) -> str:
+    """How well the scores agree with miniplm's."""
+    if not agreement:
+        return ""
+    return f"; ranks {number(agreement['spearman'], '.4f')}, {100 * agreement['equal_selections']:.1f}% selected alike"
 
 
 def op_table(report: dict) -> list[str]:

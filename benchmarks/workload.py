@@ -121,18 +121,18 @@ def errors(found: dict, truth: dict) -> dict:
     return {key: value if math.isfinite(value) else "inf" for key, value in error.items()}
 
 
-def run_pass(contender: Contender, job: Job, chunks) -> float:
-    """Seconds of a pass over the chunks."""
+def run_pass(contender: Contender, job: Job, chunks):
+    """(results of a pass over the chunks, its seconds)"""
     if job.device == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
     if job.trains:
-        contender.run([chunks[step::STEPS] for step in range(STEPS)], [1e-4] * STEPS)
+        found = contender.run([chunks[step::STEPS] for step in range(STEPS)], [1e-4] * STEPS)
     else:
-        contender.run(chunks)
+        found = contender.run(chunks)
     if job.device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return found, time.perf_counter() - began
 
 
 def split(contender: Contender, job: Job, chunks) -> dict:
@@ -159,7 +159,7 @@ def split(contender: Contender, job: Job, chunks) -> dict:
         for part, calls in contender.parts.items():
             for owner, name in calls:
                 patches.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
-        seconds = run_pass(contender, job, chunks)
+        _, seconds = run_pass(contender, job, chunks)
     for part, began, ended in spans:
         shares[part] += (ended - began if job.device == "cpu" else began.elapsed_time(ended) / 1e3) / seconds
     return {**shares, "other": 1 - sum(shares.values())}

@@ -20,7 +20,8 @@ else:
     from importlib.util import find_spec
 
     # Each registers its launchers; without Triton every op runs on its reference. Before the ops: two files bear the name of one.
-    for name in ("attention", "attention_backward", "cross_entropy", "distillation", "log_prob", "rms_norm", "rotary", "swiglu") if find_spec("triton") else ():
+    for name in ("attention", "attention_backward", "cross_entropy", "distillation", "log_prob", "quantize", "rms_norm", "rotary",
+                 "swiglu") if find_spec("triton") else ():
         import_module(f".{name}", __name__)
 
     from .ops import (
@@ -33,6 +34,7 @@ else:
         linear_cross_entropy,
         linear_distillation_loss,
         linear_log_prob,
+        quantize_rows,
         rms_norm,
         swiglu,
     )
@@ -47,6 +49,7 @@ else:
         "linear_cross_entropy",
         "linear_distillation_loss",
         "linear_log_prob",
+        "quantize_rows",
         "rms_norm",
         "swiglu",
     ]

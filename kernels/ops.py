@@ -252,6 +252,26 @@ def swiglu(gate: Tensor, up: Optional[Tensor] = None) -> Tensor:
     return _SWIGLU(gate, up)
 
 
+# --- float8 ----------------------------------------------------------------------------------------------------------
+
+_QUANTIZE_ROWS = register(
+    "quantize_rows(Tensor x) -> (Tensor, Tensor)", reference.quantize_rows,
+    lambda x: (torch.empty_like(x, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format), x.new_empty(len(x), 1, dtype=torch.float32)),
+)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row of a matrix in float8, scaled so that its largest magnitude is the largest of e4m3 (Micikevicius et al. 2022, arXiv 2209.05433).
+
+    Args:
+        x: [R, d]. Autocast does not change it, and it gets no gradient: an op for inference.
+    Returns: (rows [R, d] float8_e4m3fn, scale [R, 1] float32): rows · scale is x, to within 2⁻⁴ of each element or 2⁻¹⁰ of scale. A row with an
+        infinity or a NaN gives NaN.
+    """
+    _check("x", x, (None, None), FLOATS)
+    return _QUANTIZE_ROWS(x)
+
+
 # --- attention -------------------------------------------------------------------------------------------------------
 
 _FLASH_ATTENTION_BACKWARD = register(

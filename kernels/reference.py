@@ -16,6 +16,8 @@ IGNORE_INDEX = -100
 CHUNK_TOKENS = 512  # rows of logits at a time: enough for the matrix product, few enough for the cache
 TILE_BYTES = 4 << 20  # of logits in a tile: it stays in the cache between its product and its softmax
 BLOCK_BYTES = 1 << 20  # of logits that pass through a softmax at a time
+E4M3_LARGEST = 448.0  # the largest number of float8 e4m3 (Micikevicius et al. 2022, arXiv 2209.05433)
+E4M3_SMALLEST_ROW = 1e-12  # a row whose largest magnitude is below it is scaled as if it were that
 
 
 def accumulate_dtype(x):
@@ -90,6 +92,15 @@ def swiglu_backward(grad, gate, up):
     grad_gate = grad32 * up
     torch.ops.aten.silu_backward.grad_input(grad_gate, gate32, grad_input=grad_gate)
     return grad_gate.to(gate.dtype).contiguous(), F.silu(gate32).mul_(grad32).to(up.dtype).contiguous()
+
+
+# --- float8 ----------------------------------------------------------------------------------------------------------
+
+
+def quantize_rows(x):
+    """(x · 448 / largest, rounded to e4m3 [R, d]; largest / 448 [R, 1] float32) with the largest magnitude of each row of x [R, d]."""
+    largest = x.abs().amax(1, keepdim=True).float().clamp_(min=E4M3_SMALLEST_ROW)
+    return (x.float() * (E4M3_LARGEST / largest)).to(torch.float8_e4m3fn).contiguous(), largest / E4M3_LARGEST
 
 
 # --- attention -------------------------------------------------------------------------------------------------------

@@ -217,6 +217,7 @@ CANDIDATES = {
     "attention": _attention,
     "attention_dq": _attention_dq,
     "attention_dkdv": _attention_dkdv,
+    "quantize_rows": _rms_norm,
     "rms_norm": _rms_norm,
     "rms_norm_backward": _rms_norm_backward,
     "rotary": _rotary,

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from . import float8
 from .artifacts import UserError
 from .config import StudentConfig
-from .float8 import Float8Linear, quantize
 from .kernels import add_rms_norm, apply_rotary, flash_attention, rms_norm, swiglu
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -54,10 +54,10 @@ def side_by_side(x: Tensor, *layers: nn.Linear) -> Tensor:
     The layers keep their own parameters, under transformers' names, each with its own gradient and optimiser state; what is joined is a
     copy, made at each call (under autocast in its dtype, as the layers would make one too). Of weights and results the smaller are joined.
     """
-    if any(isinstance(layer, Float8Linear) for layer in layers):  # a layer of odd sizes is none
-        rows = quantize(x)
-        return torch.cat([layer.product(*rows, x.dtype) if isinstance(layer, Float8Linear) else layer(x) for layer in layers], -1)
-    if len(x) < x.shape[-1]:
+    in_float8 = [isinstance(layer, float8.Float8Linear) for layer in layers]
+    if all(in_float8):
+        return float8.side_by_side(x, layers)
+    if any(in_float8) or len(x) < x.shape[-1]:  # a layer of odd sizes is not in float8
         return torch.cat([layer(x) for layer in layers], -1)
     weight = torch.cat([layer.weight.to(x.dtype) for layer in layers])
     return F.linear(x, weight, None if layers[0].bias is None else torch.cat([layer.bias.to(x.dtype) for layer in layers]))

@@ -1,21 +1,15 @@
 """Linear layers in float8 for scoring: weights and inputs in e4m3, each row with a scale of its own, products in torch's scaled matmul.
 
 A row's scale is its largest magnitude over 448, the largest number of e4m3 (Micikevicius et al. 2022, arXiv 2209.05433). Embeddings, norms
-and the head stay as they are.
+and the head stay as they are. The products add up in the matrix units' own, shorter float32 ("fast accumulation"): with these scales torch's
+kernels for the exact sum can take twice as long (github.com/pytorch/pytorch/issues/147971), and e4m3's rounding is far coarser.
 """
 
 import torch
 from torch import Tensor, nn
 
 from .artifacts import UserError
-
-DTYPE, LARGEST = torch.float8_e4m3fn, 448.0
-
-
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(x [R, C] divided by the scales, in float8; the scales [R, 1] float32)."""
-    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / LARGEST
-    return (x / scale).to(DTYPE), scale
+from .kernels import quantize_rows
 
 
 class Float8Linear(nn.Module):
@@ -23,18 +17,27 @@ class Float8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        weight, scale = quantize(linear.weight.detach())
+        weight, scale = quantize_rows(linear.weight.detach())
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale.T.contiguous())  # [1, out]
         self.bias, self.in_features, self.out_features = linear.bias, linear.in_features, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(*quantize(x.reshape(-1, self.in_features)), x.dtype).unflatten(0, x.shape[:-1])
+        return product(x, self.weight, self.scale, self.bias)
 
-    def product(self, rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """[R, out] from quantised rows: what several layers with the same input share."""
-        result = torch._scaled_mm(rows, self.weight.T, scale_a=scale, scale_b=self.scale, out_dtype=dtype)
-        return result if self.bias is None else result + self.bias
+
+def side_by_side(x: Tensor, layers: list[Float8Linear]) -> Tensor:
+    """[..., Σ out]: the results of layers for the same x, joined, in one product."""
+    weight = torch.cat([layer.weight.view(torch.uint8) for layer in layers]).view(torch.float8_e4m3fn)
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return product(x, weight, torch.cat([layer.scale for layer in layers], 1), bias)
+
+
+def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., in] in float8 times weight [out, in] float8, scaled by [1, out], plus bias [out]: [..., out] in x's dtype."""
+    rows, row_scale = quantize_rows(x.reshape(-1, x.shape[-1]))
+    result = torch._scaled_mm(rows, weight.T, scale_a=row_scale, scale_b=scale, bias=bias, out_dtype=x.dtype, use_fast_accum=True)
+    return result.unflatten(0, x.shape[:-1])
 
 
 def to_float8(model: nn.Module) -> nn.Module:

@@ -177,7 +177,7 @@ def examples(make, D, heads):
         "rms_norm": (row, make(1), 1e-6, row.dtype), "add_rms_norm": (row, row, make(1), 1e-6, row.dtype),
         "rms_norm_backward": (row, row, make(1), statistic(1, 1), row, None),
         "rotary": (head, head, ids, statistic(D // 2), False),
-        "swiglu": (row, row), "swiglu_backward": (row, row, row),
+        "swiglu": (row, row), "swiglu_backward": (row, row, row), "quantize_rows": (row,),
         "flash_attention": (head, head, head, cu_seqlens, 1, 1.0),
         "flash_attention_backward": (head, head, head, head, head, statistic(1, heads), cu_seqlens, 1, 1.0),
         "linear_log_prob": (row, row, ids, -100, 1), "difference_score": (row, row, row, row, ids, cu_seqlens),

@@ -35,6 +35,7 @@ def arguments(dtype=torch.float32):
         "swiglu_backward": (tensor(T, D), tensor(T, D), tensor(T, D)),
         "flash_attention": (q, k, v, cu_seqlens, 4, 0.3),
         "flash_attention_backward": (torch.randn_like(q), q, k, v, out, lse, cu_seqlens, None, 0.3),
+        "quantize_rows": (tensor(T, D).detach(),),
         "linear_log_prob": (tensor(T, D), tensor(V, D), targets, -100, 1 << 20),
         "linear_cross_entropy": (tensor(T, D), tensor(V, D), targets, torch.rand(T, dtype=statistic), -100, True, True, 1 << 20),
         "linear_distillation_loss": (tensor(T, D), tensor(V, D), *teacher, targets, 0.5, 1.0, -100, True, True, 1 << 20),
