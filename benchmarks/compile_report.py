@@ -78,7 +78,7 @@ def compile_op(name: str, op: str) -> list[dict]:
             seen.add(kernel.hash)
             dtype = re.search("bf16|fp16|fp32", str(kernel.src.signature))  # of the first tensor that is not of integers
             variant = {"dtype": dtype.group() if dtype else "", **constants(self, args, options)}
-            rows.append({"arch": name, "op": op, "kernel": full_name(self), "variant": variant, **resources(name, kernel)})
+            rows.append({"arch": name, "op": op, "kernel": full_name(self), "variant": variant, "hash": kernel.hash, **resources(name, kernel)})
         return kernel
 
     JITFunction.run = compile_only

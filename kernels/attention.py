@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import dispatch, tuning
-from .tiles import LN_2, LOG2_E, matrix, use_descriptors
+from .tiles import BATCH_SIZES, LN_2, LOG2_E, matrix, use_descriptors
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def scaled(parts, factor):
     return products
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _forward_kernel(q, q_rest, k, k_rest, v, v_rest, out_ptr, lse_ptr, cu_seqlens_ptr, B, Hq, scale, stride_qt, stride_qh, stride_kt, stride_kh,
                     stride_vt, stride_vh, GROUP: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, DESCRIPTORS: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):

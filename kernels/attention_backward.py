@@ -20,7 +20,7 @@ import triton.language as tl
 from . import dispatch, tuning
 from .attention import add_product, arguments, describable, find_tile, inner_product, load_head, padded, parts_of, scaled, store_head, zeros
 from .attention import examples as forward_examples
-from .tiles import LOG2_E, matrix
+from .tiles import BATCH_SIZES, LOG2_E, matrix
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def load_values(values, row, column, stride, BLOCK: tl.constexpr, DESCRIPTORS: t
     return tile
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _query_kernel(q, q_rest, k, k_rest, v, v_rest, grad, grad_rest, out, out_rest, dq_ptr, lse_ptr, values_ptr, cu_seqlens_ptr, B, Hq, scale,
                   scale_log2, stride_values, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh, stride_ot,
                   stride_oh, GROUP: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -76,7 +76,7 @@ def _query_kernel(q, q_rest, k, k_rest, v, v_rest, grad, grad_rest, out, out_res
     store_head(dq_ptr, scaled(dq, scale), start + row, end, head, Hq, BLOCK_M, D)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _key_kernel(q, q_rest, k, k_rest, v, v_rest, grad, grad_rest, values, dk_ptr, dv_ptr, cu_seqlens_ptr, B, Hq, scale, scale_log2,
                 stride_values, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh, GROUP: tl.constexpr,
                 D: tl.constexpr, PARTS: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):

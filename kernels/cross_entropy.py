@@ -28,13 +28,13 @@ import triton.language as tl
 from . import dispatch
 from .logits import exponentials, logsumexp_partials, target_logits
 from .reference import IGNORE_INDEX
-from .tiles import LN_2, LOG2_E, combine_logsumexp, contiguous_rows, sum_splits
+from .tiles import BATCH_SIZES, LN_2, LOG2_E, combine_logsumexp, contiguous_rows, sum_splits
 
 GUARD = tl.constexpr(60.0)  # nats: exp(60) times any gradient stays far from the largest float32
 UNIT_FP16 = 2.0**15  # the largest E of float16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _guard_kernel(sum_ptr, targets_ptr, flag_ptr, T, splits, stride_target, ignore_index, factor, BLOCK_T: tl.constexpr):
     r = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     counts = tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < T, other=ignore_index) != ignore_index
@@ -43,7 +43,7 @@ def _guard_kernel(sum_ptr, targets_ptr, flag_ptr, T, splits, stride_target, igno
         tl.store(flag_ptr, 1)  # whoever does it, writes the same
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _offset_kernel(max_ptr, sum_ptr, logit_ptr, flag_ptr, offset_ptr, T, splits, log_unit, MAXIMUM: tl.constexpr, BLOCK_T: tl.constexpr):
     r = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     if tl.load(flag_ptr) == 0:
@@ -53,7 +53,7 @@ def _offset_kernel(max_ptr, sum_ptr, logit_ptr, flag_ptr, offset_ptr, T, splits,
     tl.store(offset_ptr + r, offset, mask=r < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _total_kernel(first_ptr, again_ptr, flag_ptr, total_ptr, T, first_splits, again_splits, BLOCK_T: tl.constexpr):
     r = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     if tl.load(flag_ptr) == 0:
@@ -63,7 +63,7 @@ def _total_kernel(first_ptr, again_ptr, flag_ptr, total_ptr, T, first_splits, ag
     tl.store(total_ptr + r, total, mask=r < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _finish_kernel(e_ptr, total_ptr, logit_ptr, offset_ptr, targets_ptr, weight_ptr, nll_ptr, scale_ptr, T, V, stride_et, stride_target, stride_weight,
                    ignore_index, BLOCK_T: tl.constexpr):
     r = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)

@@ -30,13 +30,13 @@ import triton.language as tl
 from . import dispatch, tuning
 from .cross_entropy import UNIT_FP16, add_product, chunk_tokens, guarded_exponentials, product
 from .reference import IGNORE_INDEX
-from .tiles import LN_2, LOG2_E, contiguous_rows, dot_step
+from .tiles import BATCH_SIZES, LN_2, LOG2_E, contiguous_rows, dot_step
 
 TINY = tl.constexpr(1.2e-38)  # the smallest normal number: an E below has underflowed
 LOST = tl.constexpr(1e-8)  # share of the teacher's probability on what underflowed from which on KL is computed anew
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _combine_kernel(e_ptr, teacher_ptr, total_ptr, teacher_total_ptr, logit_ptr, offset_ptr, targets_ptr, ce_ptr, kl_ptr, flag_ptr, V, stride_et,
                     stride_target, ignore_index, alpha, temperature, unit, TEMPERED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
@@ -85,7 +85,7 @@ def _combine_kernel(e_ptr, teacher_ptr, total_ptr, teacher_total_ptr, logit_ptr,
         tl.store(kl_ptr + t, (tl.sum(divergence) / teacher_total - tl.log2(teacher_total) + tl.log2(total)) * LN_2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _divergence_kernel(x, w, teacher_x, teacher_w, total_ptr, offset_ptr, teacher_total_ptr, teacher_offset_ptr, targets_ptr, kl_ptr, flag_ptr, T, V, d,
                        teacher_d, stride_xt, stride_wv, stride_teacher_xt, stride_teacher_wv, stride_target, ignore_index, temperature,
                        BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -147,7 +147,7 @@ def linear_distillation_loss(student_hidden, student_weight, teacher_hidden, tea
     heads = contiguous_rows(student_weight[:V]), contiguous_rows(teacher_weight[:V])
     grad_hidden = student_hidden.new_empty(T, d) if need_hidden else student_hidden.new_empty(0)
     grad_weight = student_weight.new_zeros(len(student_weight), d, dtype=torch.float32) if need_weight else None
-    losses = student_hidden.new_empty(2, T, dtype=torch.float32)
+    losses = [student_hidden.new_empty(T, dtype=torch.float32) for _ in range(2)]
     counts = targets != ignore_index
     unit, count = UNIT_FP16 if dtype == torch.float16 else 1.0, counts.sum().clamp(min=1)
     width = triton.cdiv(V, 64) * 64
@@ -163,7 +163,7 @@ def linear_distillation_loss(student_hidden, student_weight, teacher_hidden, tea
             guarded_exponentials(x[chunk], head, y, ignore_index, logits, temperature * math.log(unit), temperature, maximum=True)
             for x, head, logits in zip(hidden, heads, (e, teacher_e), strict=True))
 
-        ce, kl = losses[:, chunk]
+        ce, kl = (x[chunk] for x in losses)
         flag = e.new_zeros(1, dtype=torch.int32)
         _combine_kernel[(len(e),)](e, teacher_e, total, teacher_total, logit, offset, y, ce, kl, flag, V, e.stride(0), y.stride(0), ignore_index, alpha,
                                    temperature, unit, TEMPERED=temperature != 1, GRADIENT=need_hidden or need_weight, BLOCK_V=2048, num_warps=8)

@@ -19,10 +19,10 @@ import triton.language as tl
 from . import dispatch
 from .logits import logsumexp_partials, target_logits
 from .reference import IGNORE_INDEX
-from .tiles import at_most_zero, combine_logsumexp
+from .tiles import BATCH_SIZES, at_most_zero, combine_logsumexp
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _log_prob_kernel(max_ptr, sum_ptr, logit_ptr, targets_ptr, out_ptr, T, splits, stride_target, ignore_index, BLOCK_T: tl.constexpr):
     r = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     counts = tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < T, other=ignore_index) != ignore_index
@@ -30,7 +30,7 @@ def _log_prob_kernel(max_ptr, sum_ptr, logit_ptr, targets_ptr, out_ptr, T, split
     tl.store(out_ptr + r, tl.where(counts, at_most_zero(log_prob), 0.0), mask=r < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _difference_kernel(teacher_max, teacher_sum, teacher_logit, reference_max, reference_sum, reference_logit, targets_ptr, cu_seqlens_ptr,
                        score_ptr, teacher_ptr, reference_ptr, count_ptr, T, teacher_splits, reference_splits, stride_target, stride_cu, ignore_index,
                        BLOCK_T: tl.constexpr):

@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .tiles import LOWEST, add_to_logsumexp, contiguous_rows, dot_step, matrix, store_tile, use_descriptors
+from .tiles import BATCH_SIZES, LOWEST, add_to_logsumexp, contiguous_rows, dot_step, matrix, store_tile, use_descriptors
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _logits_kernel(x, w, offset_ptr, e, max_ptr, sum_ptr, flag_ptr, T, V, d, stride_xt, stride_wv, stride_et, blocks_t, tiles, tiles_per_split, items,
                    exp_scale, EXP: tl.constexpr, FLAG: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
                    DESCRIPTORS: tl.constexpr):
@@ -95,7 +95,7 @@ def _store_rows(max_ptr, sum_ptr, split, t, T, largest, total, EXP: tl.constexpr
         tl.store(max_ptr + row, largest, mask=r < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _target_logit_kernel(x_ptr, w_ptr, targets_ptr, out_ptr, T, V, d, stride_xt, stride_wv, stride_target, ignore_index,
                          BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     r = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)

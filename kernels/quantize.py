@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import dispatch, tuning
 from .reference import E4M3_LARGEST, E4M3_SMALLEST_ROW
-from .tiles import contiguous_rows
+from .tiles import BATCH_SIZES, contiguous_rows
 
 LARGEST, SMALLEST_ROW = tl.constexpr(E4M3_LARGEST), tl.constexpr(E4M3_SMALLEST_ROW)
 
@@ -29,7 +29,7 @@ def _e4m3(x):
     return (sign | tl.where(magnitude < (121 << 23), subnormal, tl.minimum(normal, 0x7F))).to(tl.uint8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _quantize_kernel(x_ptr, rows_ptr, scale_ptr, R, d, stride_x, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     column = tl.arange(0, BLOCK_D)[None, :]

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from . import dispatch, tuning
+from .tiles import BATCH_SIZES
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def _locate(tile, R, H, d, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     return row.to(tl.int64), (row // H).to(tl.int64)[:, None], (row % H).to(tl.int64)[:, None], column, (row < R)[:, None] & (column < d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _forward_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, rstd_ptr, R, H, d, eps,
                     stride_xa, stride_xh, stride_ra, stride_rh, ADD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     row, a, h, column, mask = _locate(tl.program_id(0), R, H, d, BLOCK_R, BLOCK_D)
@@ -49,7 +50,7 @@ def _forward_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, rstd_pt
     tl.store(rstd_ptr + row, rstd, mask=row < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _backward_kernel(grad_ptr, x_ptr, weight_ptr, rstd_ptr, grad_x_ptr, dx_ptr, narrow_ptr, partial_ptr, R, H, d,
                      stride_ga, stride_gh, stride_xa, stride_xh, stride_da, stride_dh,
                      ADD: tl.constexpr, NARROW: tl.constexpr, SUM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -77,7 +78,7 @@ def _backward_kernel(grad_ptr, x_ptr, weight_ptr, rstd_ptr, grad_x_ptr, dx_ptr, 
         tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * d + column, partial, mask=column < d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _weight_kernel(grad_ptr, x_ptr, rstd_ptr, partial_ptr, R, H, d, stride_ga, stride_gh, stride_xa, stride_xh,
                    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     """The partial sums of dw for rows that are too wide to keep beside them: program (c, p) adds columns block c of every P-th tile of rows."""
@@ -92,7 +93,7 @@ def _weight_kernel(grad_ptr, x_ptr, rstd_ptr, partial_ptr, R, H, d, stride_ga, s
     tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * d + column, tl.sum(grad_weight, 0, keep_dims=True), mask=column < d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _sum_kernel(partial_ptr, out_ptr, P, d, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     """out [d] = Σ over the rows of partial [P, d]."""
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from . import dispatch, tuning
+from .tiles import BATCH_SIZES
 
 
 @triton.jit
@@ -31,7 +32,7 @@ def _turn(x_ptr, out_ptr, x_offset, out_offset, cos, sin, mask, HALF: tl.constex
     tl.store(out_ptr + out_offset + HALF, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _rotary_kernel(q_ptr, k_ptr, positions_ptr, inv_freq_ptr, q_out_ptr, k_out_ptr, T, Hq, Hk, stride_qt, stride_qh, stride_kt, stride_kh,
                    INVERSE: tl.constexpr, HALF: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
     groups = tl.cdiv(Hq + Hk, BLOCK_H)

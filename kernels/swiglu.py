@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from . import dispatch, tuning
-from .tiles import LOG2_E, contiguous_rows
+from .tiles import BATCH_SIZES, LOG2_E, contiguous_rows
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _locate(R, f, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
     return row, column, (row < R) & (column < f)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _forward_kernel(gate_ptr, up_ptr, out_ptr, R, f, stride_gr, stride_ur, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
     row, column, mask = _locate(R, f, BLOCK_R, BLOCK_F)
     gate = tl.load(gate_ptr + row * stride_gr + column, mask=mask).to(tl.float32)  # [BLOCK_R, BLOCK_F]
@@ -38,7 +38,7 @@ def _forward_kernel(gate_ptr, up_ptr, out_ptr, R, f, stride_gr, stride_ur, BLOCK
     tl.store(out_ptr + row * f + column, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _backward_kernel(grad_ptr, gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, R, f, stride_or, stride_gr, stride_ur, stride_dr,
                      BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
     row, column, mask = _locate(R, f, BLOCK_R, BLOCK_F)

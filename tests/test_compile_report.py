@@ -204,6 +204,51 @@ def test_sizes_of_one():
     assert not result.stdout, result.stdout
 
 
+BATCHES = """
+import sys
+sys.path.insert(0, {folder!r})
+import compile_report, torch
+from miniplm.kernels import dispatch
+from functools import partial
+
+compile_report.resources = lambda *_: {{"broken": []}}  # of no interest here
+V, d = 4096, 256
+
+def examples(make, T, B):
+    ids, statistic = make(T, dtype=torch.int64), partial(make, dtype=torch.float32)
+    rows, wide, weight, norm, cu_seqlens = make(T, d), make(T, 2 * d), make(V, d), make(d), make(B + 1, dtype=torch.int32)
+    q, k = make(T, 4, 64), make(T, 2, 64)
+    return {{
+        "rms_norm": (rows, norm, 1e-6, rows.dtype), "add_rms_norm": (rows, rows, norm, 1e-6, rows.dtype),
+        "rms_norm_backward": (rows, rows, norm, statistic(T, 1), rows, None), "rotary": (q, k, ids, statistic(32), False),
+        "swiglu": (wide, None), "swiglu_backward": (rows, wide, None), "quantize_rows": (rows,),
+        "flash_attention": (q, k, k, cu_seqlens, T, 1.0), "flash_attention_backward": (q, q, k, k, q, statistic(T, 4), cu_seqlens, T, 1.0),
+        "linear_log_prob": (rows, weight, ids, -100, 1), "difference_score": (rows, weight, rows, weight, ids, cu_seqlens),
+        "linear_cross_entropy": (rows, weight, ids, statistic(T), -100, True, True, 60_000_000),
+        "linear_distillation_loss": (rows, weight, rows, weight, ids, 0.5, 1.0, -100, True, True, 60_000_000),
+    }}
+
+assert not set(dispatch.TRITON) - set(examples(compile_report.make, 16, 1)), set(dispatch.TRITON)
+for op in dispatch.TRITON:
+    kernels = set()
+    for T, B in ((4096, 16), (4095, 15), (60_000, 1), (17, 2)):
+        dispatch.EXAMPLES[op] = lambda make, op=op: [examples(make, T, B)[op]]
+        rows = compile_report.compile_op("sm_90", op)
+        assert rows and not any(row["broken"] for row in rows), rows
+        kernels |= {{(row["kernel"], str(row["variant"]), row["hash"]) for row in rows}}
+    print(op, len(kernels), len({{kernel[:2] for kernel in kernels}}))
+"""
+
+
+def test_batches_of_all_sizes_share_kernels():
+    """Another number of tokens or documents compiles nothing anew: training and scoring do not stop for the compiler at an odd batch."""
+    result = subprocess.run([sys.executable, "-c", BATCHES.format(folder=str(REPORT.parent))], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for line in result.stdout.splitlines():
+        _, kernels, variants = line.split()
+        assert int(kernels) == int(variants) > 0, line
+
+
 LAUNCHES = """
 import ctypes, os, sys
 sys.path.insert(0, {folder!r})
