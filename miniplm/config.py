@@ -16,6 +16,10 @@ def _require(holds: bool, rule: str):
         raise ValueError(rule)
 
 
+def _require_trace(profile: Optional[str]):
+    _require(profile is None or profile.endswith((".json", ".json.gz")), f"profile must be a .json or .json.gz file, got {profile}")
+
+
 @dataclass(frozen=True)
 class PrepareConfig:
     """Turn text into a corpus of token chunks."""
@@ -87,9 +91,12 @@ class ScoreConfig:
     when models with heads of unequal height are scored one at a time."""
     trust_remote_code: bool = False
     """Run code that comes with a model. Only for models that you trust."""
+    profile: Optional[str] = None
+    """Write a Chrome trace of three batches near the start to this file (.json or .json.gz)."""
 
     def __post_init__(self):
         _require(bool(self.teacher or self.reference), "give --teacher, --reference, or both")
+        _require_trace(self.profile)
         for name in ("batch_tokens", "shard_rows", "vocab_size"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
@@ -250,6 +257,8 @@ class TrainConfig:
     """Compute dtype; auto: bfloat16 on a GPU, float32 on the CPU. Master weights are float32."""
     peak_tflops: Optional[float] = None
     """The machine's peak for the MFU figure; default: a matrix product measured at the start."""
+    profile: Optional[str] = None
+    """Write a Chrome trace of three steps near the start to this file (.json or .json.gz)."""
 
     def __post_init__(self):
         for name in ("batch_tokens", "eval_interval", "eval_rows", "checkpoint_interval", "keep_checkpoints", "log_interval", "max_skipped_steps"):
@@ -263,6 +272,7 @@ class TrainConfig:
         _require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}")
         _require(bool(self.teacher) or (self.alpha, self.temperature) == (0.5, 1.0), "alpha and temperature have no say without teacher: leave them out")
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require_trace(self.profile)
         _require(self.dtype != "float16", "float16 needs loss scaling, which is not built: use bfloat16 or float32")
 
 

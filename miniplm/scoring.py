@@ -23,6 +23,7 @@ from .model import choose_device, choose_dtype, load_model, model_hash
 from .progress import Progress
 from .storage import Corpus
 from .tokenizer import check_same_tokens, load_tokenizer
+from .trace import check_trace, trace
 
 ROLES = ("teacher", "reference")
 AGREEMENT_ROWS = 1024  # on which float8 is compared
@@ -35,6 +36,7 @@ def score(config: ScoreConfig) -> None:
         UserError: the corpus or a model is missing, incomplete or damaged; a model has another tokenizer or too small a head;
             the output folder holds another run.
     """
+    check_trace(config.profile)
     corpus = Corpus(config.data)
     names = {role: name for role in ROLES if (name := getattr(config, role))}
     tokenizer = load_tokenizer(corpus.tokenizer)
@@ -68,7 +70,7 @@ def score(config: ScoreConfig) -> None:
     positions = corpus.num_tokens - 1
     batches = ((number, batch) for number in todo for batch in pinned(_batches(corpus, shards[number], batch_tokens, config.document_mask), device))
     left = sum(int(positions[shards[number]].sum()) for number in todo)
-    with torch.inference_mode(), Progress("score", int(positions.sum()), done=int(positions.sum()) - left) as progress:
+    with torch.inference_mode(), trace(config.profile) as traced, Progress("score", int(positions.sum()), done=int(positions.sum()) - left) as progress:
         for number, group in groupby(prefetch(batches), key=itemgetter(0)):
             parts = []
             for _, batch in group:
@@ -77,6 +79,7 @@ def score(config: ScoreConfig) -> None:
                 except torch.OutOfMemoryError as error:
                     raise UserError(f"out of GPU memory: lower batch_tokens (now {batch_tokens:,}) for a new output folder") from error
                 progress.update(len(batch.input_ids))
+                traced()
             _write_shard(output / shard_name(number), shards[number], columns, parts)
     figures = _figures(output, len(shards), columns[-1])
     shown = {role: _display_name(names.get(role)) for role in ROLES}

@@ -35,6 +35,7 @@ from .progress import Progress
 from .signals import Interrupted, stop_signals
 from .storage import Corpus
 from .tokenizer import check_same_tokens, load_tokenizer
+from .trace import check_trace, trace
 
 HEAD_TOKENS = 8192
 
@@ -268,7 +269,8 @@ def _loop(config: TrainConfig, setup: _Setup, model, teacher: Teacher | None, op
     micro_batch = config.micro_batch_tokens or _micro_batch_tokens(model, teacher, setup, config.activation_checkpointing)
     batches = prefetch(list(pinned(global_batch(setup.corpus.rows(setup.order.step(step)), eos, micro_batch, config.document_mask), setup.device))
                        for step in range(state.step, steps))
-    with contextlib.closing(batches), Progress("train", steps * config.batch_tokens, done=state.step * config.batch_tokens) as progress:
+    with (contextlib.closing(batches), trace(config.profile) as traced,
+          Progress("train", steps * config.batch_tokens, done=state.step * config.batch_tokens) as progress):
         try:
             while True:
                 # Checkpoint, then line: each checkpoint is that of a step whose line is still to come, whenever it is made.
@@ -302,6 +304,7 @@ def _loop(config: TrainConfig, setup: _Setup, model, teacher: Teacher | None, op
                     _note(f"step {state.step} skipped: loss {loss}, gradient norm {grad_norm}")
                 progress.note(f"loss {loss:.4f}, lr {lr:.2e}")
                 progress.update(config.batch_tokens)
+                traced()
         except Interrupted:
             if saved < state.step:
                 save()
@@ -322,6 +325,7 @@ def _finite(value: float) -> float | None:
 
 
 def _set_up(config: TrainConfig) -> _Setup:
+    check_trace(config.profile)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     corpus = Corpus(config.data)

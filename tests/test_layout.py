@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # module → level; a module imports only from lower levels, so stages never import one another
 LEVELS = {
     "artifacts": 0, "config": 0, "progress": 0, "signals": 0,
-    "hardware": 0, "batches": 1, "storage": 1, "tokenizer": 1, "sources": 1, "checkpoints": 1, "processes": 1, "float8": 1, "demo_text": 2,
+    "hardware": 0, "batches": 1, "storage": 1, "tokenizer": 1, "sources": 1, "checkpoints": 1, "processes": 1, "float8": 1, "trace": 1, "demo_text": 2,
     "data_order": 2, "decoder": 2, "model": 3, "huggingface": 3,
     "corpus": 4, "scoring": 4, "sampling": 4, "training": 4, "evaluation": 4, "generation": 4, "export": 4,
     "pipeline": 5, "cli": 6,

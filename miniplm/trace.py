@@ -1,0 +1,49 @@
+"""A Chrome trace of a few steps of a long run, for `--profile`."""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .artifacts import UserError
+
+FIRST, STEPS = 3, 3  # steps before the trace (compiling, tuning; the profiler's own start), steps in it
+
+
+def check_trace(path: str | None):
+    """UserError if a trace cannot be written to `path`."""
+    if path and not Path(path).resolve().parent.is_dir():
+        raise UserError(f"profile {path}: there is no folder {Path(path).resolve().parent}: make it, or give another file")
+
+
+@contextlib.contextmanager
+def trace(path: str | None):
+    """Yield a function to call after each step. With a path (.json, .json.gz), STEPS steps are traced and written there, and the steps go on."""
+    if not path:
+        yield lambda: None
+        return
+    written = False
+
+    def write(profiler):
+        nonlocal written
+        aside = Path(path).with_name(f".{Path(path).name}")  # its name ends as path's, which decides on the compression
+        try:
+            profiler.export_chrome_trace(str(aside))
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        written = True
+        _note(f"a trace is in {path}: open it in chrome://tracing or ui.perfetto.dev")
+
+    schedule = torch.profiler.schedule(wait=FIRST - 1, warmup=1, active=STEPS, repeat=1)
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=write, acc_events=True) as profiler:
+        yield profiler.step
+    if not written:
+        _note(f"no trace: it begins after {FIRST} steps, and there were not as many")
+
+
+def _note(text: str):
+    tqdm.write(text, file=sys.stderr)  # above the progress bar, if there is one
