@@ -115,6 +115,7 @@ def train_step(model: LanguageModel, optimizer, micro_batches: list[Batch], lr: 
     """One optimiser step on a global batch; the weights stay as they are where the loss or the gradient norm is not finite.
 
     Args:
+        optimizer: that of make_optimizer.
         dtype: of forward and backward; the parameters are float32.
         poll: called between micro-batches; if it raises, the weights stay as they are.
     Returns:
@@ -136,11 +137,12 @@ def train_step(model: LanguageModel, optimizer, micro_batches: list[Batch], lr: 
         losses[0].backward()
         total += losses.detach()
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    grad_norm, loss, *parts = torch.cat([grad_norm[None], total]).tolist()  # the one wait for the device
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    # Where found_inf is 1 the fused step leaves all as it is: the device decides, the host need not wait before it.
+    optimizer.found_inf = (~(total[0].isfinite() & grad_norm.isfinite())).float()
+    optimizer.step()
+    grad_norm, loss, *parts = torch.cat([grad_norm[None], total]).tolist()  # the one wait for the device, with all of the step in its queue
     return loss, grad_norm, *parts
 
 

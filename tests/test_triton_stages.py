@@ -1,6 +1,8 @@
 """Scoring and training on the Triton kernels end in the numbers of the reference: on a GPU, or in Triton's interpreter."""
 
+import contextlib
 import copy
+import warnings
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import LlamaConfig, Qwen3Config
 from miniplm.batches import pack
 from miniplm.config import OptimizerConfig
 from miniplm.decoder import Decoder
+from miniplm.float8 import to_float8
 from miniplm.scoring import score_batch
 from miniplm.training import Teacher, make_optimizer, train_step
 
@@ -58,3 +61,63 @@ def test_training(with_teacher, monkeypatch):
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-4, atol=0)
     difference = (results[1][1] - results[0][1]).norm() / results[0][1].norm()
     assert difference < 1e-4, difference
+
+
+def test_float8_scores(monkeypatch):
+    """Rounded to float8 in the kernel and in the reference; near those without float8 both times."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # which of them torch's scaled product takes
+    plain, results = {"teacher": decoder(Qwen3Config).to(dtype), "reference": decoder(hidden_size=16, num_key_value_heads=2).to(dtype)}, []
+    models = {role: to_float8(copy.deepcopy(model)) for role, model in plain.items()}
+    for choice, scored in (("reference", plain), ("reference", models), ("triton", models)):
+        monkeypatch.setenv("MINIPLM_KERNELS", choice)
+        with torch.inference_mode():
+            results.append(score_batch(scored, batch(False).to(torch.device(DEVICE)), 101)["score"].float())
+    exact, reference, triton = results
+    assert 1e-3 < (reference - exact).norm() / exact.norm() < 0.2
+    assert (triton - reference).norm() < 0.2 * (reference - exact).norm() or DEVICE == "cuda"  # there bfloat16 is as coarse
+    assert (triton - exact).norm() / exact.norm() < 0.2
+
+
+# --- the host does not wait for the GPU ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def waits():
+    """Yield a list of the places at which the host waits for the GPU."""
+    mode, found = torch.cuda.get_sync_debug_mode(), []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    found += [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_a_step_waits_once(with_teacher):
+    """For its loss, at its end, however many micro-batches there are."""
+    model, teacher = decoder(), Teacher(decoder(vocab_size=107).bfloat16().requires_grad_(False).eval(), 0.3, 1.0) if with_teacher else None
+    optimizer, batches = make_optimizer(model, OptimizerConfig()), [batch(False).pin_memory(), batch(True).pin_memory()]
+
+    def step():
+        train_step(model, optimizer, batches, 1e-3, 1.0, torch.bfloat16, teacher=teacher)
+
+    step()  # compiles
+    with waits() as found:
+        step()
+    assert len(found) == 1, found
+
+
+@pytest.mark.gpu
+def test_scoring_does_not_wait():
+    plain = {"teacher": decoder(Qwen3Config, vocab_size=103).bfloat16(), "reference": decoder(hidden_size=16, num_key_value_heads=2).bfloat16()}
+    pinned = batch(False).pin_memory()
+    with torch.inference_mode():
+        for models in (plain, {role: to_float8(copy.deepcopy(model)) for role, model in plain.items()}):
+            score_batch(models, pinned.to(torch.device(DEVICE)), 101)  # compiles
+            with waits() as found:
+                score_batch(models, pinned.to(torch.device(DEVICE)), 101)
+            assert not found, found
