@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU in one command: the kernels' tests, the pipeline's benchmark, the loss curve, every op's benchmark.
+# Everything that wants a GPU in one command: the kernels' tests, the pipeline's benchmark, every op's, launch configurations, the loss curve.
 #
 #     benchmarks/run_all.sh OUT [SECONDS [STEP...]]        PYTHON=python3.12 benchmarks/run_all.sh ... for another Python
 #
@@ -60,6 +60,7 @@ for file in log_prob cross_entropy attention distillation $(cd "$root/benchmarks
     ops+=" $file"
     bench "$file" 50 "$file.py" --quick
 done
+bench tune 120 tune.py
 bench loss-curve 90 pipeline.py train --loss-curve 200
 tests more-tests 120 "not gpu" "$root"/tests/kernels/test_triton_*.py
 

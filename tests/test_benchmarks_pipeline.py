@@ -399,11 +399,11 @@ def run_all(tmp_path, slow, *arguments):
 def test_run_all_goes_on_after_a_failure(tmp_path):
     done, lines = run_all(tmp_path, "nothing is slow")
     benchmarks = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if re.search(r"^def cases\(", path.read_text(), re.MULTILINE)}
-    assert lines.keys() == {"environment", "tests", "train", "score", "loss-curve", "more-tests"} | benchmarks
+    assert lines.keys() == {"environment", "tests", "train", "score", "tune", "loss-curve", "more-tests"} | benchmarks
     assert done.returncode == 1 and {name for name, line in lines.items() if not line.startswith("ok")} == {"score"}
     assert re.fullmatch(r"failed, \d s: score failed", lines["score"])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"summary.txt", *(f"{name}.log" for name in lines)} | {
-        f"{name}.json" for name in {"train", "score", "loss-curve"} | benchmarks}
+        f"{name}.json" for name in {"train", "score", "tune", "loss-curve"} | benchmarks}
     assert done.stdout.index("the tables") < done.stdout.rindex("environment")  # the summary is last
     assert "-m gpu" in (tmp_path / "out" / "tests.log").read_text()
 
