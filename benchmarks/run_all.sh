@@ -23,6 +23,7 @@ ln -s "$root"/miniplm/* "$site/miniplm/"
 ln -s "$root/kernels" "$site/miniplm/kernels"
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 cd "$site" || exit 2
+side_by_side=$("$python" -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2>/dev/null)
 
 step() {  # step NAME LIMIT COMMAND...
     local name=$1 limit=$2 left=$((seconds - SECONDS)) began=$SECONDS status
@@ -46,8 +47,8 @@ bench() {  # bench NAME LIMIT FILE [OPTION...]: its report is NAME.json
     step "$1" "$2" "$python" "$root/benchmarks/$3" --json "$out/$1.json" "${@:4}"
 }
 
-tests() {  # tests NAME LIMIT SELECTION FILES...
-    step "$1" "$2" "$python" -m pytest -q -c "$root/pyproject.toml" -p no:cacheprovider -m "$3" "${@:4}"
+tests() {  # tests NAME LIMIT SELECTION FILES...; side by side where pytest-xdist is there, since most of their time goes into compiling kernels
+    step "$1" "$2" "$python" -m pytest -q -c "$root/pyproject.toml" -p no:cacheprovider $side_by_side -m "$3" "${@:4}"
 }
 
 step environment 40 "$python" -c "import sys; sys.path.insert(0, '$root/benchmarks'); import harness
