@@ -33,6 +33,7 @@ class TrainState:
     losses: list[float] = dataclasses.field(default_factory=list)  # of the steps since the last line of metrics.jsonl
     parts: list[list[float]] = dataclasses.field(default_factory=list)  # [cross-entropy, KL divergence] of those steps, with a teacher
     line_step: int = 0  # the step of that line
+    micro_batch_tokens: int | None = None  # chosen by memory: a continued run adds up in the same order
 
 
 def checkpoint_folder(output, step: int) -> Path:

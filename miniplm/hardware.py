@@ -5,7 +5,7 @@ import time
 
 import torch
 
-STEP, MOST = 1024, 65_536
+LEAST, MOST = 1024, 65_536  # tokens of a micro-batch
 
 
 def peak_flops(device: torch.device) -> float:
@@ -45,4 +45,4 @@ def micro_batch_tokens(model, free: int, itemsize: int, head_bytes: int, checkpo
         per_token = activation_bytes(model.config, itemsize, checkpointing)
     except AttributeError:
         per_token = 64 * 24 * itemsize * model.head_weight.shape[1]
-    return min(MOST, max(STEP, int(free / per_token) // STEP * STEP))
+    return min(MOST, max(LEAST, int(free / per_token) // LEAST * LEAST))

@@ -28,7 +28,7 @@ from .checkpoints import Metrics, TrainState, checkpoint_folder, find_checkpoint
 from .config import OptimizerConfig, TrainConfig
 from .data_order import DataOrder, global_batch
 from .decoder import Decoder, LanguageModel, student_config, unsupported
-from .hardware import micro_batch_tokens, peak_flops
+from .hardware import LEAST, micro_batch_tokens, peak_flops
 from .kernels import linear_cross_entropy, linear_distillation_loss
 from .model import Adapter, choose_device, choose_dtype, load_model, model_hash
 from .progress import Progress
@@ -268,11 +268,13 @@ def _loop(config: TrainConfig, setup: _Setup, model, teacher: Teacher | None, op
         metrics.write(line)
         state.losses, state.parts, state.line_step, reported = [], [], state.step, len(spans)
 
-    micro_batch = config.micro_batch_tokens or _micro_batch_tokens(model, teacher, setup, config.activation_checkpointing)
-    batches = prefetch(list(pinned(global_batch(setup.corpus.rows(setup.order.step(step)), eos, micro_batch, config.document_mask), setup.device))
-                       for step in range(state.step, steps))
-    with (contextlib.closing(batches), trace(config.profile) as traced,
-          Progress("train", steps * config.batch_tokens, done=state.step * config.batch_tokens) as progress):
+    def batches_of(micro_batch: int):
+        state.micro_batch_tokens = None if config.micro_batch_tokens else micro_batch
+        return prefetch(list(pinned(global_batch(setup.corpus.rows(setup.order.step(step)), eos, micro_batch, config.document_mask), setup.device))
+                        for step in range(state.step, steps))
+
+    batches = batches_of(config.micro_batch_tokens or state.micro_batch_tokens or _micro_batch_tokens(model, teacher, setup, config))
+    with (trace(config.profile) as traced, Progress("train", steps * config.batch_tokens, done=state.step * config.batch_tokens) as progress):
         try:
             while True:
                 # Checkpoint, then line: each checkpoint is that of a step whose line is still to come, whenever it is made.
@@ -292,8 +294,20 @@ def _loop(config: TrainConfig, setup: _Setup, model, teacher: Teacher | None, op
                 poll()
                 start = time.perf_counter()
                 micro_batches, lr = next(batches), learning_rate(state.step + 1, steps, config.optimizer)
-                loss, grad_norm, *parts = train_step(model, optimizer, micro_batches, lr, config.optimizer.max_grad_norm, setup.dtype,
-                                                     poll, teacher)
+                try:
+                    loss, grad_norm, *parts = train_step(model, optimizer, micro_batches, lr, config.optimizer.max_grad_norm, setup.dtype, poll, teacher)
+                except torch.OutOfMemoryError:
+                    if (smaller := (state.micro_batch_tokens or 0) // 2) < LEAST:
+                        raise
+                else:
+                    smaller = None
+                if smaller:  # the estimate was wrong; the error, which holds on to memory, is gone by now
+                    _note(f"out of GPU memory: micro-batches of {smaller:,} tokens from here on")
+                    batches.close()
+                    optimizer.zero_grad()
+                    torch.cuda.empty_cache()
+                    batches = batches_of(smaller)
+                    continue
                 tokens = sum(len(batch.targets) for batch in micro_batches)
                 spans.append((time.perf_counter() - start, tokens))
                 state.step, state.tokens, state.grad_norm = state.step + 1, state.tokens + tokens, _finite(grad_norm)
@@ -312,6 +326,8 @@ def _loop(config: TrainConfig, setup: _Setup, model, teacher: Teacher | None, op
                 save()
             _note(f"stopped at step {state.step:,}: the same command continues")
             raise
+        finally:
+            batches.close()
 
 
 def _note(text: str):
@@ -395,11 +411,11 @@ def _initial_model(config: TrainConfig, setup: _Setup) -> LanguageModel:
         return Adapter(AutoModelForCausalLM.from_config(setup.architecture, dtype=torch.float32), config.model_config).to(setup.device)
 
 
-def _micro_batch_tokens(model: LanguageModel, teacher: Teacher | None, setup: _Setup, checkpointing: bool) -> int:
+def _micro_batch_tokens(model: LanguageModel, teacher: Teacher | None, setup: _Setup, config: TrainConfig) -> int:
     if setup.device.type == "cpu":
         return 4_096
     head_bytes = (1 + bool(teacher)) * HEAD_TOKENS * len(model.head_weight) * setup.dtype.itemsize
-    tokens = micro_batch_tokens(model, torch.cuda.mem_get_info(setup.device)[0], setup.dtype.itemsize, head_bytes, checkpointing)
+    tokens = micro_batch_tokens(model, torch.cuda.mem_get_info(setup.device)[0], setup.dtype.itemsize, head_bytes, config.activation_checkpointing)
     _note(f"micro-batches of {tokens:,} tokens, by the free memory")
     return tokens
 

@@ -139,3 +139,28 @@ def test_out_of_memory_is_one_line(tiny_corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "train_step", fail)
     with pytest.raises(UserError, match=r"^out of GPU memory: lower micro_batch_tokens \(now 70\), or set activation_checkpointing; the run continues"):
         train(make_config(tiny_corpus, tmp_path / "run"))
+
+
+def test_micro_batches_shrink_until_they_fit(tiny_corpus, tmp_path, monkeypatch, capsys):
+    """Where their size is the program's choice and memory does not do; in the end the run is as one with that size. A stopped run goes on with it."""
+    config = replace(make_config(tiny_corpus, tmp_path / "run"), micro_batch_tokens=None, batch_tokens=4000, steps=8)
+    original, sizes = training.summed_loss, []
+
+    def small_memory(model, batch, dtype):
+        sizes.append(len(batch.input_ids))
+        if len(batch.input_ids) > 1100 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return original(model, batch, dtype)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "summed_loss", small_memory)
+        stop_after(config, 5, monkeypatch)
+        notes = [line for line in capsys.readouterr().err.splitlines() if "out of GPU memory" in line]
+        assert notes == [f"out of GPU memory: micro-batches of {size:,} tokens from here on" for size in (2048, 1024)]
+        tried = len(sizes)
+        train(config)
+    assert "out of GPU memory" not in capsys.readouterr().err and max(sizes[tried:]) <= 1100 < max(sizes)
+    train(replace(config, output=str(tmp_path / "whole"), micro_batch_tokens=1024))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    weights = [next((tmp_path / name / "checkpoints").glob("step-*08/model.safetensors")).read_bytes() for name in ("run", "whole")]
+    assert weights[0] == weights[1]
