@@ -40,7 +40,7 @@ def load_values(values, row, column, stride, BLOCK: tl.constexpr, DESCRIPTORS: t
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def _query_kernel(q, q_rest, k, k_rest, v, v_rest, grad, grad_rest, out, out_rest, dq_ptr, lse_ptr, values_ptr, cu_seqlens_ptr, B, Hq, scale,
+def _query_kernel(q, q_rest, k, k_rest, v, v_rest, grad, grad_rest, out, dq_ptr, lse_ptr, values_ptr, cu_seqlens_ptr, B, Hq, scale,
                   scale_log2, stride_values, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh, stride_ot,
                   stride_oh, GROUP: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr,
                   BLOCK_N: tl.constexpr):
@@ -50,13 +50,14 @@ def _query_kernel(q, q_rest, k, k_rest, v, v_rest, grad, grad_rest, out, out_res
         return
     queries = row + tl.arange(0, BLOCK_M)
     inside = queries < end - start
+    # Through pointers, and first: a descriptor's load outside a loop is waited for before the next one begins.
+    lse = tl.load(lse_ptr + (start + queries).to(tl.int64) * Hq + head, mask=inside, other=0.0) * LOG2_E
+    out_tile = load_head((out, None), start + row, end, head, stride_ot, stride_oh, BLOCK_M, D, PARTS, False, False)
     q_tile = load_head((q, q_rest), start + row, end, head, stride_qt, stride_qh, BLOCK_M, D, PARTS, DESCRIPTORS, False)  # [BLOCK_M, D]
     grad_tile = load_head((grad, grad_rest), start + row, end, head, stride_gt, stride_gh, BLOCK_M, D, PARTS, DESCRIPTORS, False)
-    out_tile = load_head((out, out_rest), start + row, end, head, stride_ot, stride_oh, BLOCK_M, D, PARTS, DESCRIPTORS, False)
     delta = tl.zeros([BLOCK_M], tl.float32)
     for i in tl.static_range(len(PARTS)):
         delta += tl.sum(grad_tile[i].to(tl.float32) * out_tile[i].to(tl.float32), 1)
-    lse = tl.load(lse_ptr + (start + queries).to(tl.int64) * Hq + head, mask=inside, other=0.0) * LOG2_E
     values_ptr += head.to(tl.int64) * stride_values + aligned(start, document) + queries
     tl.store(values_ptr, lse, mask=inside)
     tl.store(values_ptr + tl.cast(Hq, tl.int64) * stride_values, delta, mask=inside)
@@ -132,21 +133,21 @@ def flash_attention_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, sc
     (T, Hq, dim), Hk, B = q.shape, k.shape[1], len(cu_seqlens) - 1
     grad, q, k, v, out = (padded(x) for x in (grad, q, k, v, out))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    lse, cu_seqlens, descriptors = lse.contiguous(), cu_seqlens.contiguous(), describable(tuning.target(q.device), grad, q, k, v, out)
+    lse, cu_seqlens, descriptors = lse.contiguous(), cu_seqlens.contiguous(), describable(tuning.target(q.device), grad, q, k, v)
     width = (T // 16 + B + 16) * 16  # every document from a multiple of 16 on, and a tile beyond the last
     values = lse.new_empty(2 * Hq, width)  # of each head lse in base 2, then of each head Δ
     bucket = {"dim": q.shape[2], "itemsize": q.itemsize, "descriptors": descriptors}
 
     def split(config, *tensors):
-        """(the kernel's arguments for q, k, v, grad and, for dq, out; its last ones)."""
+        """(the kernel's arguments for q, k, v and grad; its last ones, with the strides of all tensors)."""
         M, N = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
-        tiles = [part for x, block in zip(tensors, (M, N, N, M, M), strict=False) for part in arguments(block, descriptors, x)]
+        tiles = [part for x, block in zip(tensors, (M, N, N, M), strict=False) for part in arguments(block, descriptors, x)]
         strides = [stride for x in tensors for stride in x.stride()[:2]]
         return tiles, (cu_seqlens, B, Hq, scale, scale * LOG2_E.value, width, *strides, Hq // Hk, q.shape[2], parts_of(q.shape[2]), descriptors)
 
     def query_pass(config):
         tiles, others = split(config, q, k, v, grad, out)
-        _query_kernel[((T // config.blocks["BLOCK_M"] + B) * Hq,)](*tiles, dq, lse, values, *others, **config.options)
+        _query_kernel[((T // config.blocks["BLOCK_M"] + B) * Hq,)](*tiles, out, dq, lse, values, *others, **config.options)
 
     def key_pass(config):
         tiles, others = split(config, q, k, v, grad)

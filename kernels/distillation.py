@@ -27,18 +27,19 @@ import torch
 import triton
 import triton.language as tl
 
-from . import dispatch, tuning
+from . import dispatch, reference, tuning
 from .cross_entropy import UNIT_FP16, add_product, chunk_tokens, guarded_exponentials, product
 from .reference import IGNORE_INDEX
-from .tiles import BATCH_SIZES, LN_2, LOG2_E, contiguous_rows, dot_step
+from .tiles import BATCH_SIZES, LN_2, LOG2_E, contiguous_rows, dot_step, log2_of_16_bits
 
 TINY = tl.constexpr(1.2e-38)  # the smallest normal number: an E below has underflowed
-LOST = tl.constexpr(1e-8)  # share of the teacher's probability on what underflowed from which on KL is computed anew
+LOST, LOST_16 = tl.constexpr(1e-8), tl.constexpr(1e-6)  # share of the teacher's probability on what underflowed from which on KL is computed anew
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def _combine_kernel(e_ptr, teacher_ptr, total_ptr, teacher_total_ptr, logit_ptr, offset_ptr, targets_ptr, ce_ptr, kl_ptr, flag_ptr, V, stride_et,
-                    stride_target, ignore_index, alpha, temperature, unit, TEMPERED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr):
+                    stride_target, ignore_index, alpha, temperature, unit, TEMPERED: tl.constexpr, GRADIENT: tl.constexpr, NATIVE_LOG: tl.constexpr,
+                    BLOCK_V: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + t * stride_target)
     e_ptr += t * stride_et
@@ -52,15 +53,16 @@ def _combine_kernel(e_ptr, teacher_ptr, total_ptr, teacher_total_ptr, logit_ptr,
         tl.store(kl_ptr + t, 0.0)
     else:
         total, teacher_total = tl.load(total_ptr + t), tl.load(teacher_total_ptr + t)  # S and S', times unit
-        p_total = total / unit
+        one = 1 / unit  # a power of two
+        p_total = total * one
         if TEMPERED:
             sums = tl.zeros([BLOCK_V], tl.float32)
             for v in range(0, V, BLOCK_V):
                 c = v + tl.arange(0, BLOCK_V)
-                sums += _power(tl.load(e_ptr + c, mask=c < V, other=0.0).to(tl.float32) / unit, temperature)
+                sums += _power(tl.load(e_ptr + c, mask=c < V, other=0.0).to(tl.float32) * one, temperature, NATIVE_LOG)
             p_total = tl.sum(sums)
         inside = (target >= 0) & (target < V)
-        e_target = tl.load(e_ptr + target, mask=inside, other=0.0).to(tl.float32) / unit
+        e_target = tl.load(e_ptr + target, mask=inside, other=0.0).to(tl.float32) * one
         tl.debug_barrier()  # it is overwritten below
 
         divergence, lost = tl.zeros([BLOCK_V], tl.float32), tl.zeros([BLOCK_V], tl.float32)
@@ -69,13 +71,14 @@ def _combine_kernel(e_ptr, teacher_ptr, total_ptr, teacher_total_ptr, logit_ptr,
             c = v + tl.arange(0, BLOCK_V)
             e = tl.load(e_ptr + c, mask=c < V, other=1.0).to(tl.float32)
             e_teacher = tl.load(teacher_ptr + c, mask=c < V, other=0.0).to(tl.float32)
-            divergence += e_teacher * (tl.log2(tl.where(e_teacher < TINY, TINY, e_teacher)) - tl.log2(tl.where(e < TINY, TINY, e)))
+            log_teacher = log2_of_16_bits(tl.where(e_teacher < TINY, TINY, e_teacher), NATIVE_LOG)
+            divergence += e_teacher * (log_teacher - log2_of_16_bits(tl.where(e < TINY, TINY, e), NATIVE_LOG))
             lost += tl.where(e < TINY, e_teacher, 0.0)
             if GRADIENT:
-                p = _power(e / unit, temperature) if TEMPERED else e / unit
+                p = _power(e * one, temperature, NATIVE_LOG) if TEMPERED else e * one
                 gradient = p_scale * p + q_scale * e - r_scale * e_teacher - tl.where(c == target, (1 - alpha) * unit, 0.0)
                 tl.store(e_ptr + c, gradient.to(e_ptr.dtype.element_ty), mask=c < V)
-        if tl.sum(lost) > LOST * teacher_total:
+        if tl.sum(lost) > (LOST if e_ptr.dtype.element_ty == tl.float32 else LOST_16) * teacher_total:
             tl.store(flag_ptr, 1)  # whoever does it, writes the same
         logit, offset = tl.load(logit_ptr + t), tl.load(offset_ptr + t) + temperature * tl.log2(unit) * LN_2
         ce = offset - logit + tl.log2(p_total) * LN_2
@@ -114,8 +117,8 @@ def _divergence_kernel(x, w, teacher_x, teacher_w, total_ptr, offset_ptr, teache
 
 
 @triton.jit
-def _power(x, exponent):
-    return tl.where(x > 0, tl.exp2(exponent * tl.log2(x)), x)
+def _power(x, exponent, NATIVE_LOG: tl.constexpr):
+    return tl.where(x > 0, tl.exp2(exponent * log2_of_16_bits(x, NATIVE_LOG)), x)
 
 
 def _recompute_divergence(hidden, heads, statistics, targets, kl, flag, ignore_index, temperature):
@@ -143,6 +146,9 @@ def _examples(make):
 @dispatch.triton("linear_distillation_loss", _examples)
 def linear_distillation_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, targets, alpha, temperature, ignore_index, need_hidden,
                              need_weight, budget):
+    if student_hidden.dtype == torch.float16 and temperature < 1:  # E at such a temperature has too few exponents left for p = E^temperature
+        return reference.linear_distillation_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, targets, alpha, temperature,
+                                                  ignore_index, need_hidden, need_weight, budget)
     (T, d), V, dtype = student_hidden.shape, min(len(student_weight), len(teacher_weight)), student_hidden.dtype
     heads = contiguous_rows(student_weight[:V]), contiguous_rows(teacher_weight[:V])
     grad_hidden = student_hidden.new_empty(T, d) if need_hidden else student_hidden.new_empty(0)
@@ -150,6 +156,7 @@ def linear_distillation_loss(student_hidden, student_weight, teacher_hidden, tea
     losses = [student_hidden.new_empty(T, dtype=torch.float32) for _ in range(2)]
     counts = targets != ignore_index
     unit, count = UNIT_FP16 if dtype == torch.float16 else 1.0, counts.sum().clamp(min=1)
+    native_log = tuning.target(student_hidden.device).backend == "cuda" and dtype.itemsize == 2
     width = triton.cdiv(V, 64) * 64
     size = chunk_tokens(T, 2 * width * student_hidden.itemsize, budget) if T else 1
     memory = student_hidden.new_empty(2, min(size, T), width)
@@ -166,7 +173,8 @@ def linear_distillation_loss(student_hidden, student_weight, teacher_hidden, tea
         ce, kl = (x[chunk] for x in losses)
         flag = e.new_zeros(1, dtype=torch.int32)
         _combine_kernel[(len(e),)](e, teacher_e, total, teacher_total, logit, offset, y, ce, kl, flag, V, e.stride(0), y.stride(0), ignore_index, alpha,
-                                   temperature, unit, TEMPERED=temperature != 1, GRADIENT=need_hidden or need_weight, BLOCK_V=2048, num_warps=8)
+                                   temperature, unit, TEMPERED=temperature != 1, GRADIENT=need_hidden or need_weight, NATIVE_LOG=native_log, BLOCK_V=2048,
+                                   num_warps=8)
         _recompute_divergence([x[chunk] for x in hidden], heads, (total, offset, teacher_total, teacher_offset), y, kl, flag, ignore_index, temperature)
         if need_hidden:
             grad_hidden[chunk] = product(e, heads[0]) / (unit * count)

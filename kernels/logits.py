@@ -13,6 +13,7 @@ _target_logit_kernel computes x[t] · W[target_t], a gather and a dot.
 FLOPs 2·T·V·d. Bytes: W about once, x once per split (from the L2 cache), 8·T·splits for the results, and 2·T·V for E.
 """
 
+import functools
 import math
 
 import torch
@@ -100,7 +101,7 @@ def _target_logit_kernel(x_ptr, w_ptr, targets_ptr, out_ptr, T, V, d, stride_xt,
                          BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     r = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     target = tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < T, other=ignore_index)
-    inside = (target >= 0) & (target < V)
+    inside = (r < T) & (target >= 0) & (target < V)  # beyond the last row stands ignore_index, which may be an id
     x_row = x_ptr + r.to(tl.int64)[:, None] * stride_xt
     w_row = w_ptr + tl.where(inside, target, 0)[:, None] * stride_wv
     logit = tl.zeros([BLOCK_T], tl.float32)
@@ -112,6 +113,7 @@ def _target_logit_kernel(x_ptr, w_ptr, targets_ptr, out_ptr, T, V, d, stride_xt,
     tl.store(out_ptr + r, tl.where(inside | (target == ignore_index), logit, float("nan")), mask=r < T)
 
 
+@functools.lru_cache
 def tiles_per_split(tiles: int, blocks_t: int, programs: int) -> int:
     """How many tiles of the vocabulary an item takes: few enough that the items divide evenly among the programs and that a split's
     part of W stays in the L2 cache, many enough that its partial results (taken as a fifteenth of a tile's work) cost little."""

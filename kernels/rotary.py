@@ -47,10 +47,10 @@ def _rotary_kernel(q_ptr, k_ptr, positions_ptr, inv_freq_ptr, q_out_ptr, k_out_p
     first = tl.program_id(0) % groups * BLOCK_H
     for head in range(first, tl.minimum(first + BLOCK_H, Hq + Hk)):
         if head < Hq:
-            _turn(q_ptr, q_out_ptr, token * stride_qt + head * stride_qh + i, (token * Hq + head) * (2 * HALF) + i, cos, sin, mask, HALF)
+            _turn(q_ptr, q_out_ptr, token * stride_qt + tl.cast(head, tl.int64) * stride_qh + i, (token * Hq + head) * (2 * HALF) + i, cos, sin, mask, HALF)
         else:
             h = head - Hq
-            _turn(k_ptr, k_out_ptr, token * stride_kt + h * stride_kh + i, (token * Hk + h) * (2 * HALF) + i, cos, sin, mask, HALF)
+            _turn(k_ptr, k_out_ptr, token * stride_kt + tl.cast(h, tl.int64) * stride_kh + i, (token * Hk + h) * (2 * HALF) + i, cos, sin, mask, HALF)
 
 
 def _contiguous_heads(x: torch.Tensor) -> torch.Tensor:

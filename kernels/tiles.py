@@ -69,7 +69,8 @@ def add_to_logsumexp(logits, largest, total):
     """(largest, total) of rows after the logits [BLOCK_T, BLOCK_V]: their maximum m, and Σ exp(z − m)."""
     new = tl.maximum(largest, tl.max(logits, 1))
     scaled = new * LOG2_E
-    total = total * tl.exp2(largest * LOG2_E - scaled) + tl.sum(tl.exp2(logits * LOG2_E - scaled[:, None]), 1)
+    # The difference first: largest * LOG2_E - scaled becomes one operation with one rounding on a GPU, and is not 0 where the maximum stays.
+    total = total * tl.exp2((largest - new) * LOG2_E) + tl.sum(tl.exp2(logits * LOG2_E - scaled[:, None]), 1)
     return new, total
 
 
@@ -87,6 +88,16 @@ def combine_logsumexp(max_ptr, sum_ptr, r, T, splits, MAXIMUM: tl.constexpr = Fa
         total = total * tl.exp2((largest - new) * LOG2_E) + s * tl.exp2((m - new) * LOG2_E)
         largest = new
     return largest if MAXIMUM else largest + tl.log2(total) * LN_2
+
+
+@triton.jit
+def log2_of_16_bits(x, NATIVE: tl.constexpr):
+    """log2 x for x that was rounded to 16 bits: with NVIDIA's own instruction (relative error 2^-22) where NATIVE, twenty instructions else."""
+    if NATIVE:
+        result = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        result = tl.log2(x)
+    return result
 
 
 @triton.jit

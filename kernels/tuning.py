@@ -107,7 +107,8 @@ def _logits(where: Target, itemsize: int, descriptors: bool, conditional: bool =
 def _exponentials(where: Target, itemsize: int, descriptors: bool, conditional: bool = False) -> list[Config]:
     """As _logits, with a tile of the result in shared memory on its way out."""
     if descriptors and where.backend == "cuda" and itemsize == 2:
-        found = [Config({"BLOCK_T": 128, "BLOCK_V": 256, "BLOCK_D": 64}, 8, 3), Config({"BLOCK_T": 128, "BLOCK_V": 128, "BLOCK_D": 64}, 8, 4)]
+        tiles = {"BLOCK_T": 128, "BLOCK_V": 128, "BLOCK_D": 64}
+        found = [Config({**tiles, "BLOCK_V": 256}, 8, 3), Config(tiles, 8, 4), Config(tiles, 4, 2, 2)]
         return found[:1] if conditional else found
     return _logits(where, itemsize, descriptors, conditional)
 
@@ -130,12 +131,12 @@ def _attention(where: Target, dim: int, itemsize: int, descriptors: bool) -> lis
     if not descriptors:
         return [_queries_and_keys(128, 64, 8, 2), _queries_and_keys(64, 64, 4, 2)]
     if dim > 96:
-        return [_queries_and_keys(128, 128, 8, 2), _queries_and_keys(128, 64, 8, 3)]
+        return [_queries_and_keys(128, 128, 8, 3), _queries_and_keys(128, 128, 8, 2), _queries_and_keys(128, 64, 8, 3)]
     return [_queries_and_keys(128, 64, 8, 3), _queries_and_keys(128, 128, 8, 2)] + [_queries_and_keys(64, 64, 4, 3)] * (dim > 32)
 
 
 def _attention_dq(where: Target, dim: int, itemsize: int, descriptors: bool) -> list[Config]:
-    """As _attention, with two tiles of scores in registers."""
+    """As _attention, with two tiles of scores in registers. Of two stages the second is loaded only after the first is used up: the loop waits for it."""
     if where.backend == "cpu":
         return [_queries_and_keys(32, 32, 4, 1)]
     if itemsize == 4:
@@ -144,7 +145,7 @@ def _attention_dq(where: Target, dim: int, itemsize: int, descriptors: bool) -> 
         return [_queries_and_keys(64, 32, 8, 1)]
     if not descriptors:
         return [_queries_and_keys(128, 32, 8, 1), _queries_and_keys(64, 32, 4, 1)]
-    return [_queries_and_keys(128, 64, 8, 2)] + [_queries_and_keys(128, 128, 8, 2)] * (dim <= 64)
+    return [_queries_and_keys(128, 64, 8, 3), _queries_and_keys(128, 64, 8, 2)] + [_queries_and_keys(128, 128, 8, 2)] * (dim <= 64)
 
 
 def _attention_dkdv(where: Target, dim: int, itemsize: int, descriptors: bool, grouped: bool) -> list[Config]:
@@ -158,7 +159,7 @@ def _attention_dkdv(where: Target, dim: int, itemsize: int, descriptors: bool, g
     if not descriptors:
         return [_queries_and_keys(64, 64, 4, 1) if dim <= 64 else _queries_and_keys(16, 64, 4, 1) if dim <= 96 else _queries_and_keys(32, 64, 8, 1)]
     queries = 32 if grouped and dim > 96 else 64
-    return [_queries_and_keys(queries, 128, 8, 2), _queries_and_keys(queries, 64, 4, 2)]
+    return [_queries_and_keys(queries, 128, 8, 3), _queries_and_keys(queries, 128, 8, 2), _queries_and_keys(queries, 64, 4, 2)]
 
 
 def _whole_rows(elements, width):

@@ -256,8 +256,8 @@ def test_equal_scores(device):
     """Where all keys are alike, the output is the mean of the values so far."""
     q, k, v = random_inputs(device, 75, 2, 1, 16, torch.float32)
     out = flash_attention(q, k[:1].expand_as(k), v, bounds([35, 40], device), 40)
-    mean = torch.cat([x.cumsum(0) / torch.arange(1, len(x) + 1, device=device)[:, None, None] for x in v.split([35, 40])])
-    torch.testing.assert_close(out, mean.expand_as(out))
+    mean = torch.cat([x.cumsum(0) / torch.arange(1, len(x) + 1)[:, None, None] for x in v.cpu().split([35, 40])])  # on a GPU not deterministic
+    torch.testing.assert_close(out.cpu(), mean.expand_as(out))
 
 
 def test_log_sum_exp(device):

@@ -66,8 +66,11 @@ def test_layouts(device):
     assert torch.equal(call(same, k)[0], call(same.contiguous(), k)[0])
 
 
-def test_offsets_beyond_int32(far_apart, device):
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_offsets_beyond_int32(heads_first, far_apart, device):
     q, k = far_apart(3, 32).unflatten(1, (2, 16)), far_apart(3, 16)[:, None]
+    if heads_first:  # the heads are far apart instead of the tokens
+        q, k = far_apart(3, 3 * 16).unflatten(1, (3, 16)).transpose(0, 1), far_apart(3, 3 * 16).unflatten(1, (3, 16)).transpose(0, 1)
     positions, inv_freq = torch.arange(3, device=device), torch.rand(8, device=device)
     for one, two in zip(apply_rotary(q, k, positions, inv_freq), apply_rotary(q.contiguous(), k.contiguous(), positions, inv_freq), strict=True):
         assert torch.equal(one, two)
