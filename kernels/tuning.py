@@ -125,7 +125,7 @@ def _attention(where: Target, dim: int, itemsize: int, descriptors: bool) -> lis
     if itemsize == 4:  # no matrix unit computes exact float32 products, and the others' operands fill the registers
         return [_queries_and_keys(32, 32, 8, 1) if dim <= 64 else _queries_and_keys(16, 16, 8, 1)]
     if dim > 128:
-        return [_queries_and_keys(64, 32, 8, 1)]
+        return [_queries_and_keys(64, 64 if descriptors else 32, 8, 1)]
     if where.backend == "hip":
         return [_queries_and_keys(128, 64, 4, 1), _queries_and_keys(128, 32, 4, 1)]
     if not descriptors:
@@ -155,7 +155,7 @@ def _attention_dkdv(where: Target, dim: int, itemsize: int, descriptors: bool, g
     if itemsize == 4:
         return [_queries_and_keys(16, 16, 8 if descriptors else 4, 1)]
     if dim > 128:
-        return [_queries_and_keys(32, 32, 8, 1)]
+        return [_queries_and_keys(32, 64 if descriptors else 32, 8, 1)]
     if not descriptors:
         return [_queries_and_keys(64, 64, 4, 1) if dim <= 64 else _queries_and_keys(16, 64, 4, 1) if dim <= 96 else _queries_and_keys(32, 64, 8, 1)]
     queries = 32 if grouped and dim > 96 else 64
