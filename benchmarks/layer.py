@@ -4,7 +4,8 @@
     eager, compile             Qwen2DecoderLayer on [B, 1,024] with SDPA attention
 
 The weights are in the dtype of the run; the backward pass gives the gradients of the input and of all parameters. FLOPs: the matrix products, and of
-attention the pairs that are causal; percentages are of the bare GEMM's rate. The output is compared with float64 over the first two documents.
+attention the pairs that are causal; percentages are of the bare GEMM's rate. Output and gradient of the input are compared with float64 over the
+first two documents.
 """
 
 import torch
@@ -30,7 +31,8 @@ def cases(shape, device, dtype):
     x, grad = (torch.randn(documents * length, d, device=device, dtype=dtype) for _ in range(2))
     cu_seqlens = torch.arange(0, len(x) + 1, length, device=device, dtype=torch.int32)
     positions = torch.arange(len(x), device=device) % length
-    tables = Qwen2RotaryEmbedding(config).to(device)(x, positions[None, :length])
+    rotary = Qwen2RotaryEmbedding(config).to(device)
+    tables = rotary(x, positions[None, :length])
 
     def ours(x):
         hidden, residual = layer(x, None, positions, model.inv_freq, cu_seqlens, length)
@@ -39,11 +41,15 @@ def cases(shape, device, dtype):
     def plain(x, module=theirs, tables=tables):
         return module(x.view(-1, length, d), position_embeddings=tables).view(-1, d)
 
-    with torch.no_grad():
-        exact_layer = Qwen2DecoderLayer(config, 0).to(device, torch.float64)
-        exact_layer.load_state_dict(theirs.state_dict())
-        truth = plain(x[: 2 * length].double(), exact_layer, [table.double() for table in tables])
-        del exact_layer
+    exact_layer = Qwen2DecoderLayer(config, 0).to(device, torch.float64)
+    exact_layer.load_state_dict(theirs.state_dict())
+    start = x[: 2 * length].double().requires_grad_()
+    output = plain(start, exact_layer, [table.double() for table in rotary(x.float(), positions[None, :length])])
+    truth = {"output": output.detach(), "input gradient": torch.autograd.grad(output, start, grad[: 2 * length].double())[0]}
+    del exact_layer, output
+
+    def errors(results):
+        return {key: relative_error(found[: 2 * length], exact) for found, (key, exact) in zip(results, truth.items(), strict=False)}
 
     def contender(function, module, compiled, gradients):
         def prepare():
@@ -67,7 +73,7 @@ def cases(shape, device, dtype):
     for name, gradients in (("forward", False), ("both", True)):
         contenders = {key: contender(function, module, compiled, gradients) for key, function, module, compiled in (
             ("miniplm", ours, layer, False), ("miniplm-compile", ours, layer, True), ("eager", plain, theirs, False), ("compile", plain, theirs, True))}
-        yield Case(name, contenders, flops=flops * (3 if gradients else 1), errors=lambda out: {"output": relative_error(out[0][: 2 * length], truth)})
+        yield Case(name, contenders, flops=flops * (3 if gradients else 1), errors=errors)
 
 
 if __name__ == "__main__":

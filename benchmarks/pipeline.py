@@ -41,7 +41,7 @@ import workload
 from workload import EOS, OPTIMIZER, Contender, Job
 
 from miniplm import scoring, training
-from miniplm.batches import Batch, pack, prefetch, split_by_tokens
+from miniplm.batches import Batch, pack, pinned, prefetch, split_by_tokens
 from miniplm.config import OptimizerConfig
 from miniplm.data_order import global_batch
 from miniplm.decoder import Decoder
@@ -65,7 +65,7 @@ FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
 @contextlib.contextmanager
 def ours(job: Job, rows: int, prepare=lambda model: model):
     """prepare: makes of each model what is run."""
-    models = []
+    models, device = [], torch.device(job.device)
     for config, state in zip(job.configs, job.states, strict=True):
         with torch.device(job.device):
             models.append(Decoder(config).to(job.device, torch.float32 if job.trains else job.dtype).eval())
@@ -77,7 +77,7 @@ def ours(job: Job, rows: int, prepare=lambda model: model):
 
         def score(chunks):
             groups = split_by_tokens([len(chunk) for chunk in chunks], rows * job.length)
-            with torch.inference_mode(), contextlib.closing(prefetch(pack(chunks[group], EOS) for group in groups)) as batches:
+            with torch.inference_mode(), contextlib.closing(prefetch(pinned((pack(chunks[group], EOS) for group in groups), device))) as batches:
                 found = [scoring.score_batch(named, workload.next_batch(batches).to(job.device), job.configs[0].vocab_size)["score"] for _ in groups]
                 return torch.cat(found).cpu()
 
@@ -86,7 +86,7 @@ def ours(job: Job, rows: int, prepare=lambda model: model):
     optimizer = training.make_optimizer(models[0], OPTIMIZER)
 
     def train(steps, rates):
-        with contextlib.closing(prefetch(global_batch(chunks, EOS, rows * job.length) for chunks in steps)) as batches:
+        with contextlib.closing(prefetch(list(pinned(global_batch(chunks, EOS, rows * job.length), device)) for chunks in steps)) as batches:
             return [training.train_step(models[0], optimizer, workload.next_batch(batches), rate, OPTIMIZER.max_grad_norm, job.dtype)[0]
                     for rate in rates]
 

@@ -6,6 +6,7 @@
 # The most important comes first; each step has a time limit, and all end within SECONDS (default 520). A step's output goes to OUT/STEP.log
 # as it comes, its figures to OUT/STEP.json after each contender, and one line on it to OUT/summary.txt: nothing is lost if the run is cut. A step that
 # fails, or is cut at its limit, stops no other. STEP...: these alone. Exit status 1 if one failed, was cut, or was left out for want of time.
+# Where a machine is lent for minutes, two runs see everything: environment tests train score, then the others.
 # It runs from a checkout that is not installed, and needs torch, triton, transformers, pyarrow, tqdm and pytest. OUT, or its JSON files, go into
 # benchmarks/results/NAME/ for render.py. Without a GPU the tests skip themselves and the benchmarks run their toys.
 set -u
@@ -21,7 +22,7 @@ trap 'rm -rf "$site"' EXIT
 mkdir "$site/miniplm"
 ln -s "$root"/miniplm/* "$site/miniplm/"
 ln -s "$root/kernels" "$site/miniplm/kernels"
-export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 FAILURES_AT_ONCE=1
 cd "$site" || exit 2
 side_by_side=$("$python" -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2>/dev/null)
 
@@ -53,17 +54,17 @@ tests() {  # tests NAME LIMIT SELECTION FILES...; side by side where pytest-xdis
 
 step environment 40 "$python" -c "import sys; sys.path.insert(0, '$root/benchmarks'); import harness
 harness.write_json('$out/environment.json', {'environment': harness.environment(), 'ceilings': harness.ceilings()})"
-tests tests 90 gpu "$root/tests/kernels" "$root/tests/test_triton_stages.py"
-bench train 160 pipeline.py train --quick --profile "$out/train-trace.json.gz"
+tests tests 90 gpu "$root/tests/test_triton_stages.py" "$root/tests/kernels"
+bench train 200 pipeline.py train --quick --profile "$out/train-trace.json.gz"
 bench score 130 pipeline.py score --quick
 for file in log_prob cross_entropy attention distillation $(cd "$root/benchmarks" && grep -l '^def cases(' ./*.py | sed 's|^\./||; s|\.py$||'); do
     [[ " ${ops:=} " == *" $file "* ]] && continue
     ops+=" $file"
-    bench "$file" 50 "$file.py" --quick
+    bench "$file" 90 "$file.py" --quick
 done
 bench tune 120 tune.py
 bench loss-curve 90 pipeline.py train --loss-curve 200
-tests more-tests 120 "not gpu" "$root"/tests/kernels/test_triton_*.py
+tests more-tests 120 "not gpu" "$root"/tests/kernels/test_{quantize_rows,triton_*}.py
 
 printf '\n'
 timeout 20 "$python" "$root/benchmarks/render.py" --results "$out" --readme -

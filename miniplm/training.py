@@ -305,6 +305,8 @@ def _loop(config: TrainConfig, setup: _Setup, model, teacher: Teacher | None, op
                     _note(f"out of GPU memory: micro-batches of {smaller:,} tokens from here on")
                     batches.close()
                     optimizer.zero_grad()
+                    if not state.updates:  # it may have run out of memory while it made its moments
+                        optimizer.state.clear()
                     torch.cuda.empty_cache()
                     batches = batches_of(smaller)
                     continue

@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
 
 import random
+import sys
 
 import pytest
 import torch
@@ -20,6 +21,12 @@ if not torch.cuda.is_available():
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
+
+
+def pytest_runtest_logreport(report):
+    """With FAILURES_AT_ONCE a failure is printed as it comes: a run that is cut would not come to the end, where pytest prints them."""
+    if report.failed and os.environ.get("FAILURES_AT_ONCE") and not os.environ.get("PYTEST_XDIST_WORKER"):
+        print(f"\n{report.nodeid}\n{report.longreprtext}", file=sys.__stderr__, flush=True)
 
 
 @pytest.fixture(scope="session")

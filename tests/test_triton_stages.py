@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen3Config
 
+from miniplm import training
 from miniplm.batches import pack
 from miniplm.config import OptimizerConfig
 from miniplm.decoder import Decoder
@@ -73,9 +74,33 @@ def test_float8_scores(monkeypatch):
         with torch.inference_mode():
             results.append(score_batch(scored, batch(False).to(torch.device(DEVICE)), 101)["score"].float())
     exact, reference, triton = results
-    assert 1e-3 < (reference - exact).norm() / exact.norm() < 0.2
+    assert 1e-3 < (reference - exact).norm() / exact.norm() < 0.5  # three scores: they scatter
     assert (triton - reference).norm() < 0.2 * (reference - exact).norm() or DEVICE == "cuda"  # there bfloat16 is as coarse
-    assert (triton - exact).norm() / exact.norm() < 0.2
+    assert (triton - exact).norm() / exact.norm() < 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_a_step_that_is_not_finite_changes_nothing(dtype, monkeypatch):
+    """Neither weights nor moments nor the optimiser's count of steps, though the update is in the queue before the host knows; the next step is whole."""
+    model = decoder()
+    optimizer = make_optimizer(model, OptimizerConfig())
+
+    def step(scale):
+        with monkeypatch.context() as patch:
+            original = training.summed_loss
+            patch.setattr(training, "summed_loss", lambda *arguments: original(*arguments) * scale)
+            return train_step(model, optimizer, [batch(False)], 1e-3, 1.0, dtype)
+
+    def everything():
+        return [x.detach().clone() for p in model.parameters() for x in (p, *optimizer.state[p].values())]
+
+    step(1.0)
+    before = everything()
+    for scale in (float("nan"), float("inf")):
+        step(scale)
+        assert all(torch.equal(one, two) for one, two in zip(before, everything(), strict=True))
+    step(1.0)
+    assert not any(torch.equal(one, two) for one, two in zip(before, everything(), strict=True))
 
 
 # --- the host does not wait for the GPU ----------------------------------------------------------------------------------------
@@ -92,7 +117,11 @@ def waits():
             yield found
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-    found += [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    found += [str(warning.message) for warning in caught if "called a synchronizing CUDA operation" in str(warning.message)]
+
+
+def long_batch():
+    return pack([torch.randint(1, 101, (1_500,)).numpy() for _ in range(3)], EOS).pin_memory()  # torch counts many tokens in another way than few
 
 
 @pytest.mark.gpu
@@ -100,7 +129,7 @@ def waits():
 def test_a_step_waits_once(with_teacher):
     """For its loss, at its end, however many micro-batches there are."""
     model, teacher = decoder(), Teacher(decoder(vocab_size=107).bfloat16().requires_grad_(False).eval(), 0.3, 1.0) if with_teacher else None
-    optimizer, batches = make_optimizer(model, OptimizerConfig()), [batch(False).pin_memory(), batch(True).pin_memory()]
+    optimizer, batches = make_optimizer(model, OptimizerConfig()), [long_batch(), batch(True).pin_memory()]
 
     def step():
         train_step(model, optimizer, batches, 1e-3, 1.0, torch.bfloat16, teacher=teacher)
@@ -116,7 +145,8 @@ def test_scoring_does_not_wait():
     plain = {"teacher": decoder(Qwen3Config, vocab_size=103).bfloat16(), "reference": decoder(hidden_size=16, num_key_value_heads=2).bfloat16()}
     pinned = batch(False).pin_memory()
     with torch.inference_mode():
-        for models in (plain, {role: to_float8(copy.deepcopy(model)) for role, model in plain.items()}):
+        in_float8 = {role: to_float8(copy.deepcopy(model)) for role, model in plain.items()}
+        for models in (plain, in_float8, {"teacher": plain["teacher"]}):
             score_batch(models, pinned.to(torch.device(DEVICE)), 101)  # compiles
             with waits() as found:
                 score_batch(models, pinned.to(torch.device(DEVICE)), 101)
