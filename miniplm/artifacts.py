@@ -135,6 +135,27 @@ def open_output(folder, stage: str, identity: dict) -> bool:
     return bool(found.get("complete"))
 
 
+@contextlib.contextmanager
+def exclusive(folder):
+    """Keep other processes out of an output folder while the block runs; UserError if one is in it. A kill ends it too."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing to {folder}: wait for it, stop it, or choose another --output") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _difference(old, new, prefix="") -> str:
     """The first place where two identities differ, in words."""
     if isinstance(old, dict) and isinstance(new, dict):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .artifacts import MANIFEST, UserError, complete_output, fingerprint, open_output, read_json
+from .artifacts import MANIFEST, UserError, complete_output, exclusive, fingerprint, open_output, read_json
 from .batches import IGNORE, Batch, pinned, prefetch
 from .checkpoints import Metrics, TrainState, checkpoint_folder, find_checkpoint, load_optimizer, prune_checkpoints, save_checkpoint
 from .config import OptimizerConfig, TrainConfig
@@ -200,7 +200,7 @@ def train(config: TrainConfig) -> None:
         reached = learning_rate(setup.steps, setup.steps, config.optimizer)
         _note(f"optimizer.warmup_steps {config.optimizer.warmup_steps} is not below the run's {setup.steps} steps: "
               f"the learning rate only rises, to {reached:.2g} of {config.optimizer.lr:.2g}")
-    with stop_signals() as poll:
+    with exclusive(output), stop_signals() as poll:
         checkpoint, state = find_checkpoint(output, fingerprint(setup.identity)) or (None, TrainState())
         if checkpoint:
             _note(f"continuing after step {state.step:,} of {setup.steps:,}")

@@ -22,7 +22,7 @@ import torch
 from training_runs import check_equal_runs, files, make_config, metrics, stop_after, truncate
 
 from miniplm import checkpoints, training
-from miniplm.artifacts import UserError, latest_checkpoint, read_json
+from miniplm.artifacts import UserError, exclusive, latest_checkpoint, read_json
 from miniplm.model import load_model
 from miniplm.training import TrainingDiverged, global_batch, learning_rate, make_optimizer, train, train_step
 
@@ -397,3 +397,25 @@ def test_changed_intervals_continue_the_run(config, whole, monkeypatch):
     train(replace(config, checkpoint_interval=7, keep_checkpoints=1, max_skipped_steps=3, eval_interval=100, log_interval=40))
     assert [path.name for path in Path(config.output, "checkpoints").iterdir()] == ["step-00000026"]
     assert metrics(config.output)[-1]["eval_loss"] == metrics(whole.output)[-1]["eval_loss"]
+
+
+def test_two_processes_do_not_train_into_one_folder(config):
+    """The second is refused in one line, while the first lives; a kill frees the folder."""
+    arguments = ["--data", config.data, "--output", config.output, "--steps", "100000", "--batch-tokens", "200", "--device", "cpu"]
+    arguments += [f"--model.{name}={getattr(config.model, name)}" for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")]
+    command = [sys.executable, "-m", "miniplm.cli", "train", *arguments, "--checkpoint-interval", "5"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(Path(config.output).glob("checkpoints/step-*")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        second = subprocess.run(command, capture_output=True, text=True)
+        assert second.returncode == 2 and f"another process is writing to {config.output}: wait for it" in second.stderr, second.stderr
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    with exclusive(config.output):
+        pass
+    with exclusive(config.output), pytest.raises(UserError, match="another process is writing"), exclusive(config.output):
+        pass
