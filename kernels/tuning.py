@@ -25,8 +25,9 @@ class Target(NamedTuple):
 
     @property
     def descriptors(self) -> bool:
-        """Whether tiles come through host tensor descriptors: TMA on Hopper and newer. The interpreter takes both ways."""
-        return self.backend == "cpu" or (self.backend == "cuda" and self.arch >= 90)
+        """Whether tiles come through host tensor descriptors: TMA, on NVIDIA's data centre GPUs from Hopper on. (Consumer GPUs from 120 on have it
+        too, but neither the shared memory nor the matrix instructions that the large tiles are for.) The interpreter takes both ways."""
+        return self.backend == "cpu" or (self.backend == "cuda" and 90 <= self.arch < 120)
 
 
 class Config(NamedTuple):

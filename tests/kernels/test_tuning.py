@@ -58,3 +58,9 @@ def test_options_of_a_launch():
 ])
 def test_who_reads_through_descriptors(backend, arch, descriptors):
     assert tuning.Target(backend, arch, 1).descriptors is descriptors
+
+
+def test_which_gpus_read_through_descriptors():
+    """120, consumer Blackwell, has no room for the tiles that come with them."""
+    assert [arch for arch in (80, 89, 90, 100, 103, 120, 121) if tuning.Target("cuda", arch, 100).descriptors] == [90, 100, 103]
+    assert not tuning.Target("hip", "gfx942", 304).descriptors
