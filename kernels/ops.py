@@ -479,6 +479,7 @@ def linear_distillation_loss(student_hidden: Tensor, student_weight: Tensor, tea
             softmaxes run over the first min(V, V') ids. The teacher gets no gradient.
         targets: [T] int64 in [0, min(V, V')), or ignore_index: the token does not count.
         budget: bytes of logits of both models in memory at a time; 256 MiB on the CPU and 1 GiB on a GPU if None.
+        temperature: below 1 with float16 the PyTorch reference runs, on a GPU too, where it makes the host wait.
     Returns: DistillationLoss; all 0 where no token counts.
     """
     student_hidden, student_weight, teacher_hidden, teacher_weight = _autocast(student_hidden, student_weight, teacher_hidden, teacher_weight)

@@ -8,6 +8,11 @@ from tqdm import tqdm
 LOG_INTERVAL = 30.0  # seconds between plain lines
 
 
+def note(text: str):
+    """A line on stderr, above the bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
+
+
 class Progress:
     """Counts `unit`s up to `total`: a tqdm bar on a terminal, else a line on stderr every 30 s and one at the end.
 

@@ -2,13 +2,12 @@
 
 import contextlib
 import os
-import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from .artifacts import UserError
+from .progress import note
 
 FIRST, STEPS = 3, 3  # steps before the trace (compiling, tuning; the profiler's own start), steps in it
 
@@ -36,14 +35,10 @@ def trace(path: str | None):
         finally:
             aside.unlink(missing_ok=True)
         written = True
-        _note(f"a trace is in {path}: open it in chrome://tracing or ui.perfetto.dev")
+        note(f"a trace is in {path}: open it in chrome://tracing or ui.perfetto.dev")
 
     schedule = torch.profiler.schedule(wait=FIRST - 1, warmup=1, active=STEPS, repeat=1)
     with torch.profiler.profile(schedule=schedule, on_trace_ready=write, acc_events=True) as profiler:
         yield profiler.step
     if not written:
-        _note(f"no trace: it begins after {FIRST} steps, and there were not as many")
-
-
-def _note(text: str):
-    tqdm.write(text, file=sys.stderr)  # above the progress bar, if there is one
+        note(f"no trace: it begins after {FIRST} steps, and there were not as many")

@@ -12,7 +12,6 @@ weights before it alone, so a run that was stopped and continued computes the sa
 import contextlib
 import dataclasses
 import math
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .artifacts import MANIFEST, UserError, complete_output, exclusive, fingerprint, open_output, read_json
 from .batches import IGNORE, Batch, pinned, prefetch
@@ -31,7 +29,7 @@ from .decoder import Decoder, LanguageModel, student_config, unsupported
 from .hardware import LEAST, micro_batch_tokens, peak_flops
 from .kernels import linear_cross_entropy, linear_distillation_loss
 from .model import Adapter, choose_device, choose_dtype, load_model, model_hash
-from .progress import Progress
+from .progress import Progress, note
 from .signals import Interrupted, stop_signals
 from .storage import Corpus
 from .tokenizer import check_same_tokens, load_tokenizer
@@ -198,12 +196,12 @@ def train(config: TrainConfig) -> None:
     open_output(output, "train", setup.identity)
     if config.optimizer.warmup_steps >= setup.steps:
         reached = learning_rate(setup.steps, setup.steps, config.optimizer)
-        _note(f"optimizer.warmup_steps {config.optimizer.warmup_steps} is not below the run's {setup.steps} steps: "
-              f"the learning rate only rises, to {reached:.2g} of {config.optimizer.lr:.2g}")
+        note(f"optimizer.warmup_steps {config.optimizer.warmup_steps} is not below the run's {setup.steps} steps: "
+             f"the learning rate only rises, to {reached:.2g} of {config.optimizer.lr:.2g}")
     with exclusive(output), stop_signals() as poll:
         checkpoint, state = find_checkpoint(output, fingerprint(setup.identity)) or (None, TrainState())
         if checkpoint:
-            _note(f"continuing after step {state.step:,} of {setup.steps:,}")
+            note(f"continuing after step {state.step:,} of {setup.steps:,}")
             model = _with_checkpointing(load_model(checkpoint, torch.float32, setup.device), config)
         model.eval()  # no dropout, as published; so a step depends on no random numbers
         optimizer = make_optimizer(model, config.optimizer)
@@ -232,11 +230,11 @@ def _loop(config: TrainConfig, setup: _Setup, model, teacher: Teacher | None, op
     context = setup.order.epoch_tokens // len(setup.order.rows)
     flops = training_flops(model, context, teacher)
     if teacher:
-        _note(f"the loss is {1 - teacher.alpha:g} · cross-entropy + {teacher.alpha:g} · KL divergence from {config.teacher} at temperature "
-              f"{teacher.temperature:g}; the teacher takes {1 - training_flops(model, context) / flops:.0%} of {flops / 1e6:,.2f} MFLOPs per token")
+        note(f"the loss is {1 - teacher.alpha:g} · cross-entropy + {teacher.alpha:g} · KL divergence from {config.teacher} at temperature "
+             f"{teacher.temperature:g}; the teacher takes {1 - training_flops(model, context) / flops:.0%} of {flops / 1e6:,.2f} MFLOPs per token")
         if (ids := len(teacher.model.head_weight)) < len(model.head_weight):
-            _note(f"the teacher predicts {ids:,} ids, the student {len(model.head_weight):,}: the loss leaves the rest out, so the student does "
-                  "not learn to avoid them")
+            note(f"the teacher predicts {ids:,} ids, the student {len(model.head_weight):,}: the loss leaves the rest out, so the student does "
+                 "not learn to avoid them")
     saved, reported, spans = state.step, 0, []  # spans: (seconds, tokens) of each step, `reported` of them in a line
     if metrics.last["step"] == state.step:  # this step's line was written after its checkpoint
         state.losses, state.parts, state.line_step = [], [], state.step
@@ -294,15 +292,14 @@ def _loop(config: TrainConfig, setup: _Setup, model, teacher: Teacher | None, op
                 poll()
                 start = time.perf_counter()
                 micro_batches, lr = next(batches), learning_rate(state.step + 1, steps, config.optimizer)
+                smaller = None
                 try:
                     loss, grad_norm, *parts = train_step(model, optimizer, micro_batches, lr, config.optimizer.max_grad_norm, setup.dtype, poll, teacher)
                 except torch.OutOfMemoryError:
                     if (smaller := (state.micro_batch_tokens or 0) // 2) < LEAST:
                         raise
-                else:
-                    smaller = None
                 if smaller:  # the estimate was wrong; the error, which holds on to memory, is gone by now
-                    _note(f"out of GPU memory: micro-batches of {smaller:,} tokens from here on")
+                    note(f"out of GPU memory: micro-batches of {smaller:,} tokens from here on")
                     batches.close()
                     optimizer.zero_grad()
                     if not state.updates:  # it may have run out of memory while it made its moments
@@ -319,21 +316,17 @@ def _loop(config: TrainConfig, setup: _Setup, model, teacher: Teacher | None, op
                     state.parts += [parts] if teacher else []
                 else:
                     state.skipped_in_a_row += 1
-                    _note(f"step {state.step} skipped: loss {loss}, gradient norm {grad_norm}")
+                    note(f"step {state.step} skipped: loss {loss}, gradient norm {grad_norm}")
                 progress.note(f"loss {loss:.4f}, lr {lr:.2e}")
                 progress.update(config.batch_tokens)
                 traced()
         except Interrupted:
             if saved < state.step:
                 save()
-            _note(f"stopped at step {state.step:,}: the same command continues")
+            note(f"stopped at step {state.step:,}: the same command continues")
             raise
         finally:
             batches.close()
-
-
-def _note(text: str):
-    tqdm.write(text, file=sys.stderr)  # above the progress bar, if there is one
 
 
 def _mean(values: list[float]) -> float | None:
@@ -418,7 +411,7 @@ def _micro_batch_tokens(model: LanguageModel, teacher: Teacher | None, setup: _S
         return 4_096
     head_bytes = (1 + bool(teacher)) * HEAD_TOKENS * len(model.head_weight) * setup.dtype.itemsize
     tokens = micro_batch_tokens(model, torch.cuda.mem_get_info(setup.device)[0], setup.dtype.itemsize, head_bytes, config.activation_checkpointing)
-    _note(f"micro-batches of {tokens:,} tokens, by the free memory")
+    note(f"micro-batches of {tokens:,} tokens, by the free memory")
     return tokens
 
 

@@ -285,7 +285,7 @@ def test_skips_survive_a_stop(config, monkeypatch):
         train(config)
     with monkeypatch.context() as patch, pytest.raises(training.Interrupted):
         poison(patch, {5, 6, 7}, math.nan)
-        patch.setattr(training, "_note", lambda text: "step 6 skipped" in text and os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(training, "note", lambda text: "step 6 skipped" in text and os.kill(os.getpid(), signal.SIGTERM))
         train(other)
     with monkeypatch.context() as patch:
         poison(patch, {1}, math.nan)  # its first step is step 7

@@ -69,14 +69,15 @@ def test_float8_scores(monkeypatch):
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # which of them torch's scaled product takes
     plain, results = {"teacher": decoder(Qwen3Config).to(dtype), "reference": decoder(hidden_size=16, num_key_value_heads=2).to(dtype)}, []
     models = {role: to_float8(copy.deepcopy(model)) for role, model in plain.items()}
+    rows = pack([torch.randint(1, 101, (12,)).numpy() for _ in range(32)], EOS)  # of three scores the error would scatter
     for choice, scored in (("reference", plain), ("reference", models), ("triton", models)):
         monkeypatch.setenv("MINIPLM_KERNELS", choice)
         with torch.inference_mode():
-            results.append(score_batch(scored, batch(False).to(torch.device(DEVICE)), 101)["score"].float())
+            results.append(score_batch(scored, rows.to(torch.device(DEVICE)), 101)["score"].float())
     exact, reference, triton = results
-    assert 1e-3 < (reference - exact).norm() / exact.norm() < 0.5  # three scores: they scatter
+    assert 1e-3 < (reference - exact).norm() / exact.norm() < 0.2
     assert (triton - reference).norm() < 0.2 * (reference - exact).norm() or DEVICE == "cuda"  # there bfloat16 is as coarse
-    assert (triton - exact).norm() / exact.norm() < 0.5
+    assert (triton - exact).norm() / exact.norm() < 0.2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
