@@ -1,10 +1,10 @@
 """The package. `kernels/` is installed as `miniplm.kernels`: a top-level module `kernels` would shadow the PyPI package of
 that name, which transformers imports."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
-    packages=["miniplm", "miniplm.kernels"],
+    packages=[*find_packages(include=["miniplm", "miniplm.*"]), "miniplm.kernels"],
     package_dir={"miniplm.kernels": "kernels"},
-    package_data={"miniplm": ["*.yaml"]},
+    package_data={"miniplm": ["**/*.yaml", "**/*.jinja"]},
 )

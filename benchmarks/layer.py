@@ -18,7 +18,7 @@ def cases(shape, device, dtype):
     from transformers import Qwen2Config
     from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
-    from miniplm.decoder import Decoder
+    from miniplm.models.decoder import Decoder
 
     d, heads, length = shape["d"], shape["heads"], min(LENGTH, shape["T"] // 3)
     documents = shape["T"] // length

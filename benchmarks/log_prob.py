@@ -58,10 +58,14 @@ def prepare_liger(size, reduction, gradients, accum_dtype=None):
 
 def prepare_liger_cutedsl(size, reduction, gradients):
     if reduction == "none":
-        from liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90 import LigerFusedScaledCrossEntropySM90Function as Liger
+        from liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90 import (
+            LigerFusedScaledCrossEntropySM90Function as Liger,
+        )
 
         return Liger.apply
-    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import LigerFusedLinearCrossEntropySM90Function as Liger
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import (
+        LigerFusedLinearCrossEntropySM90Function as Liger,
+    )
 
     return lambda hidden, weight, targets: Liger.apply(hidden, weight, targets, -100, reduction)
 

@@ -21,7 +21,7 @@ import torch
 import workload
 from workload import EOS, OPTIMIZER, Contender, Job
 
-from miniplm.batches import IGNORE, prefetch
+from miniplm.data.batches import IGNORE_INDEX, prefetch
 
 HERE = sys.modules[__name__]
 
@@ -35,11 +35,11 @@ def to_device(tensors, device):
 def pad(chunks, width=None):
     """(ids, targets, whether there is a prediction), each [chunks, width]; without a width, that of the longest."""
     width = width or max(map(len, chunks)) - 1
-    ids, targets = torch.full((len(chunks), width), EOS), torch.full((len(chunks), width), IGNORE)
+    ids, targets = torch.full((len(chunks), width), EOS), torch.full((len(chunks), width), IGNORE_INDEX)
     mask = torch.zeros(len(chunks), width, dtype=torch.bool)
     for row, chunk in enumerate(map(torch.from_numpy, chunks)):
         ids[row, : len(chunk) - 1], mask[row, : len(chunk) - 1] = chunk[:-1], True
-        targets[row, : len(chunk) - 1] = chunk[1:].masked_fill(chunk[:-1] == EOS, IGNORE)
+        targets[row, : len(chunk) - 1] = chunk[1:].masked_fill(chunk[:-1] == EOS, IGNORE_INDEX)
     return ids, targets, mask
 
 
@@ -85,7 +85,7 @@ def trainer(job, rows, model, calls, half, width, wait, optimizer):
 
     def collate(chunks):
         micro_batches = [pad(chunks[start:start + rows], width) for start in range(0, len(chunks), rows)]
-        return micro_batches, sum(int((targets != IGNORE).sum()) for _, targets, _ in micro_batches)
+        return micro_batches, sum(int((targets != IGNORE_INDEX).sum()) for _, targets, _ in micro_batches)
 
     def step(micro_batches, count, rate):
         optimizer.zero_grad()
@@ -114,7 +114,7 @@ def trainer(job, rows, model, calls, half, width, wait, optimizer):
 def scorer(job, rows, models, calls, width, wait):
     def mean_log_prob(model, ids, targets, mask):
         losses = calls.losses(model, ids, targets, mask, "none").view_as(targets)
-        return -losses.sum(1) / (targets != IGNORE).sum(1)
+        return -losses.sum(1) / (targets != IGNORE_INDEX).sum(1)
 
     def run(chunks):
         found, starts = {id(model): [] for model in models}, range(0, len(chunks), rows)

@@ -40,12 +40,13 @@ import torch
 import workload
 from workload import EOS, OPTIMIZER, Contender, Job
 
-from miniplm import scoring, training
-from miniplm.batches import Batch, pack, pinned, prefetch, split_by_tokens
 from miniplm.config import OptimizerConfig
-from miniplm.data_order import global_batch
-from miniplm.decoder import Decoder
-from miniplm.float8 import to_float8
+from miniplm.data.batches import Batch, pack, pinned, prefetch, split_by_tokens
+from miniplm.data.order import global_batch
+from miniplm.models.decoder import Decoder
+from miniplm.models.float8 import to_float8
+from miniplm.stages import score as scoring
+from miniplm.stages import train as training
 
 SHAPES = {
     "train": [{"model": model, "chunks": 64, "length": 1024} for model in ("200M", "104M", "500M", "1.2B")],

@@ -23,9 +23,9 @@ import time
 from pathlib import Path
 
 from miniplm.config import PrepareConfig
-from miniplm.corpus import prepare
-from miniplm.storage import Corpus
-from miniplm.tokenizer import load_tokenizer
+from miniplm.data.corpus import Corpus
+from miniplm.data.tokenizer import load_tokenizer
+from miniplm.stages.prepare import prepare
 
 BATCH = 1_000  # texts per call of the bare tokenizer
 

@@ -145,9 +145,9 @@ def padded(folder: Path, settings):
 
 def packed(folder: Path, settings):
     """What `miniplm score` does between reading the corpus and writing the files."""
-    from miniplm.batches import pack, prefetch, split_by_tokens
-    from miniplm.model import load_model
-    from miniplm.scoring import score_batch
+    from miniplm.data.batches import pack, prefetch, split_by_tokens
+    from miniplm.models.loading import load_model
+    from miniplm.stages.score import score_batch
 
     models = {role: load_model(folder / role) for role in ("teacher", "reference")}
     touch(models.values())

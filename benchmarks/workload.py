@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from miniplm.config import OptimizerConfig, StudentConfig
-from miniplm.corpus import cut
-from miniplm.decoder import Decoder, student_config
-from miniplm.training import training_flops
+from miniplm.models.decoder import Decoder, student_config
+from miniplm.stages.prepare import cut
+from miniplm.stages.train import training_flops
 
 EOS = 0
 OPTIMIZER = OptimizerConfig()

@@ -18,7 +18,19 @@ import triton
 import triton.language as tl
 
 from . import dispatch, tuning
-from .attention import add_product, arguments, describable, find_tile, inner_product, load_head, padded, parts_of, scaled, store_head, zeros
+from .attention import (
+    add_product,
+    arguments,
+    describable,
+    find_tile,
+    inner_product,
+    load_head,
+    padded,
+    parts_of,
+    scaled,
+    store_head,
+    zeros,
+)
 from .attention import examples as forward_examples
 from .tiles import BATCH_SIZES, LOG2_E, matrix
 

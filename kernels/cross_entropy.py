@@ -16,7 +16,7 @@ with its log-sum-exp as the offset, one product more. They are launched always a
 float16 has not the exponents: it takes that way always, with E = 2¹⁵ p, and the weights g of a chunk relative to the largest.
 
 FLOPs 6·T·V·d. Bytes: E written once and read twice, 6·T·V for 16 bits; dW, summed in float32 over the chunks, 8·V·d a chunk.
-Memory: `budget` bytes for E, and dW in float32.
+Memory: `max_logits_bytes` bytes for E, and dW in float32.
 """
 
 import math
@@ -83,9 +83,9 @@ def _finish_kernel(e_ptr, total_ptr, logit_ptr, offset_ptr, targets_ptr, weight_
     tl.store(e_target, (exponential - total).to(e_ptr.dtype.element_ty), mask=inside)
 
 
-def chunk_tokens(T: int, bytes_per_token: int, budget: int) -> int:
-    """Tokens in a chunk: as many as the budget holds, the chunks nearly equal, whole tiles of 128."""
-    most = max(128, budget // bytes_per_token // 128 * 128)
+def chunk_tokens(T: int, bytes_per_token: int, max_logits_bytes: int) -> int:
+    """Tokens in a chunk: as many as max_logits_bytes hold, the chunks nearly equal, whole tiles of 128."""
+    most = max(128, max_logits_bytes // bytes_per_token // 128 * 128)
     return triton.cdiv(triton.cdiv(T, triton.cdiv(T, most)), 128) * 128
 
 
@@ -143,14 +143,14 @@ def _examples(make):
 
 
 @dispatch.triton("linear_cross_entropy", _examples)
-def linear_cross_entropy(hidden, weight, targets, token_weight, ignore_index, need_hidden, need_weight, budget):
+def linear_cross_entropy(hidden, weight, targets, token_weight, ignore_index, need_hidden, need_weight, max_logits_bytes):
     (T, d), V = hidden.shape, len(weight)
     weight = contiguous_rows(weight)
     grad_hidden = hidden.new_empty(T, d) if need_hidden else hidden.new_empty(0)
     grad_weight = None
     nll = hidden.new_empty(T, dtype=torch.float32)
     width = triton.cdiv(V, 64) * 64  # rows of E aligned for descriptors and the products
-    size = chunk_tokens(T, width * hidden.itemsize, budget) if T else 1
+    size = chunk_tokens(T, width * hidden.itemsize, max_logits_bytes) if T else 1
     memory = hidden.new_empty(min(size, T), width)
     # What lies at ignored tokens must not reach the sums as 0 · NaN.
     hidden = contiguous_rows(torch.where((targets != ignore_index)[:, None], hidden, 0))

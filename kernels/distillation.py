@@ -18,7 +18,7 @@ KL is that of E as stored: in 16 bits each token's is off by up to the rounding 
 gradients among it, takes its sums from what was in float32.
 
 FLOPs 2·T·V·d' + 6·T·V·d for the widths d of student and d' of teacher. Bytes for 16 bits: E and E' written (4·T·V), both read and G written
-(6·T·V; E and E' once more where τ ≠ 1), G read twice (4·T·V). Memory: `budget` bytes for E and E', and dW in float32.
+(6·T·V; E and E' once more where τ ≠ 1), G read twice (4·T·V). Memory: `max_logits_bytes` bytes for E and E', and dW in float32.
 """
 
 import math
@@ -145,10 +145,10 @@ def _examples(make):
 
 @dispatch.triton("linear_distillation_loss", _examples)
 def linear_distillation_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, targets, alpha, temperature, ignore_index, need_hidden,
-                             need_weight, budget):
+                             need_weight, max_logits_bytes):
     if student_hidden.dtype == torch.float16 and temperature < 1:  # E at such a temperature has too few exponents left for p = E^temperature
         return reference.linear_distillation_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, targets, alpha, temperature,
-                                                  ignore_index, need_hidden, need_weight, budget)
+                                                  ignore_index, need_hidden, need_weight, max_logits_bytes)
     (T, d), V, dtype = student_hidden.shape, min(len(student_weight), len(teacher_weight)), student_hidden.dtype
     heads = contiguous_rows(student_weight[:V]), contiguous_rows(teacher_weight[:V])
     grad_hidden = student_hidden.new_empty(T, d) if need_hidden else student_hidden.new_empty(0)
@@ -158,7 +158,7 @@ def linear_distillation_loss(student_hidden, student_weight, teacher_hidden, tea
     unit, count = UNIT_FP16 if dtype == torch.float16 else 1.0, counts.sum().clamp(min=1)
     native_log = tuning.target(student_hidden.device).backend == "cuda" and dtype.itemsize == 2
     width = triton.cdiv(V, 64) * 64
-    size = chunk_tokens(T, 2 * width * student_hidden.itemsize, budget) if T else 1
+    size = chunk_tokens(T, 2 * width * student_hidden.itemsize, max_logits_bytes) if T else 1
     memory = student_hidden.new_empty(2, min(size, T), width)
     # What lies at ignored tokens must not reach the sums as 0 · NaN.
     hidden = [contiguous_rows(torch.where(counts[:, None], x, 0)) for x in (student_hidden, teacher_hidden)]

@@ -62,7 +62,7 @@ def _log_prob_examples(make):
 
 
 @dispatch.triton("linear_log_prob", _log_prob_examples)
-def linear_log_prob(hidden, weight, targets, ignore_index, budget=None):
+def linear_log_prob(hidden, weight, targets, ignore_index, max_logits_bytes=None):
     T = len(hidden)
     out = hidden.new_empty(T, dtype=torch.float32)
     if T:

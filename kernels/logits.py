@@ -21,7 +21,16 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .tiles import BATCH_SIZES, LOWEST, add_to_logsumexp, contiguous_rows, dot_step, matrix, store_tile, use_descriptors
+from .tiles import (
+    BATCH_SIZES,
+    LOWEST,
+    add_to_logsumexp,
+    contiguous_rows,
+    dot_step,
+    matrix,
+    store_tile,
+    use_descriptors,
+)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)

@@ -18,7 +18,7 @@ from . import reference
 from .dispatch import register
 from .reference import IGNORE_INDEX, accumulate_dtype
 
-BUDGET_CPU, BUDGET_GPU = 256 << 20, 1 << 30  # bytes of logits in memory at a time, where a gradient needs them, unless told otherwise
+MAX_LOGITS_BYTES_CPU, MAX_LOGITS_BYTES_GPU = 256 << 20, 1 << 30  # bytes of logits in memory at a time, where a gradient needs them, unless told otherwise
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -96,9 +96,9 @@ def _contiguous_like(x, dtype):
 
 
 _RMS_NORM_BACKWARD = register(
-    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? grad_x, ScalarType? narrow) -> (Tensor, Tensor, Tensor)",
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? grad_residual, ScalarType? low_precision_dtype) -> (Tensor, Tensor, Tensor)",
     reference.rms_norm_backward,
-    lambda grad, x, weight, rstd, grad_x, narrow: (*_like(x), _contiguous_like(x, narrow) if narrow else weight.new_empty(0), *_like(weight)),
+    lambda grad, x, weight, rstd, grad_residual, low_precision_dtype: (*_like(x), _contiguous_like(x, low_precision_dtype) if low_precision_dtype else weight.new_empty(0), *_like(weight)),
 )
 
 
@@ -140,8 +140,8 @@ def _add_rms_norm_backward(ctx, grad, grad_total, _):
     total, weight, rstd = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(total, dtype=ctx.dtype)
-    narrow = next((dtype for dtype in ctx.dtypes if dtype != total.dtype), None)
-    grad_sum, grad_narrow, grad_weight = _RMS_NORM_BACKWARD(grad, total, weight, rstd, grad_total, narrow)
+    low_precision_dtype = next((dtype for dtype in ctx.dtypes if dtype != total.dtype), None)
+    grad_sum, grad_narrow, grad_weight = _RMS_NORM_BACKWARD(grad, total, weight, rstd, grad_total, low_precision_dtype)
     return *(grad_sum if dtype == total.dtype else grad_narrow for dtype in ctx.dtypes), grad_weight, None, None
 
 
@@ -331,8 +331,8 @@ def _check_head(hidden, weight, targets, prefix=""):
     _check("targets", targets, (len(hidden),), (torch.int64,), hidden)
 
 
-def _budget(budget: Optional[int], like: Tensor) -> int:
-    return budget or (BUDGET_CPU if like.device.type == "cpu" else BUDGET_GPU)
+def _max_logits_bytes(max_logits_bytes: Optional[int], like: Tensor) -> int:
+    return max_logits_bytes or (MAX_LOGITS_BYTES_CPU if like.device.type == "cpu" else MAX_LOGITS_BYTES_GPU)
 
 
 def _gradients(need_hidden, need_weight, hidden, weight):
@@ -367,9 +367,9 @@ def _loss_backward(name):
 
 _CROSS_ENTROPY = register(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor token_weight, int ignore_index, bool need_hidden, bool need_weight,"
-    " int budget) -> (Tensor, Tensor, Tensor)",
+    " int max_logits_bytes) -> (Tensor, Tensor, Tensor)",
     reference.linear_cross_entropy,
-    lambda hidden, weight, targets, token_weight, ignore_index, need_hidden, need_weight, budget: (
+    lambda hidden, weight, targets, token_weight, ignore_index, need_hidden, need_weight, max_logits_bytes: (
         _statistic(hidden), *_gradients(need_hidden, need_weight, hidden, weight)),
     _loss_backward("linear_cross_entropy"), _loss_setup,
 )
@@ -377,26 +377,26 @@ _CROSS_ENTROPY = register(
 
 def _log_prob_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3])
-    ctx.ignore_index, ctx.budget = inputs[3:]
+    ctx.ignore_index, ctx.max_logits_bytes = inputs[3:]
 
 
 def _log_prob_backward(ctx, grad):
     need = ctx.needs_input_grad[:2]
-    _, *gradients = _CROSS_ENTROPY(*ctx.saved_tensors, -grad, ctx.ignore_index, *need, ctx.budget)
+    _, *gradients = _CROSS_ENTROPY(*ctx.saved_tensors, -grad, ctx.ignore_index, *need, ctx.max_logits_bytes)
     return *(gradient if wanted else None for gradient, wanted in zip(gradients, need, strict=True)), None, None, None
 
 
 _LOG_PROB = register(
-    "linear_log_prob(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, int budget) -> Tensor",
+    "linear_log_prob(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, int max_logits_bytes) -> Tensor",
     reference.linear_log_prob,
-    lambda hidden, weight, targets, ignore_index, budget: _statistic(hidden, len(hidden)),
+    lambda hidden, weight, targets, ignore_index, max_logits_bytes: _statistic(hidden, len(hidden)),
     _log_prob_backward, _log_prob_setup,
 )
 _DISTILLATION = register(
     "linear_distillation_loss(Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden, Tensor teacher_weight, Tensor targets,"
-    " float alpha, float temperature, int ignore_index, bool need_hidden, bool need_weight, int budget) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " float alpha, float temperature, int ignore_index, bool need_hidden, bool need_weight, int max_logits_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.linear_distillation_loss,
-    lambda hidden, weight, th, tw, targets, alpha, temperature, ignore_index, need_hidden, need_weight, budget: (
+    lambda hidden, weight, th, tw, targets, alpha, temperature, ignore_index, need_hidden, need_weight, max_logits_bytes: (
         *(_statistic(hidden) for _ in range(3)), *_gradients(need_hidden, need_weight, hidden, weight)),
     _loss_backward("linear_distillation_loss"), _loss_setup,
 )
@@ -418,7 +418,7 @@ def linear_log_prob(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
     hidden, weight = _autocast(hidden, weight)
     _check_head(hidden, weight, targets)
-    return _LOG_PROB(hidden, weight, targets, IGNORE_INDEX, _budget(None, hidden))
+    return _LOG_PROB(hidden, weight, targets, IGNORE_INDEX, _max_logits_bytes(None, hidden))
 
 
 def difference_score(teacher_hidden: Tensor, teacher_weight: Tensor, reference_hidden: Tensor, reference_weight: Tensor, targets: Tensor,
@@ -439,7 +439,7 @@ def difference_score(teacher_hidden: Tensor, teacher_weight: Tensor, reference_h
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX, reduction: str = "mean",
-                         budget: Optional[int] = None) -> Tensor:
+                         max_logits_bytes: Optional[int] = None) -> Tensor:
     """Cross-entropy of softmax(hidden weightᵀ), without the logits in memory.
 
     The gradients of "mean" and "sum" are computed with the loss, from the same logits; the backward pass of "none" computes the
@@ -448,7 +448,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     Args:
         hidden: [T, d]. weight: [V, d], of hidden's dtype. targets: [T] int64 in [0, V), or ignore_index: the token does not count.
         reduction: "mean" over the targets that count (0 where none does), "sum", or "none" (0 for a token that does not count).
-        budget: bytes of logits in memory at a time; 256 MiB on the CPU and 1 GiB on a GPU if None. The weight's gradient is read
+        max_logits_bytes: bytes of logits in memory at a time; 256 MiB on the CPU and 1 GiB on a GPU if None. The weight's gradient is read
             and written once per chunk of tokens that fits: where there is memory, 2.4 GiB take 8,192 tokens of 151,936 ids.
     Returns: scalar, or [T] for "none"; float32, nats.
     """
@@ -456,19 +456,19 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     _check_head(hidden, weight, targets)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
-    budget = _budget(budget, hidden)
+    max_logits_bytes = _max_logits_bytes(max_logits_bytes, hidden)
     count = (targets != ignore_index).sum().clamp(min=1) if reduction == "mean" else 1
     need_hidden, need_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
     if reduction != "none" and (need_hidden or need_weight):
         token_weight = hidden.new_ones(len(hidden), dtype=accumulate_dtype(hidden)) / count
-        return _CROSS_ENTROPY(hidden, weight, targets, token_weight, ignore_index, need_hidden, need_weight, budget)[0]
-    loss = -_LOG_PROB(hidden, weight, targets, ignore_index, budget)
+        return _CROSS_ENTROPY(hidden, weight, targets, token_weight, ignore_index, need_hidden, need_weight, max_logits_bytes)[0]
+    loss = -_LOG_PROB(hidden, weight, targets, ignore_index, max_logits_bytes)
     return loss if reduction == "none" else loss.sum() / count
 
 
 def linear_distillation_loss(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, targets: Tensor,
                              alpha: float = 0.5, ignore_index: int = IGNORE_INDEX, temperature: float = 1.0,
-                             budget: Optional[int] = None) -> DistillationLoss:
+                             max_logits_bytes: Optional[int] = None) -> DistillationLoss:
     """Vanilla KD (Hinton et al. 2015, arXiv 1503.02531) against the teacher's full distribution, without logits in memory:
     (1 − alpha) · cross-entropy + alpha · KL(softmax(teacher / temperature) ‖ softmax(student / temperature)).
 
@@ -478,7 +478,7 @@ def linear_distillation_loss(student_hidden: Tensor, student_weight: Tensor, tea
         student_hidden: [T, d]. student_weight: [V, d]. teacher_hidden: [T, d']. teacher_weight: [V', d']. Where V ≠ V', all
             softmaxes run over the first min(V, V') ids. The teacher gets no gradient.
         targets: [T] int64 in [0, min(V, V')), or ignore_index: the token does not count.
-        budget: bytes of logits of both models in memory at a time; 256 MiB on the CPU and 1 GiB on a GPU if None.
+        max_logits_bytes: bytes of logits of both models in memory at a time; 256 MiB on the CPU and 1 GiB on a GPU if None.
         temperature: below 1 with float16 the PyTorch reference runs, on a GPU too, where it makes the host wait.
     Returns: DistillationLoss; all 0 where no token counts.
     """
@@ -487,5 +487,5 @@ def linear_distillation_loss(student_hidden: Tensor, student_weight: Tensor, tea
     _check_head(teacher_hidden, teacher_weight, targets, "teacher_")
     need_hidden, need_weight = (torch.is_grad_enabled() and x.requires_grad for x in (student_hidden, student_weight))
     results = _DISTILLATION(student_hidden, student_weight, teacher_hidden.detach(), teacher_weight.detach(), targets, alpha, temperature,
-                            ignore_index, need_hidden, need_weight, _budget(budget, student_hidden))
+                            ignore_index, need_hidden, need_weight, _max_logits_bytes(max_logits_bytes, student_hidden))
     return DistillationLoss(*results[:3])

@@ -1,7 +1,7 @@
 """Every op in plain PyTorch: the mathematics, the CPU path, and (in float64) the truth of the tests.
 
 Statistics, softmaxes and sums are in float32, or in float64 for float64 inputs. No function holds a [T, V] tensor: logits
-exist in tiles of TILE_BYTES where no gradient is needed, else in chunks of tokens within a budget of bytes. On a GPU these
+exist in tiles of TILE_BYTES where no gradient is needed, else in chunks of tokens within a bound on bytes. On a GPU these
 functions work, but make the host wait for it (documents are walked one by one, targets that count are picked out).
 
 T tokens, V vocabulary, d hidden width, H heads, D head dimension, B documents.
@@ -35,10 +35,10 @@ def rms_norm(x, weight, eps, dtype):
     return (x32 * rstd).mul_(weight).to(dtype).contiguous(), rstd
 
 
-def rms_norm_backward(grad, x, weight, rstd, grad_x, narrow):
-    """With r = rstd, dx = r · g·w − x · r³/d · Σ_d g·w·x and dw = Σ g·x·r; grad_x, if given, is added to dx.
+def rms_norm_backward(grad, x, weight, rstd, grad_residual, low_precision_dtype):
+    """With r = rstd, dx = r · g·w − x · r³/d · Σ_d g·w·x and dw = Σ g·x·r; grad_residual, if given, is added to dx.
 
-    Returns (dx, dx again in the dtype `narrow`, empty if None, dw).
+    Returns (dx, dx again in the dtype `low_precision_dtype`, empty if None, dw).
     """
     dtype, width = rstd.dtype, x.shape[-1]
     grad32, x32, rstd = grad.reshape(-1, width).to(dtype), x.reshape(-1, width).to(dtype), rstd.reshape(-1, 1)
@@ -46,9 +46,9 @@ def rms_norm_backward(grad, x, weight, rstd, grad_x, narrow):
     grad_weight = product.sum(0)
     projection = (product @ weight.to(dtype))[:, None].mul_(rstd.square()).div_(-width)
     dx = torch.mul(grad32, weight, out=product).mul_(rstd).addcmul_(x32, projection).view(x.shape)
-    if grad_x is not None:
-        dx += grad_x
-    return dx.to(x.dtype), dx.to(narrow, copy=True) if narrow else weight.new_empty(0), grad_weight.to(weight.dtype)
+    if grad_residual is not None:
+        dx += grad_residual
+    return dx.to(x.dtype), dx.to(low_precision_dtype, copy=True) if low_precision_dtype else weight.new_empty(0), grad_weight.to(weight.dtype)
 
 
 def add_rms_norm(x, residual, weight, eps, dtype):
@@ -233,7 +233,7 @@ def _put(x, rows, like):
     return x if len(rows) == len(like) else torch.zeros_like(like).index_copy_(0, rows, x)
 
 
-def linear_log_prob(hidden, weight, targets, ignore_index, budget):
+def linear_log_prob(hidden, weight, targets, ignore_index, max_logits_bytes):
     """log softmax(hidden weightᵀ)[target] per token [T], 0 where ignored.
 
     The logits z pass by in tiles of the vocabulary; per token m = max z and S = Σ exp(z − m) are kept up to date.
@@ -243,7 +243,7 @@ def linear_log_prob(hidden, weight, targets, ignore_index, budget):
     largest = torch.full((len(rows),), torch.finfo(dtype).min, dtype=dtype, device=hidden.device)
     total, target_logit = torch.zeros_like(largest), torch.zeros_like(largest)
     tokens = min(CHUNK_TOKENS, max(1, len(rows)))
-    width = max(1, min(TILE_BYTES, budget) // (tokens * dtype.itemsize))
+    width = max(1, min(TILE_BYTES, max_logits_bytes) // (tokens * dtype.itemsize))
     tile = torch.empty(tokens * min(width, len(weight)), dtype=dtype, device=hidden.device)
     for v in range(0, len(weight), width):
         columns = weight[v : v + width].to(dtype)
@@ -278,10 +278,10 @@ def difference_score(teacher_hidden, teacher_weight, reference_hidden, reference
     return teacher - reference, teacher, reference, count.int()
 
 
-def _chunks(hidden, vocabulary, copies, budget):
-    """Yields (a slice of the tokens, memory [copies, its tokens, V] for logits within the budget). One token at least."""
+def _chunks(hidden, vocabulary, copies, max_logits_bytes):
+    """Yields (a slice of the tokens, memory [copies, its tokens, V] for logits within max_logits_bytes). One token at least."""
     dtype, count = accumulate_dtype(hidden), len(hidden)
-    size = max(1, min(CHUNK_TOKENS, count, budget // (copies * max(1, vocabulary) * dtype.itemsize)))
+    size = max(1, min(CHUNK_TOKENS, count, max_logits_bytes // (copies * max(1, vocabulary) * dtype.itemsize)))
     memory = torch.empty(copies, size, vocabulary, dtype=dtype, device=hidden.device)
     for t in range(0, count, size):
         yield slice(t, t + size), memory[:, : count - t]
@@ -316,7 +316,7 @@ def _add_gradients(grad_logits, x, weight, scale, grad_hidden, grad_weight):
             grad_weight[columns].addmm_(grad_logits[:, columns].T, scaled)
 
 
-def linear_cross_entropy(hidden, weight, targets, token_weight, ignore_index, need_hidden, need_weight, budget):
+def linear_cross_entropy(hidden, weight, targets, token_weight, ignore_index, need_hidden, need_weight, max_logits_bytes):
     """(Σ_t token_weight_t · −log p_t, its gradient for hidden, its gradient for weight); a gradient not needed is empty.
 
     With E = exp(z − max z) and S = Σ E over a row of logits z, dz = token_weight / S · (E − S · onehot): the row's scale goes to
@@ -328,7 +328,7 @@ def linear_cross_entropy(hidden, weight, targets, token_weight, ignore_index, ne
     grad_hidden = torch.zeros(counted.shape, dtype=dtype, device=hidden.device) if need_hidden else None
     grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
     negative_log_prob = torch.empty_like(token_weight)
-    for chunk, (logits,) in _chunks(counted, len(weight), 1, budget):
+    for chunk, (logits,) in _chunks(counted, len(weight), 1, max_logits_bytes):
         x, y = counted[chunk].to(dtype), targets[chunk, None]
         _set_logits(logits, x, weight)
         total = torch.empty(len(x), 1, dtype=dtype, device=x.device)
@@ -350,7 +350,7 @@ def _gradients(grad_hidden, rows, hidden, grad_weight, weight):
 
 
 def linear_distillation_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, targets, alpha, temperature, ignore_index,
-                             need_hidden, need_weight, budget):
+                             need_hidden, need_weight, max_logits_bytes):
     """(loss, cross-entropy, KL, gradient of loss for student_hidden, for student_weight), means over the targets that count.
 
     With p = softmax(student logits), and at the temperature τ q the student's and r the teacher's:
@@ -364,7 +364,7 @@ def linear_distillation_loss(student_hidden, student_weight, teacher_hidden, tea
     grad_weight = torch.zeros(student_weight.shape, dtype=dtype, device=student.device) if need_weight else None
     cross_entropy = torch.empty(len(rows), dtype=dtype, device=student.device)
     divergence = torch.empty_like(cross_entropy)
-    for chunk, (logits, teacher_logits) in _chunks(student, vocabulary, 2, budget):
+    for chunk, (logits, teacher_logits) in _chunks(student, vocabulary, 2, max_logits_bytes):
         x, y = student[chunk].to(dtype), targets[chunk, None]
         _set_logits(logits, x, student_head)
         _set_logits(teacher_logits, teacher[chunk], teacher_head)

@@ -156,17 +156,17 @@ def add_rms_norm(x, residual, weight, eps, dtype):
 def _backward_examples(make):
     for x, weight, _, dtype in _examples(make):
         rstd = make(x.shape[0], 1, dtype=torch.float32)
-        for grad_x in (None, make(*x.shape, dtype=x.dtype)):
-            yield make(*x.shape, dtype=dtype), x, weight, rstd, grad_x, dtype if grad_x is not None and x.dtype != dtype else None
+        for grad_residual in (None, make(*x.shape, dtype=x.dtype)):
+            yield make(*x.shape, dtype=dtype), x, weight, rstd, grad_residual, dtype if grad_residual is not None and x.dtype != dtype else None
 
 
 @dispatch.triton("rms_norm_backward", _backward_examples)
-def rms_norm_backward(grad, x, weight, rstd, grad_x, narrow):
+def rms_norm_backward(grad, x, weight, rstd, grad_residual, low_precision_dtype):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dx_narrow = torch.empty_like(dx, dtype=narrow) if narrow else weight.new_empty(0)
+    dx_narrow = torch.empty_like(dx, dtype=low_precision_dtype) if low_precision_dtype else weight.new_empty(0)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad, x, weight, rstd = _rows(grad), _rows(x), weight.contiguous(), rstd.contiguous()
-    other = grad if grad_x is None else _rows(grad_x)
+    other = grad if grad_residual is None else _rows(grad_residual)
     heads, width = x.shape[1:]
     rows, processors = x.shape[0] * heads, tuning.target(x.device).processors
 
@@ -175,8 +175,8 @@ def rms_norm_backward(grad, x, weight, rstd, grad_x, narrow):
         partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
         if programs:
             _backward_kernel[(programs,)](
-                grad, x, weight, rstd, other, dx, dx_narrow if narrow else dx, partial, rows, heads, width,
-                *grad.stride()[:2], *x.stride()[:2], *other.stride()[:2], ADD=grad_x is not None, NARROW=narrow is not None, **config.options)
+                grad, x, weight, rstd, other, dx, dx_narrow if low_precision_dtype else dx, partial, rows, heads, width,
+                *grad.stride()[:2], *x.stride()[:2], *other.stride()[:2], ADD=grad_residual is not None, NARROW=low_precision_dtype is not None, **config.options)
             if not config.blocks["SUM"]:
                 _weight_kernel[(triton.cdiv(width, 256), programs)](
                     grad, x, rstd, partial, rows, heads, width, *grad.stride()[:2], *x.stride()[:2], BLOCK_R=8, BLOCK_D=256)

@@ -12,24 +12,18 @@ import signal
 import sys
 
 from . import __version__, config
-from .artifacts import UserError
+from .runtime.errors import UserError
 
-# command → (config class, module, function); a module is imported only when its command runs
+# command → (its settings, the module whose function has the command's name); a module is imported only when its command runs
 COMMANDS = {
-    "prepare": (config.PrepareConfig, "corpus", "prepare"),
-    "score": (config.ScoreConfig, "scoring", "score"),
-    "select": (config.SelectConfig, "sampling", "select"),
-    "train": (config.TrainConfig, "training", "train"),
-    "evaluate": (config.EvaluateConfig, "evaluation", "evaluate"),
-    "generate": (config.GenerateConfig, "generation", "generate"),
-    "export": (config.ExportConfig, "export", "export"),
-    "run": (config.RunConfig, "pipeline", "run"),
-    "demo": (config.DemoConfig, "pipeline", "demo"),
+    **{name: (settings, f"stages.{name}") for name, settings in config.STAGES.items()},
+    "run": (config.RunConfig, "pipeline"),
+    "demo": (config.DemoConfig, "pipeline"),
 }
 
 
 def _overview() -> str:
-    lines = [f"  {name:9} {settings.__doc__}" for name, (settings, _, _) in COMMANDS.items()]
+    lines = [f"  {name:9} {settings.__doc__}" for name, (settings, _) in COMMANDS.items()]
     return "\n".join([
         "usage: miniplm COMMAND [--flags]", "",
         "Pre-train a small language model on what a large one finds worth learning (MiniPLM, arXiv 2410.17215).", "",
@@ -72,12 +66,12 @@ def main(arguments=None) -> int:
 def _run(command: str, *arguments: str):
     if command not in COMMANDS:
         raise UserError(f"no such command; choose from {', '.join(COMMANDS)}")
-    settings, module, function = COMMANDS[command]
+    settings, module = COMMANDS[command]
     try:
         parsed = config.from_arguments(settings, list(arguments), prog=f"miniplm {command}")
     except ValueError as error:
         raise UserError(f"{error} (see miniplm {command} --help)") from None
-    getattr(importlib.import_module(f".{module}", __package__), function)(parsed)
+    getattr(importlib.import_module(f".{module}", __package__), command)(parsed)
 
 
 REMEDIES = {

@@ -21,18 +21,8 @@ import string
 from pathlib import Path
 
 from . import config
-from .artifacts import UserError, read_json
-
-# stage → (config class, module); the function has the stage's name
-STAGES = {
-    "prepare": (config.PrepareConfig, "corpus"),
-    "score": (config.ScoreConfig, "scoring"),
-    "select": (config.SelectConfig, "sampling"),
-    "train": (config.TrainConfig, "training"),
-    "evaluate": (config.EvaluateConfig, "evaluation"),
-    "generate": (config.GenerateConfig, "generation"),
-    "export": (config.ExportConfig, "export"),
-}
+from .runtime.errors import UserError
+from .runtime.files import read_json
 
 
 def run(settings: config.RunConfig):
@@ -53,56 +43,55 @@ def read_stages(path) -> dict:
     return stages
 
 
-def run_stages(stages: dict, output, places: dict | None = None):
+def run_stages(stages: dict, output, stage_outputs: dict | None = None):
     """Check all stages, then run them in order. Arguments as in plan_stages."""
-    planned = plan_stages(stages, output, places)
-    for number, (name, kind, module, settings) in enumerate(planned, 1):
+    planned = plan_stages(stages, output, stage_outputs)
+    for number, (name, kind, settings) in enumerate(planned, 1):
         print(f"\n[{number}/{len(planned)}] {name}: {kind}", flush=True)
-        getattr(importlib.import_module(f".{module}", __package__), kind)(settings)
+        getattr(importlib.import_module(f".stages.{kind}", __package__), kind)(settings)
 
 
-def plan_stages(stages: dict, output, places: dict | None = None) -> list[tuple]:
-    """(name, stage, module, config) of each stage, checked.
+def plan_stages(stages: dict, output, stage_outputs: dict | None = None) -> list[tuple]:
+    """(name, stage, settings) of each stage, checked.
 
     Args:
         stages: name → settings, with the key `stage`.
-        places: names that `${…}` may refer to beside the stages before.
+        stage_outputs: names that `${…}` may refer to beside the stages before.
     """
-    output, places, planned = Path(output), dict(places or {}), []
+    output, stage_outputs, planned = Path(output), dict(stage_outputs or {}), []
     for name, values in stages.items():
         values = dict(values)
         kind = values.pop("stage", None)
-        if kind not in STAGES:
-            raise UserError(f"stage {name!r}: `stage` is {kind!r}; choose from {', '.join(STAGES)}")
-        settings, module = STAGES[kind]
-        if not name.replace("-", "").replace("_", "").isalnum() or name in places:
+        if kind not in config.STAGES:
+            raise UserError(f"stage {name!r}: `stage` is {kind!r}; choose from {', '.join(config.STAGES)}")
+        if not name.replace("-", "").replace("_", "").isalnum() or name in stage_outputs:
             raise UserError(f"stage {name!r}: a name takes letters, digits, - and _, and is used once")
         if kind != "generate":
             if "output" in values:
                 raise UserError(f"stage {name!r}: leave out `output`, the stage writes to {output / name}")
             values["output"] = str(output / (f"{name}.json" if kind == "evaluate" else name))
         try:
-            planned.append((name, kind, module, config.from_dict(settings, _resolve(values, places))))
+            planned.append((name, kind, config.from_dict(config.STAGES[kind], _resolve(values, stage_outputs))))
         except ValueError as error:
             raise UserError(f"stage {name!r}: {error}") from None
         if kind != "generate":
-            places[name] = values["output"]
+            stage_outputs[name] = values["output"]
     return planned
 
 
-def _resolve(value, places: dict):
+def _resolve(value, stage_outputs: dict):
     """`${name}` replaced in every string of a nested value."""
     if isinstance(value, str):
         try:
-            return _Template(value).substitute(places)
+            return _Template(value).substitute(stage_outputs)
         except KeyError as error:
-            raise ValueError(f"${{{error.args[0]}}} is no stage before this one; those are {', '.join(places) or 'none'}") from None
+            raise ValueError(f"${{{error.args[0]}}} is no stage before this one; those are {', '.join(stage_outputs) or 'none'}") from None
         except ValueError:
             raise ValueError(f"{value!r}: write ${{name}} for the place of a stage and $$ for a dollar sign") from None
     if isinstance(value, dict):
-        return {key: _resolve(inner, places) for key, inner in value.items()}
+        return {key: _resolve(inner, stage_outputs) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_resolve(inner, places) for inner in value]
+        return [_resolve(inner, stage_outputs) for inner in value]
     return value
 
 
@@ -112,13 +101,13 @@ class _Template(string.Template):
 
 def demo(settings: config.DemoConfig):
     """Text, tokenizer, teacher, reference, scores, selection, two students, evaluation, export: on this machine, offline, seeded."""
-    from .demo_text import train_tokenizer, write_text
+    from .demo.text import train_tokenizer, write_text
 
     output = Path(settings.output)
     print("[0] text: what this Python carries; a tokenizer trained on it", flush=True)
     text = write_text(output / "text")
     tokenizer = train_tokenizer(text, output / "tokenizer")
-    stages = read_stages(Path(__file__).with_name("demo.yaml"))
+    stages = read_stages(Path(__file__).with_name("demo") / "demo.yaml")
     run_stages(stages, output, {"text": str(text), "tokenizer": str(tokenizer)})
     _print_result(output)
 

@@ -71,9 +71,9 @@ def tiny_corpus(tiny_tokenizer, tmp_path_factory) -> str:
     import pyarrow as pa
     from transformers import AutoTokenizer
 
-    from miniplm import storage
-    from miniplm.artifacts import complete_output, open_output
-    from miniplm.tokenizer import tokenizer_fingerprint
+    from miniplm.data import corpus as storage
+    from miniplm.data.tokenizer import tokenizer_fingerprint
+    from miniplm.runtime.artifacts import complete_output, open_output
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
     folder = tmp_path_factory.mktemp("corpus") / "corpus"

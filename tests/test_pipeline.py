@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from miniplm.artifacts import UserError
 from miniplm.pipeline import _resolve, plan_stages, read_stages, run_stages
+from miniplm.runtime.errors import UserError
 
 
 def test_places_are_filled_in_everywhere_and_unknown_ones_refused():

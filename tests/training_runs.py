@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from miniplm import training
-from miniplm.artifacts import complete_output, open_output, read_json
 from miniplm.config import OptimizerConfig, StudentConfig, TrainConfig
+from miniplm.runtime.artifacts import complete_output, open_output
+from miniplm.runtime.files import read_json
+from miniplm.stages import train as training
 
 STUDENT = StudentConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
 EOS = 0  # of the tiny tokenizer
@@ -64,7 +65,7 @@ def write_corpus(folder, chunks, like) -> str:
     """A complete corpus of these chunks with the tokenizer of the corpus `like`."""
     import pyarrow as pa
 
-    from miniplm import storage
+    from miniplm.data import corpus as storage
 
     manifest = read_json(Path(like) / "manifest.json")
     open_output(folder, "prepare", {})

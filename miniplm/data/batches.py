@@ -1,7 +1,7 @@
 """Corpus rows → packed batches.
 
 A chunk of n ids gives n − 1 predictions: position i has input id i and predicts id i + 1. A position whose input is EOS
-predicts the first token of an unrelated document, so its target is IGNORE: it is neither scored nor trained.
+predicts the first token of an unrelated document, so its target is IGNORE_INDEX: it is neither scored nor trained.
 """
 
 import queue
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-IGNORE = -100
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
 class Batch:
     """Packed rows without padding.
 
-    input_ids [T] int64; targets [T] int64, IGNORE where nothing is predicted; cu_seqlens [B+1] int32, the bounds within
+    input_ids [T] int64; targets [T] int64, IGNORE_INDEX where nothing is predicted; cu_seqlens [B+1] int32, the bounds within
     which attention stays; max_seqlen, the longest of those; row_cu_seqlens [R+1] int32, the bounds of the corpus rows
     (equal to cu_seqlens unless attention stays within documents).
     """
@@ -61,7 +61,7 @@ def pack(rows, eos_token_id: int, document_mask: bool = False) -> Batch:
     inputs = np.concatenate([*(row[:-1] for row in rows), empty]).astype(np.int64)
     targets = np.concatenate([*(row[1:] for row in rows), empty]).astype(np.int64)
     after_eos = inputs == eos_token_id
-    targets[after_eos] = IGNORE
+    targets[after_eos] = IGNORE_INDEX
     bounds = row_bounds
     if document_mask:
         bounds = np.union1d(row_bounds, np.flatnonzero(after_eos) + 1)

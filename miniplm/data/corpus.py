@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .artifacts import UserError, atomic_write, fingerprint, hash_files, read_manifest, write_json
+from ..runtime.artifacts import read_manifest
+from ..runtime.errors import UserError
+from ..runtime.files import atomic_write, fingerprint, hash_files, write_json
 
 SCORE_COLUMNS = ("teacher_log_prob", "reference_log_prob", "score")
 ROWS_PER_RECORD_BATCH = 1_000  # as datasets writes them

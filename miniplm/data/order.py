@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from .artifacts import UserError
-from .batches import Batch, pack, split_by_tokens
+from ..data.batches import Batch, pack, split_by_tokens
+from ..runtime.errors import UserError
 
 
 class DataOrder:

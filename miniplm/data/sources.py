@@ -13,7 +13,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .artifacts import UserError, fingerprint
+from ..runtime.errors import UserError
+from ..runtime.files import fingerprint
 
 BLOCK_BYTES = 1 << 18
 BLOCK_RECORDS = 4096

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from .artifacts import UserError, fingerprint, latest_checkpoint
+from ..runtime.errors import UserError
+from ..runtime.files import fingerprint
 
 REMEDY = "give a Hugging Face id, a folder with tokenizer.json, or a .gguf file"
 
@@ -11,7 +12,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     """The tokenizer `name` as a transformers PreTrainedTokenizerFast.
 
     Args:
-        name: Hugging Face id, local folder (of a training output: its latest checkpoint), or .gguf file.
+        name: Hugging Face id, local folder (of a training output: one of its checkpoints), or .gguf file.
         trust_remote_code: run code that comes with the tokenizer.
 
     Raises:
@@ -19,7 +20,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     """
     import transformers
 
-    path = Path(latest_checkpoint(name)).expanduser()
+    path = Path(name).expanduser()
     if not path.exists() and (path.suffix == ".gguf" or path.is_absolute() or str(name).startswith((".", "~")) or len(path.parts) > 2):
         raise UserError(f"tokenizer {name} does not exist: {REMEDY}")
     if path.is_file() and path.suffix != ".gguf":

@@ -11,8 +11,10 @@ import random
 import sysconfig
 from pathlib import Path
 
-from .artifacts import UserError, atomic_folder, atomic_write, complete_output, fingerprint, open_output
-from .tokenizer import save_tokenizer
+from ..data.tokenizer import save_tokenizer
+from ..runtime.artifacts import complete_output, open_output
+from ..runtime.errors import UserError
+from ..runtime.files import atomic_folder, atomic_write, fingerprint
 
 DOMAIN_BYTES = 1_200_000  # at most so much text per domain: enough to learn from, few enough for minutes on two cores
 TEST_DATA_BYTES = 400_000  # numbers mostly, of a token per digit: more would fill half of the corpus

@@ -1,7 +1,8 @@
 """The decoder on the project's own ops: the Qwen2, Llama and Qwen3 architectures under transformers' parameter names.
 
-So a Hugging Face checkpoint is its state dict as it is, and its state dict is one (see model.py for loading).
+So a Hugging Face checkpoint is its state dict as it is, and its state dict is one (see loading.py).
 """
+
 
 import copy
 
@@ -10,29 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..config import StudentConfig
+from ..kernels import add_rms_norm, apply_rotary, flash_attention, rms_norm, swiglu
+from ..runtime.errors import UserError
 from . import float8
-from .artifacts import UserError
-from .config import StudentConfig
-from .kernels import add_rms_norm, apply_rotary, flash_attention, rms_norm, swiglu
+from .base import LanguageModel
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
 MAX_SHARD_SIZE = "5GB"
+
+
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
 """Rotary embeddings whose frequencies do not depend on the length of the text."""
-
-
-class LanguageModel(nn.Module):
-    """A causal language model on packed tokens: what every stage works with.
-
-    Calling it: input_ids [T] int64, cu_seqlens [B+1] int32 (document b is tokens cu_seqlens[b]:cu_seqlens[b+1], empty
-    ones allowed) and optionally max_seqlen, the length of the longest document or more. It returns the hidden states [T, d]
-    after the final norm. Each document starts at position 0 and attends to itself only.
-    `head_weight` [V, d]: hidden @ head_weight.T are the logits. `config`: transformers' config.
-    """
-
-    def num_parameters(self) -> int:
-        """How many parameters there are; a tied head counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
 
 
 class RMSNorm(nn.Module):
@@ -48,7 +42,7 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, residual, self.weight, self.eps)
 
 
-def side_by_side(x: Tensor, *layers: nn.Linear) -> Tensor:
+def fused_linear(x: Tensor, *layers: nn.Linear) -> Tensor:
     """[T, Σ out]: the results of linear layers for x [T, in], joined: one matrix product, and one for each gradient in the backward pass.
 
     The layers keep their own parameters, under transformers' names, each with its own gradient and optimiser state; what is joined is a
@@ -56,7 +50,7 @@ def side_by_side(x: Tensor, *layers: nn.Linear) -> Tensor:
     """
     in_float8 = [isinstance(layer, float8.Float8Linear) for layer in layers]
     if all(in_float8):
-        return float8.side_by_side(x, layers)
+        return float8.fused_linear(x, layers)
     if any(in_float8) or len(x) < x.shape[-1]:  # a layer of odd sizes is not in float8
         return torch.cat([layer(x) for layer in layers], -1)
     weight = torch.cat([layer.weight.to(x.dtype) for layer in layers])
@@ -80,7 +74,7 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = None
 
     def forward(self, x: Tensor, positions: Tensor, inv_freq: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
-        qkv = side_by_side(x, self.q_proj, self.k_proj, self.v_proj).unflatten(-1, (-1, self.head_dim))
+        qkv = fused_linear(x, self.q_proj, self.k_proj, self.v_proj).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([layer.out_features // self.head_dim for layer in (self.q_proj, self.k_proj, self.v_proj)], -2)  # views [T, H, D]
         if self.q_norm is not None:
             q, k = self.q_norm(q)[0], self.k_norm(k)[0]
@@ -97,7 +91,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(side_by_side(x, self.gate_proj, self.up_proj)))
+        return self.down_proj(swiglu(fused_linear(x, self.gate_proj, self.up_proj)))
 
 
 class Layer(nn.Module):
@@ -119,7 +113,7 @@ class Decoder(LanguageModel):
     """The Qwen2, Llama and Qwen3 architectures, randomly initialised (normal, config.initializer_range, torch's global RNG).
 
     Args:
-        config: a Qwen2Config, LlamaConfig or Qwen3Config for which `unsupported(config)` is None; it is copied.
+        config: a Qwen2Config, LlamaConfig or Qwen3Config for which `unsupported_reason(config)` is None; it is copied.
             Dropout is not applied, and the embedding of pad_token_id is trained like any other.
 
     Under autocast the residual stream stays in the parameters' float32, as in transformers. Nothing waits for the GPU, and shapes depend on
@@ -131,7 +125,7 @@ class Decoder(LanguageModel):
 
     def __init__(self, config):
         super().__init__()
-        if reason := unsupported(config):
+        if reason := unsupported_reason(config):
             raise UserError(f"the decoder cannot compute this architecture: {reason}")
         self.config = copy.deepcopy(config)
         self.inv_freq, attention_scaling = _rope(config)
@@ -213,7 +207,7 @@ def _rope(config) -> tuple[Tensor, float]:
         return 1.0 / (rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)), 1.0
 
 
-def unsupported(config) -> str | None:
+def unsupported_reason(config) -> str | None:
     """Why `Decoder` cannot compute a config exactly; None if it can."""
     from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 

@@ -8,8 +8,8 @@ kernels for the exact sum can take twice as long (github.com/pytorch/pytorch/iss
 import torch
 from torch import Tensor, nn
 
-from .artifacts import UserError
-from .kernels import quantize_rows
+from ..kernels import quantize_rows
+from ..runtime.errors import UserError
 
 
 class Float8Linear(nn.Module):
@@ -26,7 +26,7 @@ class Float8Linear(nn.Module):
         return product(x, self.weight, self.scale, self.bias)
 
 
-def side_by_side(x: Tensor, layers: list[Float8Linear]) -> Tensor:
+def fused_linear(x: Tensor, layers: list[Float8Linear]) -> Tensor:
     """[..., Σ out]: the results of layers for the same x, joined, in one product."""
     weight = torch.cat([layer.weight.view(torch.uint8) for layer in layers]).view(torch.float8_e4m3fn)
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])

@@ -1,126 +1,30 @@
 """The models: Hugging Face ids, folders and .gguf files in, one interface out.
 
 `load_model` gives a LanguageModel: packed token ids in, hidden states after the final norm out, and the head's weight.
-Qwen2, Llama and Qwen3 become a Decoder; `Adapter` puts any other `AutoModelForCausalLM` behind the same interface.
+Qwen2, Llama and Qwen3 become a Decoder; `TransformersLM` puts any other `AutoModelForCausalLM` behind the same interface.
 """
 
-import contextlib
+
 import importlib.util
-import itertools
-import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .artifacts import UserError, hash_files, latest_checkpoint, read_json
-from .decoder import Decoder, LanguageModel, student_config, unsupported
-
-__all__ = ["Adapter", "Decoder", "LanguageModel", "choose_device", "choose_dtype", "load_model", "load_with_transformers", "model_hash",
-           "student_config", "weight_files"]
+from ..runtime.errors import UserError
+from ..runtime.files import hash_files, read_json
+from .adapter import TransformersLM, one_line, quiet_transformers
+from .base import LanguageModel
+from .decoder import Decoder, unsupported_reason
 
 MISSING, UNKNOWN, OTHER_SHAPE = "missing", "not of this architecture", "of another shape"
-
-
-class Adapter(LanguageModel):
-    """Any other causal LM of transformers: packed outside, right-padded inside.
-
-    Args:
-        model: the AutoModelForCausalLM. UserError where its logits are not a multiple of hidden @ head_weight.T.
-        name: what the user calls it, for messages.
-    """
-
-    def __init__(self, model, name: str):
-        super().__init__()
-        self.wrapped, self.config, self.scale = model.eval(), model.config, 1.0
-        # Past these lengths position tables end, and some rotary embeddings change with the longest text of a batch.
-        rope = getattr(model.config, "rope_parameters", None) or {}
-        limits = [getattr(model.config, "max_position_embeddings", None), rope.get("rope_type") == "longrope" and rope["original_max_position_embeddings"]]
-        self.context = min(filter(None, limits), default=math.inf)
-        try:
-            self._check(f"{name} ({model.config.model_type}) cannot be used")
-        except UserError:
-            raise
-        except Exception as error:  # whatever a foreign model's code raises
-            raise UserError(f"{name} ({model.config.model_type}) cannot be used: it does not compute plain text ({_one_line(error)})") from error
-
-    @property
-    def head_weight(self) -> Tensor:
-        return self.wrapped.get_output_embeddings().weight
-
-    def forward(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
-        bounds = cu_seqlens.tolist()
-        documents = sorted(itertools.pairwise(bounds), key=lambda bound: bound[0] - bound[1])  # longest first
-        documents = [(start, end) for start, end in documents if end > start]
-        if documents and documents[0][1] - documents[0][0] > self.context:
-            raise UserError(f"a document of {documents[0][1] - documents[0][0]} tokens does not fit into the model's context of {self.context} "
-                            f"({self.config.model_type}): prepare the corpus with a smaller max_length")
-        hidden, places = [], []
-        while documents:
-            longest = documents[0][1] - documents[0][0]
-            # A batch takes documents down to three quarters of its longest: padding is at most a quarter of it.
-            group = [bound for bound in documents if 4 * (bound[1] - bound[0]) >= 3 * longest]
-            documents = documents[len(group):]
-            starts, ends = torch.tensor(group, device=input_ids.device).T[..., None]
-            index = starts + torch.arange(longest, device=input_ids.device)  # [documents of the group, longest]
-            ids = input_ids[torch.minimum(index, ends - 1)]  # the padding repeats the last token; no token sees it, see _check
-            output = self.wrapped.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            hidden.append(output[index < ends])
-            places.append(index[index < ends])
-        if not hidden:
-            return self.head_weight.new_zeros(0, self.head_weight.shape[1])
-        packed = torch.cat(hidden)[torch.argsort(torch.cat(places))]
-        return packed if self.scale == 1 else packed * self.scale
-
-    @torch.no_grad()
-    def _check(self, refusal: str):
-        """Find the factor between hidden @ head_weight.T and the model's own logits; refuse a model that has none."""
-        head = self.wrapped.get_output_embeddings()
-        no_product = f"{refusal}: its logits are not hidden × head"
-        if not isinstance(getattr(head, "weight", None), Tensor):
-            raise UserError(f"{no_product} (it has no head)")
-        if getattr(head, "bias", None) is not None:
-            raise UserError(f"{no_product} (the head has a bias)")
-        if getattr(self.config, "final_logit_softcapping", None):  # invisible in the small logits of an untrained model
-            raise UserError(f"{no_product} (they are soft-capped)")
-        ids = 1 + torch.arange(9, device=head.weight.device) * ((len(head.weight) - 1) // 9)
-        lengths = [9, 5, 0, 1]  # all begin alike
-        bounds = torch.tensor([0, *lengths], device=ids.device).cumsum(0, dtype=torch.int32)
-        hidden = self(torch.cat([ids[:length] for length in lengths]), bounds)
-        logits = self.wrapped(input_ids=ids[None], use_cache=False).logits[0].float()
-        product = (hidden[:9] @ head.weight.T).float()
-        factor = float((product * logits).sum() / (product * product).sum())
-        precise = head.weight.dtype == torch.float32
-        tolerance = 1e-4 if precise else 5e-2
-        if not _close(factor * product, logits, tolerance):
-            raise UserError(f"{no_product} (they differ by more than a factor)")
-        if not (_close(hidden[9:14], hidden[:5], tolerance) and _close(hidden[14:], hidden[:1], tolerance)):
-            raise UserError(f"{refusal}: its hidden states depend on later tokens or on padding")
-        if abs(factor - 1) > (1e-4 if precise else 1e-2):  # in half precision the logits' rounding averages out in the factor
-            self.scale = factor
-
-    def flops_per_token(self, context: int) -> int:
-        """Forward FLOPs per token, estimated: 2 per parameter, embeddings only where they are the head, and causal attention if any."""
-        embedding = self.wrapped.get_input_embeddings().weight
-        looked_up = 0 if embedding is self.head_weight else embedding.numel()
-        text = self.config.get_text_config()
-        attention = 2 * text.num_hidden_layers * text.hidden_size * (context + 1) if hasattr(text, "num_attention_heads") else 0
-        return 2 * (self.num_parameters() - looked_up) + attention
-
-    def save_pretrained(self, folder):
-        with _quiet_transformers():
-            self.wrapped.save_pretrained(folder)
-
-
-def _close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
-    return bool((ours - theirs).norm() <= tolerance * theirs.norm())
 
 
 def load_model(name, dtype: torch.dtype = torch.float32, device="cpu", trust_remote_code: bool = False) -> LanguageModel:
     """Load a model for computing, in evaluation mode.
 
     Args:
-        name: Hugging Face id, local folder (a training output gives its latest checkpoint), or .gguf file.
+        name: Hugging Face id, local folder, or .gguf file; of a training output, one of its checkpoints.
         dtype: of the weights, whatever the file holds.
     Raises:
         UserError: it cannot be found, read or computed; the line says which file or tensor.
@@ -128,11 +32,11 @@ def load_model(name, dtype: torch.dtype = torch.float32, device="cpu", trust_rem
     path = _locate(name)
     if path.suffix == ".gguf":
         wrapped = load_with_transformers(path, dtype)
-        model = Adapter(wrapped.to(device), str(name)) if unsupported(wrapped.config) else _fill_decoder(wrapped.config, wrapped.state_dict(), path)
+        model = TransformersLM(wrapped.to(device), str(name)) if unsupported_reason(wrapped.config) else _fill_decoder(wrapped.config, wrapped.state_dict(), path)
         return model.to(device).eval()
     config, files = _read_config(path, trust_remote_code), weight_files(path)
-    if unsupported(config):
-        return Adapter(load_with_transformers(path, dtype, trust_remote_code).to(device), str(name)).eval()
+    if unsupported_reason(config):
+        return TransformersLM(load_with_transformers(path, dtype, trust_remote_code).to(device), str(name)).eval()
     return _fill_decoder(config, _read_tensors(files, dtype, device), path).to(device).eval()
 
 
@@ -178,7 +82,7 @@ def _read_tensors(files, dtype: torch.dtype, device) -> dict[str, Tensor]:
                 with safe_open(file, framework="pt") as opened:
                     tensors[name] = opened.get_tensor(name).to(device, dtype, copy=True)
         except SafetensorError as error:
-            raise UserError(f"{file} is not a whole safetensors file ({_one_line(error)}): copy or download it again") from None
+            raise UserError(f"{file} is not a whole safetensors file ({one_line(error)}): copy or download it again") from None
     return tensors
 
 
@@ -222,36 +126,20 @@ def load_with_transformers(name, dtype: torch.dtype, trust_remote_code: bool = F
         if hasattr(transformers, "GgufConfig"):  # newer versions would otherwise keep them quantised where they have a kernel for it
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 path if path.is_dir() else path.parent, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True,
                 ignore_mismatched_sizes=True, output_loading_info=True, **options)
     except Exception as error:  # transformers raises anything, from KeyError to OSError
-        raise UserError(f"transformers cannot load {path}: {_one_line(error)}") from error
+        raise UserError(f"transformers cannot load {path}: {one_line(error)}") from error
     _refuse_tensors(path, MISSING, sorted(info["missing_keys"]))
     _refuse_tensors(path, OTHER_SHAPE, sorted(name for name, *_ in info["mismatched_keys"]))
     return model.eval()
 
 
-@contextlib.contextmanager
-def _quiet_transformers():
-    """Without its progress bars and reports: what they would say comes in the one line of an error."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _locate(name) -> Path:
     """The folder or .gguf file that a model's name stands for; a Hugging Face id is downloaded (or found in the cache)."""
-    path = Path(latest_checkpoint(name))
+    path = Path(name)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists():
@@ -270,7 +158,7 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"],
                                       ignore_patterns=["*/*", "consolidated*"]))
     except (HTTPError, LocalEntryNotFoundError, HFValidationError, ConnectionError) as error:
-        raise UserError(f"model {name} is neither a local folder nor a Hugging Face model that can be reached: {_one_line(error)}") from error
+        raise UserError(f"model {name} is neither a local folder nor a Hugging Face model that can be reached: {one_line(error)}") from error
 
 
 def _read_config(folder: Path, trust_remote_code: bool):
@@ -279,34 +167,7 @@ def _read_config(folder: Path, trust_remote_code: bool):
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no config.json: give a model's folder")
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises anything, from KeyError to OSError
-        raise UserError(f"transformers cannot read {folder / 'config.json'}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    if "trust_remote_code" in text:
-        return "it comes with code of its own: set trust_remote_code if you trust it"
-    return text[:300]
-
-
-def choose_device(device: str) -> torch.device:
-    """"auto" is the GPU if there is one; UserError for a device that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"device {device!r} is not known: give auto, cpu, cuda or cuda:1") from None
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {device!r} is not there, torch sees {torch.cuda.device_count()} GPUs: give --device cpu or another")
-    return chosen
-
-
-def choose_dtype(dtype: str, device) -> torch.dtype:
-    """"auto" is bfloat16 on a GPU and float32 on the CPU."""
-    if dtype == "auto":
-        return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    return getattr(torch, dtype)
+        raise UserError(f"transformers cannot read {folder / 'config.json'}: {one_line(error)}") from error

@@ -17,8 +17,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
-from .decoder import unsupported
-from .kernels import apply_rotary, flash_attention, linear_cross_entropy, rms_norm, swiglu
+from ..kernels import apply_rotary, flash_attention, linear_cross_entropy, rms_norm, swiglu
+from ..models.decoder import unsupported_reason
 
 ATTENTION = "miniplm"  # the name of our attention among transformers' implementations
 
@@ -155,7 +155,7 @@ def patch(model):
     Raises:
         ValueError: the architecture is not one of these, or it is patched already; the line says why.
     """
-    if reason := unsupported(model.config):
+    if reason := unsupported_reason(model.config):
         raise ValueError(f"this model cannot be patched: {reason}")
     if hasattr(model, STATE):
         raise ValueError("this model is patched already: unpatch it first")

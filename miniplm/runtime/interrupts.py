@@ -11,9 +11,9 @@ class Interrupted(SystemExit):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yield a poll() that raises Interrupted once SIGTERM or SIGINT has come. A second signal ends the process at once.
+    """Yield a raise_if_interrupted() that raises Interrupted once SIGTERM or SIGINT has come. A second signal ends the process at once.
 
-    Outside the main thread, where Python allows no handlers, poll() never raises.
+    Outside the main thread, where Python allows no handlers, raise_if_interrupted() never raises.
     """
     received, previous = [], {}
 
@@ -22,14 +22,14 @@ def stop_signals():
         for each in previous:
             signal.signal(each, signal.SIG_DFL)
 
-    def poll():
+    def raise_if_interrupted():
         if received:
             raise Interrupted(128 + received[0])
 
     if threading.current_thread() is threading.main_thread():
         previous.update({signum: signal.signal(signum, receive) for signum in (signal.SIGTERM, signal.SIGINT)})
     try:
-        yield poll
+        yield raise_if_interrupted
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)

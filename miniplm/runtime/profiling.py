@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from .artifacts import UserError
-from .progress import note
+from ..runtime.errors import UserError
+from ..runtime.progress import note
 
 FIRST, STEPS = 3, 3  # steps before the trace (compiling, tuning; the profiler's own start), steps in it
 

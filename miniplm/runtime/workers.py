@@ -9,7 +9,7 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from .artifacts import UserError
+from ..runtime.errors import UserError
 
 UNDER_WAY = 4  # items per worker that are read, worked on, or waiting for their turn
 
@@ -32,9 +32,9 @@ def ordered_map(make, argument, items, workers: int):
         yield from map(make(argument), items)
         return
     context = multiprocessing.get_context("spawn")
-    life_line, hold = context.Pipe(duplex=False)
+    parent_alive, hold = context.Pipe(duplex=False)
     under_way = deque()
-    with ProcessPoolExecutor(workers, context, _start, (life_line, make, argument)) as pool:
+    with ProcessPoolExecutor(workers, context, _start, (parent_alive, make, argument)) as pool:
         try:
             for item in items:
                 with _interrupts_blocked():  # submit starts processes, and they inherit it
@@ -63,16 +63,16 @@ def _interrupts_blocked():
 _function = None  # in a worker
 
 
-def _start(life_line, make, argument):
+def _start(parent_alive, make, argument):
     global _function
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    threading.Thread(target=_die_with, args=(life_line,), daemon=True).start()
+    threading.Thread(target=exit_with_parent, args=(parent_alive,), daemon=True).start()
     _function = make(argument)
 
 
-def _die_with(life_line):
+def exit_with_parent(parent_alive):
     with contextlib.suppress(EOFError, OSError):
-        life_line.recv()  # nothing is ever sent: this returns when the other end closes, by kill -9 too
+        parent_alive.recv()  # nothing is ever sent: this returns when the other end closes, by kill -9 too
     os._exit(1)
 
 

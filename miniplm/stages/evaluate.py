@@ -10,14 +10,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .artifacts import UserError, read_json, write_json
-from .batches import IGNORE, pack, prefetch, split_by_tokens
-from .config import EvaluateConfig
-from .kernels import linear_log_prob
-from .model import choose_device, choose_dtype, load_model, model_hash
-from .progress import Progress
-from .storage import Corpus
-from .tokenizer import check_same_tokens, load_tokenizer
+from ..config import EvaluateConfig
+from ..data.batches import IGNORE_INDEX, pack, prefetch, split_by_tokens
+from ..data.corpus import Corpus
+from ..data.tokenizer import check_same_tokens, load_tokenizer
+from ..kernels import linear_log_prob
+from ..models.loading import load_model, model_hash
+from ..runtime.devices import choose_device, choose_dtype
+from ..runtime.errors import UserError
+from ..runtime.files import read_json, write_json
+from ..runtime.progress import Progress
+from ..training.checkpoints import latest_checkpoint
 
 
 def evaluate(config: EvaluateConfig) -> dict:
@@ -35,16 +38,16 @@ def evaluate(config: EvaluateConfig) -> dict:
     """
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    corpus = Corpus(config.data)
+    corpus, folder = Corpus(config.data), latest_checkpoint(config.model)
     if not corpus.manifest["predictions"]:
         raise UserError(f"corpus {config.data} holds no token to predict: evaluate on another one")
     identity = {"model": Path(config.model).resolve().name if Path(config.model).exists() else config.model,
-                "weights": model_hash(config.model), "corpus": corpus.fingerprint, "source": corpus.manifest["source"],
+                "weights": model_hash(folder), "corpus": corpus.fingerprint, "source": corpus.manifest["source"],
                 "document_mask": config.document_mask, "dtype": str(dtype).removeprefix("torch.")}
     result = _read_equal(config.output, identity)
     if result is None:
-        check_same_tokens(load_tokenizer(corpus.tokenizer), load_tokenizer(config.model, config.trust_remote_code), config.model)
-        model = load_model(config.model, dtype, device, config.trust_remote_code)
+        check_same_tokens(load_tokenizer(corpus.tokenizer), load_tokenizer(folder, config.trust_remote_code), config.model)
+        model = load_model(folder, dtype, device, config.trust_remote_code)
         if len(model.head_weight) <= corpus.highest_id:
             raise UserError(f"model {config.model} knows {len(model.head_weight)} ids, corpus {config.data} has ids up to {corpus.highest_id}: "
                             "evaluate a model that was made for its tokenizer")
@@ -86,7 +89,7 @@ def _row_losses(model, corpus: Corpus, document_mask: bool, batch_tokens: int, d
             log_prob = linear_log_prob(hidden, model.head_weight, moved.targets).cpu().numpy()
             rows = np.repeat(np.arange(group.start, group.stop), batch.row_cu_seqlens.diff())
             np.subtract.at(losses, rows, log_prob)  # in float64
-            np.add.at(tokens, rows, (batch.targets != IGNORE).numpy())
+            np.add.at(tokens, rows, (batch.targets != IGNORE_INDEX).numpy())
             progress.update(len(rows))
     return losses, tokens
 

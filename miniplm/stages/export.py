@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 
-from .artifacts import MANIFEST, UserError, atomic_folder, atomic_write, fingerprint, hash_files, latest_checkpoint, open_output, read_json, write_json
-from .checkpoints import STATE
-from .config import ExportConfig
-from .decoder import Decoder
-from .model import load_model, model_hash
-from .tokenizer import load_tokenizer, save_tokenizer
+from ..config import ExportConfig
+from ..data.tokenizer import load_tokenizer, save_tokenizer
+from ..models.decoder import Decoder
+from ..models.loading import load_model, model_hash
+from ..runtime.artifacts import MANIFEST, open_output
+from ..runtime.errors import UserError
+from ..runtime.files import atomic_folder, atomic_write, fingerprint, hash_files, read_json, write_json
+from ..training.checkpoints import STATE, latest_checkpoint
 
 MAX_DOMAINS = 40  # lines of the card's table; a corpus can have thousands of domains
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)

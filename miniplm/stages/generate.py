@@ -4,10 +4,12 @@ import sys
 
 import torch
 
-from .artifacts import UserError
-from .config import GenerateConfig
-from .model import choose_device, choose_dtype, load_with_transformers, weight_files
-from .tokenizer import load_tokenizer
+from ..config import GenerateConfig
+from ..data.tokenizer import load_tokenizer
+from ..models.loading import load_with_transformers, weight_files
+from ..runtime.devices import choose_device, choose_dtype
+from ..runtime.errors import UserError
+from ..training.checkpoints import latest_checkpoint
 
 
 def generate(config: GenerateConfig) -> str:
@@ -22,13 +24,13 @@ def generate(config: GenerateConfig) -> str:
     """
     from transformers import GenerationConfig, TextStreamer
 
-    device = choose_device(config.device)
-    weight_files(config.model)  # a model that is not there is told as one, not as a missing tokenizer
-    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    device, folder = choose_device(config.device), latest_checkpoint(config.model)
+    weight_files(folder)  # a model that is not there is told as one, not as a missing tokenizer
+    tokenizer = load_tokenizer(folder, config.trust_remote_code)
     ids = tokenizer(config.prompt)["input_ids"] or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     if ids == [None]:
         raise UserError(f"the tokenizer of {config.model} has neither BOS nor EOS to start from: give a --prompt that is not empty")
-    model = load_with_transformers(config.model, choose_dtype(config.dtype, device), config.trust_remote_code).to(device)
+    model = load_with_transformers(folder, choose_dtype(config.dtype, device), config.trust_remote_code).to(device)
     if max(ids) >= model.get_input_embeddings().num_embeddings:
         raise UserError(f"the tokenizer of {config.model} has more ids than the model ({model.get_input_embeddings().num_embeddings}): "
                         "put the model's own tokenizer into its folder")

@@ -29,13 +29,15 @@ from pathlib import Path
 
 import numpy as np
 
-from . import storage
-from .artifacts import MANIFEST, UserError, atomic_folder, complete_output, fingerprint, open_output, read_json, write_json
-from .config import PrepareConfig
-from .processes import cores, ordered_map
-from .progress import Progress
-from .sources import START, Block, open_source, read_record
-from .tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from ..config import PrepareConfig
+from ..data import corpus as storage
+from ..data.sources import START, Block, open_source, read_record
+from ..data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from ..runtime.artifacts import MANIFEST, complete_output, open_output
+from ..runtime.errors import UserError
+from ..runtime.files import atomic_folder, fingerprint, read_json, write_json
+from ..runtime.progress import Progress
+from ..runtime.workers import cores, ordered_map
 
 CLOSERS = "\"'”’»)]}"
 PROGRESS = "progress.json"
@@ -105,7 +107,7 @@ def boundaries(ids: np.ndarray, table: BoundaryTable) -> np.ndarray:
     return result
 
 
-def cut(boundary: np.ndarray, size: int) -> list[int]:
+def chunk_ends(boundary: np.ndarray, size: int) -> list[int]:
     """The ends of the chunks that are complete in a stream with these boundaries [n]: chunk k is ids[ends[k - 1]:ends[k]]."""
     last = np.flatnonzero(boundary) + 1
     ends, start = [], 0
@@ -141,7 +143,7 @@ class Chunker:
             rest_ids, rest_boundary = self._rest.get(domain, (np.zeros(0, np.int32), np.zeros(0, bool)))
             ids = np.concatenate([rest_ids, *(documents.ids[part] for part in parts)])
             boundary = np.concatenate([rest_boundary, *(documents.boundary[part] for part in parts)])
-            ends = cut(boundary, self.size)
+            ends = chunk_ends(boundary, self.size)
             starts = np.array([0, *ends])
             # A chunk is completed by the first document that takes the stream past start + size.
             stream = len(rest_ids) + np.cumsum(documents.lengths[numbers])

@@ -14,16 +14,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .artifacts import MANIFEST, UserError, atomic_write, complete_output, open_output
-from .batches import IGNORE, Batch, pack, pinned, prefetch, split_by_tokens
-from .config import ScoreConfig
-from .float8 import to_float8
-from .kernels import difference_score, linear_log_prob
-from .model import choose_device, choose_dtype, load_model, model_hash
-from .progress import Progress
-from .storage import Corpus
-from .tokenizer import check_same_tokens, load_tokenizer
-from .trace import check_trace, trace
+from ..config import ScoreConfig
+from ..data.batches import IGNORE_INDEX, Batch, pack, pinned, prefetch, split_by_tokens
+from ..data.corpus import Corpus
+from ..data.tokenizer import check_same_tokens, load_tokenizer
+from ..kernels import difference_score, linear_log_prob
+from ..models.float8 import to_float8
+from ..models.loading import load_model, model_hash
+from ..runtime.artifacts import MANIFEST, complete_output, open_output
+from ..runtime.devices import choose_device, choose_dtype
+from ..runtime.errors import UserError
+from ..runtime.files import atomic_write
+from ..runtime.profiling import check_trace, trace
+from ..runtime.progress import Progress
+from ..training.checkpoints import latest_checkpoint
 
 ROLES = ("teacher", "reference")
 AGREEMENT_ROWS = 1024  # on which float8 is compared
@@ -39,15 +43,16 @@ def score(config: ScoreConfig) -> None:
     check_trace(config.profile)
     corpus = Corpus(config.data)
     names = {role: name for role in ROLES if (name := getattr(config, role))}
+    folders = {role: latest_checkpoint(name) for role, name in names.items()}
     tokenizer = load_tokenizer(corpus.tokenizer)
-    for name in names.values():
-        check_same_tokens(tokenizer, load_tokenizer(name, config.trust_remote_code), name)
+    for role, name in names.items():
+        check_same_tokens(tokenizer, load_tokenizer(folders[role], config.trust_remote_code), name)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     batch_tokens = config.batch_tokens or (2_048 if device.type == "cpu" else 65_536)
     shard_rows = config.shard_rows or (256 if device.type == "cpu" else 16_384)
     identity = {
-        "corpus": corpus.fingerprint, **{role: model_hash(names[role]) if role in names else None for role in ROLES},
+        "corpus": corpus.fingerprint, **{role: model_hash(folders[role]) if role in names else None for role in ROLES},
         "dtype": str(dtype).removeprefix("torch."), "document_mask": config.document_mask, "vocab_size": config.vocab_size,
         "batch_tokens": batch_tokens, "shard_rows": shard_rows, "device": device.type, **({"precision": config.precision} if config.precision else {})}
     output = Path(config.output)
@@ -58,7 +63,7 @@ def score(config: ScoreConfig) -> None:
     if complete and not todo:
         print(f"The scores in {output} are complete, nothing to do.")
         return
-    models = {role: load_model(name, dtype, device, config.trust_remote_code) for role, name in names.items()}
+    models = {role: load_model(name, dtype, device, config.trust_remote_code) for role, name in folders.items()}
     heads = [len(model.head_weight) for model in models.values()]
     vocab_size = min([*heads, config.vocab_size or heads[0]])
     if vocab_size < (needed := _ids_needed(corpus, tokenizer, vocab_size)):
@@ -70,7 +75,7 @@ def score(config: ScoreConfig) -> None:
     positions = corpus.num_tokens - 1
     batches = ((number, batch) for number in todo for batch in pinned(_batches(corpus, shards[number], batch_tokens, config.document_mask), device))
     left = sum(int(positions[shards[number]].sum()) for number in todo)
-    with torch.inference_mode(), trace(config.profile) as traced, Progress("score", int(positions.sum()), done=int(positions.sum()) - left) as progress:
+    with torch.inference_mode(), trace(config.profile) as profiler_step, Progress("score", int(positions.sum()), done=int(positions.sum()) - left) as progress:
         for number, group in groupby(prefetch(batches), key=itemgetter(0)):
             parts = []
             for _, batch in group:
@@ -79,7 +84,7 @@ def score(config: ScoreConfig) -> None:
                 except torch.OutOfMemoryError as error:
                     raise UserError(f"out of GPU memory: lower batch_tokens (now {batch_tokens:,}) for a new output folder") from error
                 progress.update(len(batch.input_ids))
-                traced()
+                profiler_step()
             _write_shard(output / shard_name(number), shards[number], columns, parts)
     figures = _figures(output, len(shards), columns[-1])
     shown = {role: _display_name(names.get(role)) for role in ROLES}
@@ -108,7 +113,7 @@ def score_batch(models: dict, batch: Batch, vocab_size: int) -> dict[str, torch.
     (role,) = models
     log_prob = linear_log_prob(hidden[role], heads[role], batch.targets)
     offsets = batch.row_cu_seqlens.long()
-    total, count = (torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0) for values in (log_prob, batch.targets != IGNORE))
+    total, count = (torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0) for values in (log_prob, batch.targets != IGNORE_INDEX))
     return {"num_tokens": count, f"{role}_log_prob": total / count}
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .artifacts import MANIFEST, UserError, atomic_folder, complete_output, open_output, read_json, read_manifest
-from .config import SelectConfig
-from .progress import Progress
-from .storage import SCORE_COLUMNS, Corpus, write_dataset_files, write_shard
+from ..config import SelectConfig
+from ..data.corpus import SCORE_COLUMNS, Corpus, write_dataset_files, write_shard
+from ..runtime.artifacts import MANIFEST, complete_output, open_output, read_manifest
+from ..runtime.errors import UserError
+from ..runtime.files import atomic_folder, read_json
+from ..runtime.progress import Progress
 
 SHARD_BYTES = 128 * 2**20  # of a file of the refined corpus; bounds the memory of the writing
 QUANTILES = (1, 5, 25, 50, 75, 95, 99)  # of the summary, in percent

@@ -20,20 +20,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .artifacts import MANIFEST, UserError, complete_output, exclusive, fingerprint, open_output, read_json
-from .batches import IGNORE, Batch, pinned, prefetch
-from .checkpoints import Metrics, TrainState, checkpoint_folder, find_checkpoint, load_optimizer, prune_checkpoints, save_checkpoint
-from .config import OptimizerConfig, TrainConfig
-from .data_order import DataOrder, global_batch
-from .decoder import Decoder, LanguageModel, student_config, unsupported
-from .hardware import LEAST, micro_batch_tokens, peak_flops
-from .kernels import linear_cross_entropy, linear_distillation_loss
-from .model import Adapter, choose_device, choose_dtype, load_model, model_hash
-from .progress import Progress, note
-from .signals import Interrupted, stop_signals
-from .storage import Corpus
-from .tokenizer import check_same_tokens, load_tokenizer
-from .trace import check_trace, trace
+from ..config import OptimizerConfig, TrainConfig
+from ..data.batches import IGNORE_INDEX, Batch, pinned, prefetch
+from ..data.corpus import Corpus
+from ..data.order import DataOrder, global_batch
+from ..data.tokenizer import check_same_tokens, load_tokenizer
+from ..kernels import linear_cross_entropy, linear_distillation_loss
+from ..models.base import LanguageModel
+from ..models.decoder import Decoder, student_config, unsupported_reason
+from ..models.loading import TransformersLM, load_model, model_hash
+from ..runtime.artifacts import MANIFEST, complete_output, exclusive, open_output
+from ..runtime.devices import choose_device, choose_dtype, peak_flops
+from ..runtime.errors import UserError
+from ..runtime.files import fingerprint, read_json
+from ..runtime.interrupts import Interrupted, stop_signals
+from ..runtime.profiling import check_trace, trace
+from ..runtime.progress import Progress, note
+from ..training.checkpoints import (
+    Metrics,
+    TrainState,
+    checkpoint_folder,
+    find_checkpoint,
+    latest_checkpoint,
+    load_optimizer,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from ..training.memory import LEAST, micro_batch_tokens
 
 HEAD_TOKENS = 8192
 
@@ -46,7 +59,7 @@ class TrainingDiverged(RuntimeError):
 
 def num_targets(batches: list[Batch]) -> int:
     """How many positions are predicted; call it before the batches are moved to a GPU."""
-    return sum(int((batch.targets != IGNORE).sum()) for batch in batches)
+    return sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
 
 
 def summed_loss(model: LanguageModel, batch: Batch, dtype: torch.dtype) -> Tensor:
@@ -57,7 +70,7 @@ def summed_loss(model: LanguageModel, batch: Batch, dtype: torch.dtype) -> Tenso
     """
     with torch.autocast(batch.input_ids.device.type, dtype, enabled=dtype != torch.float32):
         hidden = model(batch.input_ids, batch.cu_seqlens, batch.max_seqlen)
-        return linear_cross_entropy(hidden, model.head_weight, batch.targets, ignore_index=IGNORE, reduction="sum", budget=_head_budget(hidden, model, 1))
+        return linear_cross_entropy(hidden, model.head_weight, batch.targets, ignore_index=IGNORE_INDEX, reduction="sum", max_logits_bytes=_head_logits_bytes(hidden, model, 1))
 
 
 class Teacher(NamedTuple):
@@ -78,11 +91,11 @@ def distillation_losses(student: LanguageModel, teacher: Teacher, batch: Batch, 
     with torch.autocast(batch.input_ids.device.type, dtype, enabled=dtype != torch.float32):
         hidden = student(batch.input_ids, batch.cu_seqlens, batch.max_seqlen)
         return torch.stack(linear_distillation_loss(hidden, student.head_weight, teacher_hidden, teacher.model.head_weight, batch.targets,
-                                                    alpha=teacher.alpha, ignore_index=IGNORE, temperature=teacher.temperature,
-                                                    budget=_head_budget(hidden, student, 2)))
+                                                    alpha=teacher.alpha, ignore_index=IGNORE_INDEX, temperature=teacher.temperature,
+                                                    max_logits_bytes=_head_logits_bytes(hidden, student, 2)))
 
 
-def _head_budget(hidden: Tensor, model: LanguageModel, models: int) -> int | None:
+def _head_logits_bytes(hidden: Tensor, model: LanguageModel, models: int) -> int | None:
     """Bytes of logits at a time: on a GPU those of HEAD_TOKENS tokens, since the head's gradient is read and written once per chunk of tokens."""
     return None if hidden.device.type == "cpu" else models * HEAD_TOKENS * len(model.head_weight) * hidden.itemsize
 
@@ -109,13 +122,13 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
 
 
 def train_step(model: LanguageModel, optimizer, micro_batches: list[Batch], lr: float, max_grad_norm: float, dtype: torch.dtype,
-               poll=lambda: None, teacher: Teacher | None = None) -> tuple[float, ...]:
+               raise_if_interrupted=lambda: None, teacher: Teacher | None = None) -> tuple[float, ...]:
     """One optimiser step on a global batch; the weights stay as they are where the loss or the gradient norm is not finite.
 
     Args:
         optimizer: that of make_optimizer.
         dtype: of forward and backward; the parameters are float32.
-        poll: called between micro-batches; if it raises, the weights stay as they are.
+        raise_if_interrupted: called between micro-batches; if it raises, the weights stay as they are.
     Returns:
         (loss, gradient norm before clipping), with a teacher (loss, gradient norm, cross-entropy, KL divergence). Losses are means
         over all targets of the global batch, in nats; NaN if there are none.
@@ -127,7 +140,7 @@ def train_step(model: LanguageModel, optimizer, micro_batches: list[Batch], lr: 
     total = torch.zeros(3 if teacher else 1, device=device)
     # All are moved now: a copy from memory that is not pinned waits for the device, and between micro-batches that would drain its queue.
     for batch, targets in zip([batch.to(device) for batch in micro_batches], counts, strict=True):
-        poll()
+        raise_if_interrupted()
         if teacher:
             losses = distillation_losses(model, teacher, batch, dtype) * (targets / count)
         else:
@@ -145,11 +158,11 @@ def train_step(model: LanguageModel, optimizer, micro_batches: list[Batch], lr: 
 
 
 @torch.no_grad()
-def held_out_loss(model: LanguageModel, batches: list[Batch], dtype: torch.dtype, poll=lambda: None) -> float:
-    """Mean −log p over all targets of the batches, in nats. `poll` is called between batches."""
+def held_out_loss(model: LanguageModel, batches: list[Batch], dtype: torch.dtype, raise_if_interrupted=lambda: None) -> float:
+    """Mean −log p over all targets of the batches, in nats. `raise_if_interrupted` is called between batches."""
     total = torch.zeros((), dtype=torch.float64, device=model.head_weight.device)
     for batch in batches:
-        poll()
+        raise_if_interrupted()
         total += summed_loss(model, batch.to(total.device), dtype)
     return total.item() / num_targets(batches)
 
@@ -198,7 +211,7 @@ def train(config: TrainConfig) -> None:
         reached = learning_rate(setup.steps, setup.steps, config.optimizer)
         note(f"optimizer.warmup_steps {config.optimizer.warmup_steps} is not below the run's {setup.steps} steps: "
              f"the learning rate only rises, to {reached:.2g} of {config.optimizer.lr:.2g}")
-    with exclusive(output), stop_signals() as poll:
+    with exclusive(output), stop_signals() as raise_if_interrupted:
         checkpoint, state = find_checkpoint(output, fingerprint(setup.identity)) or (None, TrainState())
         if checkpoint:
             note(f"continuing after step {state.step:,} of {setup.steps:,}")
@@ -209,7 +222,7 @@ def train(config: TrainConfig) -> None:
             load_optimizer(optimizer, model, checkpoint, state.updates)
         with contextlib.closing(Metrics(output, state.step)) as metrics:
             try:
-                rate = _loop(config, setup, model, teacher, optimizer, state, metrics, poll)
+                rate = _loop(config, setup, model, teacher, optimizer, state, metrics, raise_if_interrupted)
             except torch.OutOfMemoryError as error:
                 raise UserError(f"out of GPU memory: lower micro_batch_tokens{f' (now {n:,})' if (n := config.micro_batch_tokens) else ''}, or set "
                                 "activation_checkpointing; the run continues from its last checkpoint") from error
@@ -223,7 +236,7 @@ def train(config: TrainConfig) -> None:
     print(f"trained {state.step:,} steps on {state.tokens:,} tokens: {', '.join([*figures, str(checkpoint_folder(output, state.step))])}")
 
 
-def _loop(config: TrainConfig, setup: _Setup, model, teacher: Teacher | None, optimizer, state: TrainState, metrics: Metrics, poll) -> float | None:
+def _loop(config: TrainConfig, setup: _Setup, model, teacher: Teacher | None, optimizer, state: TrainState, metrics: Metrics, raise_if_interrupted) -> float | None:
     """Train from `state` to the last step. Returns the tokens per second of the training steps, None if there was none."""
     output, steps, eos = Path(config.output), setup.steps, setup.corpus.eos_token_id
     peak = 1e12 * config.peak_tflops if config.peak_tflops else peak_flops(setup.device)
@@ -260,7 +273,7 @@ def _loop(config: TrainConfig, setup: _Setup, model, teacher: Teacher | None, op
                 "lr": learning_rate(state.step, steps, config.optimizer), "grad_norm": state.grad_norm, "tokens": state.tokens,
                 "tokens_per_second": rate, "mfu": rate and flops * rate / peak}
         if setup.held_out and due(config.eval_interval):
-            line["eval_loss"] = _finite(held_out_loss(model, setup.held_out, setup.dtype, poll))
+            line["eval_loss"] = _finite(held_out_loss(model, setup.held_out, setup.dtype, raise_if_interrupted))
         if state.skipped_in_a_row:
             line["skipped"] = True
         metrics.write(line)
@@ -272,7 +285,7 @@ def _loop(config: TrainConfig, setup: _Setup, model, teacher: Teacher | None, op
                         for step in range(state.step, steps))
 
     batches = batches_of(config.micro_batch_tokens or state.micro_batch_tokens or _micro_batch_tokens(model, teacher, setup, config))
-    with (trace(config.profile) as traced, Progress("train", steps * config.batch_tokens, done=state.step * config.batch_tokens) as progress):
+    with (trace(config.profile) as profiler_step, Progress("train", steps * config.batch_tokens, done=state.step * config.batch_tokens) as progress):
         try:
             while True:
                 # Checkpoint, then line: each checkpoint is that of a step whose line is still to come, whenever it is made.
@@ -289,12 +302,12 @@ def _loop(config: TrainConfig, setup: _Setup, model, teacher: Teacher | None, op
                                            f"lower optimizer.lr or look at the data (latest checkpoint: {latest})")
                 if state.step == steps:
                     return tokens_per_second(0)
-                poll()
+                raise_if_interrupted()
                 start = time.perf_counter()
                 micro_batches, lr = next(batches), learning_rate(state.step + 1, steps, config.optimizer)
                 smaller = None
                 try:
-                    loss, grad_norm, *parts = train_step(model, optimizer, micro_batches, lr, config.optimizer.max_grad_norm, setup.dtype, poll, teacher)
+                    loss, grad_norm, *parts = train_step(model, optimizer, micro_batches, lr, config.optimizer.max_grad_norm, setup.dtype, raise_if_interrupted, teacher)
                 except torch.OutOfMemoryError:
                     if (smaller := (state.micro_batch_tokens or 0) // 2) < LEAST:
                         raise
@@ -319,7 +332,7 @@ def _loop(config: TrainConfig, setup: _Setup, model, teacher: Teacher | None, op
                     note(f"step {state.step} skipped: loss {loss}, gradient norm {grad_norm}")
                 progress.note(f"loss {loss:.4f}, lr {lr:.2e}")
                 progress.update(config.batch_tokens)
-                traced()
+                profiler_step()
         except Interrupted:
             if saved < state.step:
                 save()
@@ -351,9 +364,9 @@ def _set_up(config: TrainConfig) -> _Setup:
                 "device": device.type, "dtype": str(dtype).removeprefix("torch.")}
     architecture, held_out = None, []
     for name in filter(None, (config.init_from, config.teacher)):
-        check_same_tokens(load_tokenizer(corpus.tokenizer), load_tokenizer(name), name)
+        check_same_tokens(load_tokenizer(corpus.tokenizer), load_tokenizer(latest_checkpoint(name)), name)
     if config.init_from:
-        identity["init_from"] = model_hash(config.init_from)
+        identity["init_from"] = model_hash(latest_checkpoint(config.init_from))
     elif config.model_config:
         architecture, identity["model_config"] = _read_architecture(Path(config.model_config), corpus)
     else:
@@ -370,7 +383,7 @@ def _set_up(config: TrainConfig) -> _Setup:
             raise UserError(f"the first {config.eval_rows} chunks of corpus {config.eval_data} hold no token to predict: give another eval_data")
         identity |= {"eval_corpus": evaluation.fingerprint, "eval_rows": config.eval_rows}
     if config.teacher:
-        identity |= {"teacher": model_hash(config.teacher), "alpha": config.alpha, "temperature": config.temperature}
+        identity |= {"teacher": model_hash(latest_checkpoint(config.teacher)), "alpha": config.alpha, "temperature": config.temperature}
     return _Setup(device, dtype, corpus, order, steps, held_out, architecture, identity)
 
 
@@ -392,18 +405,18 @@ def _read_architecture(path: Path, corpus: Corpus):
 
 def _initial_model(config: TrainConfig, setup: _Setup) -> LanguageModel:
     if config.init_from:
-        model = load_model(config.init_from, torch.float32, setup.device)
+        model = load_model(latest_checkpoint(config.init_from), torch.float32, setup.device)
         if len(model.head_weight) < setup.corpus.manifest["vocab_size"]:
             raise UserError(f"model {config.init_from} predicts {len(model.head_weight)} ids, the tokenizer of corpus {config.data} has "
                             f"{setup.corpus.manifest['vocab_size']}: start from a model that was made for it")
         return model
     with torch.random.fork_rng(devices=[]):  # on the CPU, so that every device starts from the same weights
         torch.manual_seed(config.seed)
-        if not unsupported(setup.architecture):
+        if not unsupported_reason(setup.architecture):
             return Decoder(setup.architecture).to(setup.device)
         from transformers import AutoModelForCausalLM
 
-        return Adapter(AutoModelForCausalLM.from_config(setup.architecture, dtype=torch.float32), config.model_config).to(setup.device)
+        return TransformersLM(AutoModelForCausalLM.from_config(setup.architecture, dtype=torch.float32), config.model_config).to(setup.device)
 
 
 def _micro_batch_tokens(model: LanguageModel, teacher: Teacher | None, setup: _Setup, config: TrainConfig) -> int:
@@ -425,7 +438,7 @@ def _with_checkpointing(model: LanguageModel, config: TrainConfig) -> LanguageMo
 
 
 def _load_teacher(config: TrainConfig, setup: _Setup) -> Teacher:
-    model, corpus = load_model(config.teacher, setup.dtype, setup.device).requires_grad_(False), setup.corpus
+    model, corpus = load_model(latest_checkpoint(config.teacher), setup.dtype, setup.device).requires_grad_(False), setup.corpus
     ids = len(model.head_weight)
     if ids < corpus.manifest["vocab_size"] and ids <= corpus.highest_id:  # the second reads the whole corpus
         raise UserError(f"teacher {config.teacher} predicts {ids} ids, corpus {config.data} has ids up to {corpus.highest_id}: "

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from .artifacts import UserError, atomic_folder, atomic_write, hash_files, read_json, write_json
+from ..runtime.errors import UserError
+from ..runtime.files import atomic_folder, atomic_write, hash_files, read_json, write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names
 STATE = "trainer_state.json"
@@ -162,3 +163,9 @@ class Metrics:
         self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
+
+
+def latest_checkpoint(name: str) -> str:
+    """The latest checkpoint folder where `name` is a training output, else `name` itself (a Hugging Face id, a folder, a file)."""
+    steps = sorted(Path(name).glob("checkpoints/step-*"))
+    return str(steps[-1]) if steps else str(name)

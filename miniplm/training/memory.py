@@ -1,22 +1,7 @@
-"""What a machine can do: its FLOP/s, and how many tokens a GPU can train on at a time."""
+"""How many tokens a GPU can train on at a time."""
 
-import math
-import time
-
-import torch
 
 LEAST, MOST = 1024, 65_536  # tokens of a micro-batch
-
-
-def peak_flops(device: torch.device) -> float:
-    """FLOP/s of a square matrix product, the best of ten: 8192 in bfloat16 on a GPU, 1024 in float32 on the CPU."""
-    size, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
-    matrix, best = torch.rand(size, size, dtype=dtype, device=device), math.inf
-    for _ in range(10):
-        start = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # waits for the product
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
 
 
 def activation_bytes(config, itemsize: int, checkpointing: bool = False) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if re.search(r"^def cases\(", path.read_text(), re.MULTILINE))
 PEERS = {"eager", "compile", "torch", "liger", "liger-cutedsl", "cut-cross-entropy", "quack"}
 CONTENDERS = {  # (benchmark, pass) → who must be there

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import peers  # noqa: E402
@@ -186,7 +186,7 @@ def forget_eos(monkeypatch):
 
     def wrong(chunks, width=None):
         ids, targets, mask = pad(chunks, width)
-        after_eos = mask & (targets == peers.IGNORE)
+        after_eos = mask & (targets == peers.IGNORE_INDEX)
         assert after_eos.any()
         return ids, targets.masked_fill(after_eos, 3), mask
 

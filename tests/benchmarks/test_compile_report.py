@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-REPORT = Path(__file__).parents[1] / "benchmarks" / "compile_report.py"
+REPORT = Path(__file__).parents[2] / "benchmarks" / "compile_report.py"
 
 
 def run(*arguments, **options):
@@ -148,7 +148,7 @@ for d in (512, 1024, 2048):
 
 def test_memory_at_the_aims():
     """At the shapes of the aims, with everything that a launcher allocates counted: scoring takes O(T) per split of the vocabulary,
-    the losses a budget of 1 GiB, and the weight's gradient in float32 until it is rounded. (No value is looked at, so the host never waits.)"""
+    the losses 1 GiB of logits, and the weight's gradient in float32 until it is rounded. (No value is looked at, so the host never waits.)"""
     result = subprocess.run([sys.executable, "-c", MEMORY.format(folder=str(REPORT.parent))], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     tokens, vocabulary = 16_384, 151_936

@@ -5,7 +5,7 @@ import yaml
 
 from miniplm import config
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def parse(settings, *arguments):
@@ -76,7 +76,7 @@ def test_every_field_has_a_doc_string(settings, capsys):
 def test_published_configs_have_the_published_size(name, millions):
     import torch
 
-    from miniplm.model import Decoder, student_config
+    from miniplm.models.decoder import Decoder, student_config
 
     values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     train = config.from_dict(config.TrainConfig, {"data": "d", "output": "o", **values})

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from miniplm.batches import IGNORE, pack, prefetch, split_by_tokens
+from miniplm.data.batches import IGNORE_INDEX, pack, prefetch, split_by_tokens
 
 
 def naive(rows, eos, document_mask):
@@ -14,7 +14,7 @@ def naive(rows, eos, document_mask):
     for row in rows:
         for position in range(len(row) - 1):
             inputs.append(row[position])
-            targets.append(IGNORE if row[position] == eos else row[position + 1])
+            targets.append(IGNORE_INDEX if row[position] == eos else row[position + 1])
             if document_mask and row[position] == eos:
                 bounds.append(len(inputs))
         bounds.append(len(inputs))

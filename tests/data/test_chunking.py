@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from miniplm import corpus
-from miniplm.corpus import Chunker, Documents, boundaries, boundary_table, cut
+from miniplm.stages import prepare as corpus
+from miniplm.stages.prepare import Chunker, Documents, boundaries, boundary_table, chunk_ends
 
 EOS = "<|endoftext|>"
 
@@ -124,7 +124,7 @@ def test_boundaries_by_hand(tokens, expected):
 
 def test_cut():
     def ends(pattern, size):
-        return cut(np.array([character == "|" for character in pattern]), size)
+        return chunk_ends(np.array([character == "|" for character in pattern]), size)
 
     assert ends("", 3) == ends("...", 3) == ends("|||", 3) == []
     assert ends("....", 3) == [3] and ends("|...", 3) == [1] and ends(".|.|....", 4) == [4] and ends(".|.......", 4) == [2, 6]

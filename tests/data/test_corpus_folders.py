@@ -4,8 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from miniplm import storage
-from miniplm.artifacts import UserError, complete_output, open_output
+from miniplm.data import corpus as storage
+from miniplm.runtime.artifacts import complete_output, open_output
+from miniplm.runtime.errors import UserError
 
 
 def write(folder, shards, with_scores=False):

@@ -9,9 +9,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from miniplm import sources
-from miniplm.artifacts import UserError
-from miniplm.sources import START, open_source, read_record
+from miniplm.data import sources
+from miniplm.data.sources import START, open_source, read_record
+from miniplm.runtime.errors import UserError
 
 ROWS = [{"text": f"Text {number}: é漢🙂\r\n" + "word " * (number % 7), "domain": "ab"[number % 2], "other": number} for number in range(60)]
 LINES = [json.dumps(row, ensure_ascii=number % 2 == 0).encode() + b"\n" for number, row in enumerate(ROWS)]

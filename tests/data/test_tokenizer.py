@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from miniplm.artifacts import UserError
-from miniplm.tokenizer import check_same_tokens, load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from miniplm.data.tokenizer import check_same_tokens, load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from miniplm.runtime.errors import UserError
 
 
 def test_folder_and_training_output(tiny_tokenizer, tmp_path):

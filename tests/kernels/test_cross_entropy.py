@@ -95,15 +95,15 @@ def test_ignored_rows_do_not_touch_the_weight():
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("budget", [1, 8 * 101 * 7, 1 << 30])
-def test_any_budget(budget, reduction, monkeypatch):
+@pytest.mark.parametrize("max_logits_bytes", [1, 8 * 101 * 7, 1 << 30])
+def test_any_budget(max_logits_bytes, reduction, monkeypatch):
     """One row at a time, seven, all: the same result; and so in 16 bits, where the weight passes by in tiles as well."""
     monkeypatch.setattr(reference, "TILE_BYTES", 1000)
     monkeypatch.setattr(reference, "BLOCK_BYTES", 3000)
     hidden, weight, targets = random_head(50, 101)
     grads = [torch.randn(50 if reduction == "none" else (), dtype=torch.float64)]
     expected = run(lambda *x: plain_cross_entropy(*x, targets, reduction), [hidden, weight], grads)
-    call = lambda *x: linear_cross_entropy(*x, targets, reduction=reduction, budget=budget)
+    call = lambda *x: linear_cross_entropy(*x, targets, reduction=reduction, max_logits_bytes=max_logits_bytes)
     torch.testing.assert_close(run(call, [hidden, weight], grads), expected)
     expected = run(lambda *x: plain_cross_entropy(*x, targets, reduction), [hidden.half().double(), weight.half().double()], grads)
     for part, wanted in zip(run(call, [hidden.half(), weight.half()], grads), expected, strict=True):
@@ -118,7 +118,7 @@ def test_no_drift_over_many_chunks(dtype):
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     truth = run(lambda *x: plain_cross_entropy(*x, targets, "sum"), [hidden.double(), weight.double()], [torch.ones(())])[1][1]
     summed = partial(linear_cross_entropy, targets=targets, reduction="sum")
-    one, many = (run(partial(summed, budget=budget), [hidden, weight], [torch.ones(())])[1][1] for budget in (1 << 30, 32 * 101 * 4))
+    one, many = (run(partial(summed, max_logits_bytes=max_logits_bytes), [hidden, weight], [torch.ones(())])[1][1] for max_logits_bytes in (1 << 30, 32 * 101 * 4))
     assert (many.double() - truth).norm() <= 1.5 * (one.double() - truth).norm()
 
 

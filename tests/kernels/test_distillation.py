@@ -84,8 +84,8 @@ def test_frozen_inputs(frozen):
                                torch.autograd.grad(plain_distillation(*heads, targets).loss, free))
 
 
-@pytest.mark.parametrize("budget", [1, 7 * 8 * 2 * 101, 1 << 30])
-def test_any_budget(budget, monkeypatch):
+@pytest.mark.parametrize("max_logits_bytes", [1, 7 * 8 * 2 * 101, 1 << 30])
+def test_any_budget(max_logits_bytes, monkeypatch):
     monkeypatch.setattr(reference, "TILE_BYTES", 1000)
     monkeypatch.setattr(reference, "BLOCK_BYTES", 3000)
     heads, targets = random_heads(50, 103, 101)
@@ -96,7 +96,7 @@ def test_any_budget(budget, monkeypatch):
         return [x.double() for x in (loss, *torch.autograd.grad(loss, heads[:2]))]
 
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.bfloat16, 2e-2)):
-        found = loss_and_gradients(partial(linear_distillation_loss, budget=budget), [x.detach().to(dtype) for x in heads])
+        found = loss_and_gradients(partial(linear_distillation_loss, max_logits_bytes=max_logits_bytes), [x.detach().to(dtype) for x in heads])
         expected = loss_and_gradients(plain_distillation, [x.detach().to(dtype).double() for x in heads])
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance / 100)
 

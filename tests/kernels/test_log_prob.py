@@ -6,14 +6,14 @@ from checks import assert_accurate, assert_accurate_everywhere, strided
 from miniplm.kernels import DifferenceScore, difference_score, linear_log_prob, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-IGNORE = -100
+IGNORE_INDEX = -100
 
 
 def plain_log_prob(hidden, weight, targets):
     """From the whole matrix of logits, the softmax in float32 at least."""
     logits = hidden @ weight.T
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    return torch.where(targets == IGNORE, 0.0, log_probs.gather(1, targets.clamp(min=0)[:, None]).squeeze(1))
+    return torch.where(targets == IGNORE_INDEX, 0.0, log_probs.gather(1, targets.clamp(min=0)[:, None]).squeeze(1))
 
 
 def random_head(tokens, vocabulary, width=24, scale=0.5):
@@ -21,7 +21,7 @@ def random_head(tokens, vocabulary, width=24, scale=0.5):
     hidden = torch.randn(tokens, width, dtype=torch.float64)
     weight = scale * torch.randn(vocabulary, width, dtype=torch.float64)
     targets = torch.randint(0, vocabulary, (tokens,))
-    targets[::5] = IGNORE
+    targets[::5] = IGNORE_INDEX
     targets[1::5], targets[2::5] = 0, vocabulary - 1
     return hidden, weight, targets
 
@@ -70,7 +70,7 @@ def test_a_token_that_is_impossible_or_certain():
 def test_all_ignored_and_no_tokens():
     weight = torch.randn(11, 4, requires_grad=True)
     hidden = torch.full((3, 4), torch.nan, requires_grad=True)
-    result = linear_log_prob(hidden, weight, torch.full((3,), IGNORE))
+    result = linear_log_prob(hidden, weight, torch.full((3,), IGNORE_INDEX))
     assert result.tolist() == [0, 0, 0]
     result.sum().backward()
     assert not hidden.grad.any() and not weight.grad.any()
@@ -90,7 +90,7 @@ def test_inference_mode():
         torch.testing.assert_close(linear_log_prob(hidden, weight, targets), plain_log_prob(hidden, weight, targets))
 
 
-RIGHT = {"hidden": torch.randn(3, 4), "weight": torch.randn(5, 4), "targets": torch.tensor([0, 4, IGNORE])}
+RIGHT = {"hidden": torch.randn(3, 4), "weight": torch.randn(5, 4), "targets": torch.tensor([0, 4, IGNORE_INDEX])}
 
 
 @pytest.mark.parametrize("argument, change", [
@@ -122,7 +122,7 @@ def plain_difference_score(teacher_hidden, teacher_weight, reference_hidden, ref
     result = []
     for hidden, weight in ((teacher_hidden, teacher_weight), (reference_hidden, reference_weight)):
         log_prob = plain_log_prob(hidden, weight[:vocabulary], targets)
-        result.append(torch.stack([part[counted != IGNORE].mean() for part, counted in zip(log_prob.split(lengths), targets.split(lengths), strict=True)]))
+        result.append(torch.stack([part[counted != IGNORE_INDEX].mean() for part, counted in zip(log_prob.split(lengths), targets.split(lengths), strict=True)]))
     return result
 
 
@@ -131,10 +131,10 @@ def plain_difference_score(teacher_hidden, teacher_weight, reference_hidden, ref
 def test_difference_score(vocabularies, dtype):
     lengths = [3, 0, 127, 1, 1, 255, 2]  # the first token of every five is ignored: the fifth document, one token, has nothing to score
     heads, targets, cu_seqlens = random_pair(lengths, *vocabularies, dtype)
-    targets[131] = IGNORE
+    targets[131] = IGNORE_INDEX
     found = difference_score(*heads, targets, cu_seqlens)
     assert isinstance(found, DifferenceScore) and found._fields == ("score", "teacher_log_prob", "reference_log_prob", "num_tokens")
-    assert found.num_tokens.tolist() == [int((part != IGNORE).sum()) for part in targets.split(lengths)]
+    assert found.num_tokens.tolist() == [int((part != IGNORE_INDEX).sum()) for part in targets.split(lengths)]
     assert found.num_tokens[[1, 4]].tolist() == [0, 0]
     scored = found.num_tokens > 0
     plain = plain_difference_score(*heads, targets, lengths)

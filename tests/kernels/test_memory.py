@@ -1,4 +1,4 @@
-"""No tensor of the size of the logits exists, and the process does not grow by more than the budget."""
+"""No tensor of the size of the logits exists, and the process does not grow by more than max_logits_bytes."""
 
 import subprocess
 import sys
@@ -28,12 +28,12 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_largest_tensor(dtype):
     hidden, weight, targets = torch.randn(T, WIDTH, dtype=dtype), torch.randn(V, WIDTH, dtype=dtype), torch.randint(0, V, (T,))
-    cu_seqlens, logits, budget = torch.tensor([0, 700, T], dtype=torch.int32), 4 * T * V, 1 << 20
+    cu_seqlens, logits, max_logits_bytes = torch.tensor([0, 700, T], dtype=torch.int32), 4 * T * V, 1 << 20
     calls = {
         "log_prob": (lambda: reference.linear_log_prob(hidden, weight, targets, -100, 1 << 30), reference.TILE_BYTES),
         "score": (lambda: reference.difference_score(hidden, weight, hidden, weight, targets, cu_seqlens), reference.TILE_BYTES),
-        "loss": (lambda: reference.linear_cross_entropy(hidden, weight, targets, torch.ones(T), -100, True, True, budget), budget),
-        "distillation": (lambda: reference.linear_distillation_loss(hidden, weight, hidden, weight, targets, 0.5, 1.0, -100, True, True, budget), budget),
+        "loss": (lambda: reference.linear_cross_entropy(hidden, weight, targets, torch.ones(T), -100, True, True, max_logits_bytes), max_logits_bytes),
+        "distillation": (lambda: reference.linear_distillation_loss(hidden, weight, hidden, weight, targets, 0.5, 1.0, -100, True, True, max_logits_bytes), max_logits_bytes),
     }
     for name, (call, bound) in calls.items():
         with LargestTensor() as largest:
@@ -55,11 +55,11 @@ before = peak()
 with torch.no_grad():
     linear_log_prob(hidden, weight, targets)
 print("log_prob", peak() - before)
-linear_cross_entropy(hidden, weight, targets, budget=64 << 20).backward()
+linear_cross_entropy(hidden, weight, targets, max_logits_bytes=64 << 20).backward()
 print("loss", peak() - before)
-linear_cross_entropy(hidden, weight, targets, reduction="none", budget=64 << 20).sum().backward()
+linear_cross_entropy(hidden, weight, targets, reduction="none", max_logits_bytes=64 << 20).sum().backward()
 print("losses", peak() - before)
-linear_distillation_loss(hidden, weight, hidden, weight, targets, budget=64 << 20).loss.backward()
+linear_distillation_loss(hidden, weight, hidden, weight, targets, max_logits_bytes=64 << 20).loss.backward()
 print("distillation", peak() - before)
 """
 
@@ -69,4 +69,4 @@ def test_the_process():
     result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     peaks = {name: float(growth) for name, growth in map(str.split, result.stdout.splitlines())}
     assert peaks["log_prob"] < 24
-    assert max(peaks.values()) < 64 + 40, peaks  # the budget, and both gradients (4.7 MiB each) a few times over
+    assert max(peaks.values()) < 64 + 40, peaks  # max_logits_bytes, and both gradients (4.7 MiB each) a few times over

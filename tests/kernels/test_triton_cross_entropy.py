@@ -92,19 +92,19 @@ def test_a_wrong_target_gives_nan(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_drift_over_many_chunks(dtype, device, monkeypatch):
     """The gradients over 64 chunks are those over one, as accurate; chunks of 8 tokens for the interpreter's sake."""
-    monkeypatch.setattr(cross_entropy, "chunk_tokens", lambda T, _, budget: T if budget == 1 << 30 else 8)
+    monkeypatch.setattr(cross_entropy, "chunk_tokens", lambda T, _, max_logits_bytes: T if max_logits_bytes == 1 << 30 else 8)
     hidden, weight, targets = on(device, *random_head(64 * 8, 60), dtype=dtype)
     ones = [torch.ones((), device=device)]
     truth = run(lambda *x: plain_cross_entropy(*x, targets, "sum"), [hidden.double(), weight.double()], ones)
     summed = partial(linear_cross_entropy, targets=targets, reduction="sum")
-    one, many = (run(partial(summed, budget=budget), [hidden, weight], ones) for budget in (1 << 30, 1))
+    one, many = (run(partial(summed, max_logits_bytes=max_logits_bytes), [hidden, weight], ones) for max_logits_bytes in (1 << 30, 1))
     assert abs(many[0][0].double() - truth[0][0]) <= abs(one[0][0].double() - truth[0][0]) + 1e-6 * truth[0][0]
     for single, chunked, exact in zip(one[1], many[1], truth[1], strict=True):
         assert (chunked.double() - exact).norm() <= 1.5 * (single.double() - exact).norm()
 
 
 def test_chunks_fill_the_budget():
-    """At the shapes of the aims, whole tiles of tokens within the budget, nearly equal; never fewer than one tile."""
+    """At the shapes of the aims, whole tiles of tokens within max_logits_bytes, nearly equal; never fewer than one tile."""
     for tokens in (1, 100, 16_384, 65_536):
         for bytes_per_token in (2 * 151_936, 2 * 49_152, 4 * 151_936):
             size = cross_entropy.chunk_tokens(tokens, bytes_per_token, 1 << 30)

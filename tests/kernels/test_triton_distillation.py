@@ -157,7 +157,7 @@ def test_compiled_and_opcheck(device):
 def test_backward_twice(device):
     heads, targets = heads_on(device, 20, 101, 103)
     inputs = [x.requires_grad_() for x in heads[:2]]
-    loss, plain = (op(*heads, targets).loss for op in (partial(linear_distillation_loss, budget=1 << 20), plain_distillation))
+    loss, plain = (op(*heads, targets).loss for op in (partial(linear_distillation_loss, max_logits_bytes=1 << 20), plain_distillation))
     for scale in (0.5, -3.0):
         found, expected = (torch.autograd.grad(scale * x, inputs, retain_graph=True) for x in (loss, plain))
         torch.testing.assert_close(found, expected)

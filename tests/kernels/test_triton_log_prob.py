@@ -6,7 +6,7 @@ import pytest
 import torch
 from checks import assert_accurate, strided
 from miniplm.kernels import difference_score, linear_log_prob, logits, tuning
-from test_log_prob import IGNORE, plain_difference_score, plain_log_prob, random_head, random_pair
+from test_log_prob import IGNORE_INDEX, plain_difference_score, plain_log_prob, random_head, random_pair
 
 pytestmark = pytest.mark.usefixtures("triton_ops")
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -17,7 +17,7 @@ def check(hidden, weight, targets, dtype, device):
     before = hidden.clone(), weight.clone(), targets.clone()
     result = linear_log_prob(hidden, weight, targets)
     assert all(map(torch.equal, before, (hidden, weight, targets)))
-    assert result.dtype == torch.float32 and not result[targets == IGNORE].any()
+    assert result.dtype == torch.float32 and not result[targets == IGNORE_INDEX].any()
     assert_accurate(result, plain_log_prob(hidden, weight, targets), plain_log_prob(hidden.double(), weight.double(), targets))
     assert torch.equal(result, linear_log_prob(hidden, weight, targets)), "not the same bits again"
     return result
@@ -78,7 +78,7 @@ def test_nan_stays_in_its_row_and_a_wrong_target_gives_nan(device):
 
 def test_nothing_to_score(device):
     weight = torch.randn(100, 8, device=device)
-    nothing = torch.full((3,), IGNORE, device=device)
+    nothing = torch.full((3,), IGNORE_INDEX, device=device)
     assert linear_log_prob(torch.full((3, 8), torch.nan, device=device), weight, nothing).tolist() == [0, 0, 0]
     assert linear_log_prob(torch.randn(0, 8, device=device), weight, nothing[:0]).shape == (0,)
 
@@ -125,9 +125,9 @@ def test_difference_score(vocabularies, dtype, device):
     lengths = [3, 0, 127, 1, 1, 255, 2]  # the first token of every five is ignored: the fifth document, one token, has nothing to score
     heads, targets, cu_seqlens = random_pair(lengths, *vocabularies, dtype)
     heads, targets, cu_seqlens = [x.to(device) for x in heads], targets.to(device), cu_seqlens.to(device)
-    targets[131] = IGNORE
+    targets[131] = IGNORE_INDEX
     found = difference_score(*heads, targets, cu_seqlens)
-    assert found.num_tokens.tolist() == [int((part != IGNORE).sum()) for part in targets.split(lengths)]
+    assert found.num_tokens.tolist() == [int((part != IGNORE_INDEX).sum()) for part in targets.split(lengths)]
     scored = found.num_tokens > 0
     assert scored.tolist() == [True, False, True, False, False, True, True]
     plain = plain_difference_score(*heads, targets, lengths)
@@ -166,7 +166,7 @@ def test_difference_score_of_nothing(device):
 def test_opcheck(device):
     hidden, weight, targets = (x.to(device) for x in random_head(20, 130, 8))
     hidden, weight = hidden.float(), weight.float()
-    torch.library.opcheck(torch.ops.miniplm.linear_log_prob.default, (hidden, weight, targets, IGNORE, 1 << 20))
+    torch.library.opcheck(torch.ops.miniplm.linear_log_prob.default, (hidden, weight, targets, IGNORE_INDEX, 1 << 20))
     cu_seqlens = torch.tensor([0, 5, 20], dtype=torch.int32, device=device)
     torch.library.opcheck(torch.ops.miniplm.difference_score.default, (hidden, weight, hidden[:, :3], weight[:120, :3], targets % 100, cu_seqlens))
 

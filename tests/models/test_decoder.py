@@ -5,15 +5,25 @@ import json
 import pytest
 import torch
 import torch._dynamo.testing
-from random_models import ADAPTED, DECODED, LENGTHS, documents, logits, random_model, saved, transformers_logits
+from random_models import (
+    ADAPTED,
+    DECODED,
+    LENGTHS,
+    documents,
+    logits,
+    random_model,
+    saved,
+    transformers_logits,
+)
 from safetensors import safe_open
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from miniplm import decoder
-from miniplm.artifacts import UserError
 from miniplm.config import StudentConfig
-from miniplm.model import Decoder, load_model, student_config, weight_files
+from miniplm.models import decoder
+from miniplm.models.decoder import Decoder, student_config
+from miniplm.models.loading import load_model, weight_files
+from miniplm.runtime.errors import UserError
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -195,7 +205,7 @@ def test_joined_products_equal_single_ones(name, lengths, monkeypatch):
         found, gradients = run_with_gradients(model, batch)
     flops = counter.get_total_flops()
     model.zero_grad()
-    monkeypatch.setattr(decoder, "side_by_side", lambda x, *layers: torch.cat([layer(x) for layer in layers], -1))
+    monkeypatch.setattr(decoder, "fused_linear", lambda x, *layers: torch.cat([layer(x) for layer in layers], -1))
     with FlopCounterMode(display=False) as counter:
         expected, expected_gradients = run_with_gradients(model, batch)
     assert flops == counter.get_total_flops() > 0

@@ -10,13 +10,13 @@ import torch
 from miniplm.kernels import quantize_rows
 from torch import nn
 
-from miniplm import float8
-from miniplm.artifacts import UserError
 from miniplm.cli import main
 from miniplm.config import ScoreConfig
-from miniplm.float8 import Float8Linear, side_by_side, to_float8
-from miniplm.model import load_model
-from miniplm.scoring import rank_agreement, score
+from miniplm.models import float8
+from miniplm.models.float8 import Float8Linear, fused_linear, to_float8
+from miniplm.models.loading import load_model
+from miniplm.runtime.errors import UserError
+from miniplm.stages.score import rank_agreement, score
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -29,7 +29,7 @@ def test_layer(bias):
     torch.testing.assert_close(layer(x), expected.float().unflatten(0, (3, 7)), rtol=1e-5, atol=1e-5)
     assert (layer(x) - linear(x)).norm() < 0.05 * linear(x).norm()
     other = Float8Linear(nn.Linear(64, 16, bias=bias))
-    torch.testing.assert_close(side_by_side(x, [layer, other, layer]), torch.cat([layer(x), other(x), layer(x)], -1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(fused_linear(x, [layer, other, layer]), torch.cat([layer(x), other(x), layer(x)], -1), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,9 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaConfig, PhiConfig
 
-from miniplm.artifacts import UserError
 from miniplm.config import StudentConfig
-from miniplm.model import Adapter, Decoder, choose_device, choose_dtype, load_model, student_config, weight_files
+from miniplm.models.decoder import Decoder, student_config
+from miniplm.models.loading import TransformersLM, load_model, weight_files
+from miniplm.runtime.devices import choose_device, choose_dtype
+from miniplm.runtime.errors import UserError
+from miniplm.training.checkpoints import latest_checkpoint
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def rewrite(folder, change):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-# Adapter ------------------------------------------------------------------------------------------------------------
+# TransformersLM ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ADAPTED)
@@ -37,7 +40,7 @@ def rewrite(folder, change):
 def test_adapter_equals_transformers(name, tmp_path):
     theirs = random_model(ADAPTED[name])
     ours = load_model(saved(theirs, tmp_path / "model"))
-    assert type(ours) is Adapter and not ours.training
+    assert type(ours) is TransformersLM and not ours.training
     batch = documents()
     expected = transformers_logits(theirs, *batch)
     assert expected.std() > 0.1
@@ -85,7 +88,7 @@ def test_adapter_refuses_models_without_a_plain_head(tmp_path):
     bent = random_model(ADAPTED["gpt2"])
     bent.lm_head.register_forward_hook(lambda module, args, output: output.tanh())
     with pytest.raises(UserError, match=r"bent \(gpt2\) cannot be used: its logits are not hidden × head \(they differ by more than a factor\)"):
-        Adapter(bent, "bent")
+        TransformersLM(bent, "bent")
 
 
 def test_adapter_refuses_models_that_look_ahead():
@@ -97,7 +100,7 @@ def test_adapter_refuses_models_that_look_ahead():
 
     model.base_model.register_forward_hook(look_ahead)
     with pytest.raises(UserError, match="depend on later tokens or on padding"):
-        Adapter(model, "seer")
+        TransformersLM(model, "seer")
 
 
 # Files --------------------------------------------------------------------------------------------------------------
@@ -267,7 +270,7 @@ def test_remote_code_runs_only_when_asked(folder, tmp_path):
     with pytest.raises(UserError, match="trust_remote_code"):
         load_model(folder)
     assert not (tmp_path / "ran").exists()
-    assert type(load_model(folder, trust_remote_code=True)) is Adapter
+    assert type(load_model(folder, trust_remote_code=True)) is TransformersLM
     assert (tmp_path / "ran").exists()
 
 
@@ -275,8 +278,8 @@ def test_a_training_output_gives_its_latest_checkpoint(tmp_path):
     for step in (200, 1000):
         Decoder(student_config(StudentConfig(hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2), step, 1)
                 ).save_pretrained(tmp_path / "checkpoints" / f"step-{step:08d}")
-    assert load_model(tmp_path).head_weight.shape[0] == 1000
-    assert weight_files(str(tmp_path)) == [tmp_path / "checkpoints" / "step-00001000" / "model.safetensors"]
+    assert load_model(latest_checkpoint(tmp_path)).head_weight.shape[0] == 1000
+    assert weight_files(latest_checkpoint(tmp_path)) == [tmp_path / "checkpoints" / "step-00001000" / "model.safetensors"]
 
 
 # GGUF ---------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import torch
 from random_models import ADAPTED, DECODED, documents, random_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from miniplm import huggingface
-from miniplm.huggingface import patch, unpatch
+from miniplm.models import patching as huggingface
+from miniplm.models.patching import patch, unpatch
 
 PATCHED = ["qwen2 gqa", "qwen2 mha tied", "llama biased tied", "llama llama3", "llama yarn factor", "qwen3 gqa", "qwen3 biased tied yarn"]
 

@@ -5,10 +5,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from random_models import ADAPTED, DECODED, SIZES, random_model
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Gemma2Config, LlamaConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+)
 from transformers.masking_utils import causal_mask_function
 
-from miniplm import huggingface
+from miniplm.models import patching as huggingface
 
 MODELS = {name: (DECODED | ADAPTED)[name] for name in ("qwen2 gqa", "llama mqa", "qwen3 gqa", "gpt_neox", "gpt2", "cohere, scaled logits",
                                                        "granite, divided logits")}

@@ -2,18 +2,10 @@ import json
 
 import pytest
 
-from miniplm.artifacts import (
-    UserError,
-    atomic_folder,
-    atomic_write,
-    complete_output,
-    fingerprint,
-    hash_files,
-    latest_checkpoint,
-    open_output,
-    read_manifest,
-    write_json,
-)
+from miniplm.runtime.artifacts import complete_output, open_output, read_manifest
+from miniplm.runtime.errors import UserError
+from miniplm.runtime.files import atomic_folder, atomic_write, fingerprint, hash_files, write_json
+from miniplm.training.checkpoints import latest_checkpoint
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path):

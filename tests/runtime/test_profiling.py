@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 from training_runs import check_equal_runs, make_config, stop_after
 
-from miniplm import training
-from miniplm.artifacts import UserError
 from miniplm.cli import main
 from miniplm.config import ScoreConfig
-from miniplm.scoring import score
-from miniplm.trace import FIRST, STEPS, trace
+from miniplm.runtime.errors import UserError
+from miniplm.runtime.profiling import FIRST, STEPS, trace
+from miniplm.stages import train as training
+from miniplm.stages.score import score
 
 
 def traced_steps(path):

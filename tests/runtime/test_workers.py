@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from miniplm.artifacts import UserError
-from miniplm.processes import UNDER_WAY, ordered_map
+from miniplm.runtime.errors import UserError
+from miniplm.runtime.workers import UNDER_WAY, ordered_map
 
 
 def make_slow_square(unit):

@@ -10,11 +10,14 @@ import pyarrow as pa
 import pytest
 import torch
 
-from miniplm import evaluation, storage
-from miniplm.artifacts import UserError, complete_output, open_output, read_json
 from miniplm.config import EvaluateConfig
-from miniplm.evaluation import evaluate
-from miniplm.storage import Corpus
+from miniplm.data import corpus as storage
+from miniplm.data.corpus import Corpus
+from miniplm.runtime.artifacts import complete_output, open_output
+from miniplm.runtime.errors import UserError
+from miniplm.runtime.files import read_json
+from miniplm.stages import evaluate as evaluation
+from miniplm.stages.evaluate import evaluate
 
 EOS = 0
 

@@ -9,11 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from miniplm.artifacts import MANIFEST, UserError, fingerprint, hash_files, read_json, write_json
-from miniplm.config import EvaluateConfig, ExportConfig, OptimizerConfig, ScoreConfig, SelectConfig, StudentConfig, TrainConfig
-from miniplm.evaluation import evaluate
-from miniplm.export import export
-from miniplm.model import model_hash
+from miniplm.config import (
+    EvaluateConfig,
+    ExportConfig,
+    OptimizerConfig,
+    ScoreConfig,
+    SelectConfig,
+    StudentConfig,
+    TrainConfig,
+)
+from miniplm.models.loading import model_hash
+from miniplm.runtime.artifacts import MANIFEST
+from miniplm.runtime.errors import UserError
+from miniplm.runtime.files import fingerprint, hash_files, read_json, write_json
+from miniplm.stages.evaluate import evaluate
+from miniplm.stages.export import export
 
 TINY = StudentConfig(model_type="llama", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                      max_position_embeddings=96, initializer_range=0.3)
@@ -24,9 +34,9 @@ PLAN = TrainConfig(data="", output="", model=TINY, optimizer=OptimizerConfig(war
 @pytest.fixture(scope="module")
 def work(tiny_corpus, tiny_model, tmp_path_factory) -> Path:
     """A folder with scores, a refined and a random corpus, a student of each, and the refined one's evaluation."""
-    from miniplm.sampling import select
-    from miniplm.scoring import score
-    from miniplm.training import train
+    from miniplm.stages.score import score
+    from miniplm.stages.select import select
+    from miniplm.stages.train import train
 
     root = tmp_path_factory.mktemp("work")
     teacher, reference = tiny_model(root / "big-teacher", seed=1), tiny_model(root / "small_reference", seed=2, hidden_size=16)
@@ -167,7 +177,7 @@ def test_nothing_is_left_of_an_export_that_fails(work, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("miniplm.export.model_card", fail)  # the last file of all
+    monkeypatch.setattr("miniplm.stages.export.model_card", fail)  # the last file of all
     with pytest.raises(OSError, match="No space"):
         publish(work / "refined-student", tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
@@ -231,7 +241,7 @@ def test_tokenizer_that_auto_tokenizer_reads_otherwise(work, tiny_tokenizer, tmp
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-    from miniplm.training import train
+    from miniplm.stages.train import train
 
     run = Path(work / "qwen2-student")
     train(dataclasses.replace(PLAN, data=str(work / "refined"), output=str(run), steps=1, model=dataclasses.replace(TINY, model_type="qwen2")))
@@ -301,7 +311,7 @@ def load(folder):
 
 
 def test_card_without_a_selection_by_score_claims_nothing(work, tiny_corpus, tmp_path):
-    from miniplm.training import train
+    from miniplm.stages.train import train
 
     train(dataclasses.replace(PLAN, data=tiny_corpus, output=str(tmp_path / "run"), steps=2))
     plain = card(publish(tmp_path / "run", tmp_path / "plain"))

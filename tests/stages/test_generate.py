@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from miniplm.artifacts import UserError
 from miniplm.config import GenerateConfig
-from miniplm.generation import generate
-from miniplm.tokenizer import load_tokenizer
+from miniplm.data.tokenizer import load_tokenizer
+from miniplm.runtime.errors import UserError
+from miniplm.stages.generate import generate
 
 PROMPT = "the teacher keeps\nrare (data) 漢字 🙂"
 

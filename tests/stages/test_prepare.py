@@ -14,12 +14,14 @@ from test_chunking import EOS, byte_level_texts, oracle_chunks
 from texts import make_text
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from miniplm import corpus, sources
-from miniplm.artifacts import UserError, open_output
 from miniplm.config import PrepareConfig
-from miniplm.corpus import prepare
-from miniplm.storage import Corpus
-from miniplm.tokenizer import load_tokenizer
+from miniplm.data import sources
+from miniplm.data.corpus import Corpus
+from miniplm.data.tokenizer import load_tokenizer
+from miniplm.runtime.artifacts import open_output
+from miniplm.runtime.errors import UserError
+from miniplm.stages import prepare as corpus
+from miniplm.stages.prepare import prepare
 
 
 def write_jsonl(path, texts, domains=None) -> str:

@@ -14,9 +14,9 @@ import pytest
 from test_corpus import contents, write_jsonl
 from texts import make_text
 
-from miniplm import sources
 from miniplm.config import PrepareConfig
-from miniplm.corpus import prepare
+from miniplm.data import sources
+from miniplm.stages.prepare import prepare
 
 
 class Killed(BaseException):
@@ -78,7 +78,7 @@ def test_kill_9_at_random_moments_leaves_the_same_bytes(tiny_tokenizer, tmp_path
     data = write_jsonl(tmp_path / "data.jsonl", [make_text(rng, 60) for _ in range(3_000)], [rng.choice("abc") for _ in range(3_000)])
     arguments = dict(data=data, tokenizer=tiny_tokenizer, domain_column="domain", max_length=100, shard_tokens=5_000, workers=workers)
     context = multiprocessing.get_context("forkserver")  # so that each child has the libraries loaded already
-    context.set_forkserver_preload(["miniplm.corpus", "transformers.models.auto.tokenization_auto", "datasets"])
+    context.set_forkserver_preload(["miniplm.stages.prepare", "transformers.models.auto.tokenization_auto", "datasets"])
 
     def start(output):
         process = context.Process(target=_prepare_in_small_blocks, args=(arguments | {"output": str(tmp_path / output)},))
@@ -146,6 +146,6 @@ def test_ctrl_c_ends_all_processes_and_the_same_command_continues(tiny_tokenizer
 
 
 def test_workers_import_neither_torch_nor_transformers():
-    code = ("import sys; import miniplm.corpus, tokenizers, miniplm.processes\n"
+    code = ("import sys; import miniplm.stages.prepare, tokenizers, miniplm.runtime.workers\n"
             "assert not {'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules), sorted(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)

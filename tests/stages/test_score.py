@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from miniplm import artifacts, storage
-from miniplm.artifacts import UserError
 from miniplm.cli import main
 from miniplm.config import ScoreConfig
-from miniplm.scoring import score
+from miniplm.data import corpus as storage
+from miniplm.runtime import artifacts
+from miniplm.runtime.errors import UserError
+from miniplm.stages.score import score
 
 SMALL = dict(shard_rows=7, batch_tokens=100, device="cpu")  # 6 files, several batches in each
 
@@ -266,7 +267,7 @@ def test_kill_at_random_moments_ends_in_the_same_bytes(tiny_corpus, teacher, ref
     folder = tmp_path / "killed"
     targets = [0, *sorted(random.Random(1).sample(range(1, 36), 5))]
     setup = ("import datasets, pyarrow.parquet, safetensors, transformers; from miniplm.config import ScoreConfig; "
-             "from miniplm.scoring import score; "
+             "from miniplm.stages.score import score; "
              "transformers.AutoTokenizer, transformers.LlamaConfig, transformers.Qwen2Config, transformers.Qwen3Config")  # imported when named
     struck = kill_and_restart(setup, f"score(ScoreConfig(output={str(folder)!r}, **{options!r}))", folder, "*.parquet", targets)
     assert struck >= 3  # on a busy machine a run may end before the blow

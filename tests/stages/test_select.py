@@ -11,11 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from test_scoring import files, kill_and_restart
 
-from miniplm import artifacts, sampling, storage
-from miniplm.artifacts import UserError
 from miniplm.config import ScoreConfig, SelectConfig
-from miniplm.sampling import best_first, choose, select
-from miniplm.scoring import score
+from miniplm.data import corpus as storage
+from miniplm.runtime import artifacts
+from miniplm.runtime.errors import UserError
+from miniplm.stages import select as sampling
+from miniplm.stages.score import score
+from miniplm.stages.select import best_first, choose, select
 
 NAN, INF = float("nan"), float("inf")
 
@@ -268,8 +270,8 @@ def test_kill_and_restart_ends_in_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "SHARD_BYTES", 1)
     call = "select(SelectConfig(data={!r}, scores=[{!r}], output={!r}))"
     select(SelectConfig(data=corpus, scores=[scores], output=str(tmp_path / "whole")))
-    setup = ("import datasets, pyarrow.parquet, rich.table; from miniplm import sampling, storage; from miniplm.config import SelectConfig; "
-             "from miniplm.sampling import select; storage.ROWS_PER_RECORD_BATCH = 100; sampling.SHARD_BYTES = 1")
+    setup = ("import datasets, pyarrow.parquet, rich.table; import miniplm.stages.select as sampling, miniplm.data.corpus as storage; from miniplm.config import SelectConfig; "
+             "from miniplm.stages.select import select; storage.ROWS_PER_RECORD_BATCH = 100; sampling.SHARD_BYTES = 1")
     killed = tmp_path / "killed"
     struck = kill_and_restart(setup, call.format(corpus, scores, str(killed)), killed, "data-*.arrow", [0, 1, 2, 4])
     assert struck >= 2

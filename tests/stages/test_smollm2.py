@@ -59,7 +59,7 @@ def test_scores_equal_transformers_own_logits(scored, gguf):
     import pyarrow.parquet as pq
     from transformers import AutoModelForCausalLM
 
-    from miniplm.artifacts import latest_checkpoint
+    from miniplm.training.checkpoints import latest_checkpoint
 
     corpus, reference, scores = scored
     chunks = datasets.load_from_disk(str(corpus))["input_ids"][:]

@@ -14,13 +14,16 @@ import pytest
 import torch
 from training_runs import EOS, STUDENT, files, make_config, metrics, plain_loss, write_corpus
 
-from miniplm import training
-from miniplm.artifacts import UserError, latest_checkpoint, read_json
-from miniplm.batches import IGNORE
 from miniplm.config import OptimizerConfig, TrainConfig
-from miniplm.decoder import Decoder, student_config
-from miniplm.model import load_model
-from miniplm.training import DataOrder, global_batch, learning_rate, make_optimizer, train, train_step
+from miniplm.data.batches import IGNORE_INDEX
+from miniplm.data.order import DataOrder, global_batch
+from miniplm.models.decoder import Decoder, student_config
+from miniplm.models.loading import load_model
+from miniplm.runtime.errors import UserError
+from miniplm.runtime.files import read_json
+from miniplm.stages import train as training
+from miniplm.stages.train import learning_rate, make_optimizer, train, train_step
+from miniplm.training.checkpoints import latest_checkpoint
 
 
 @pytest.fixture
@@ -188,7 +191,7 @@ def test_step_without_a_target_is_skipped(folder):
 
 def test_targets_after_eos_are_ignored(rows):
     batch = global_batch(rows, EOS, 10_000)[0]
-    assert ((batch.targets == IGNORE) == (batch.input_ids == EOS)).all()
+    assert ((batch.targets == IGNORE_INDEX) == (batch.input_ids == EOS)).all()
     assert training.num_targets([batch]) == sum(int((row[:-1] != EOS).sum()) for row in rows)
 
 

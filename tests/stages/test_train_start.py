@@ -6,12 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import EOS, STUDENT, check_equal_runs, make_config, metrics, plain_loss, stop_after, truncate, write_corpus
+from training_runs import (
+    EOS,
+    STUDENT,
+    check_equal_runs,
+    make_config,
+    metrics,
+    plain_loss,
+    stop_after,
+    truncate,
+    write_corpus,
+)
 
-from miniplm import training
-from miniplm.artifacts import UserError, latest_checkpoint, read_json
 from miniplm.config import OptimizerConfig, StudentConfig
-from miniplm.training import DataOrder, train
+from miniplm.data.order import DataOrder
+from miniplm.runtime.errors import UserError
+from miniplm.runtime.files import read_json
+from miniplm.stages import train as training
+from miniplm.stages.train import train
+from miniplm.training.checkpoints import latest_checkpoint
 
 
 @pytest.fixture

@@ -21,10 +21,15 @@ import pytest
 import torch
 from training_runs import check_equal_runs, files, make_config, metrics, stop_after, truncate
 
-from miniplm import checkpoints, training
-from miniplm.artifacts import UserError, exclusive, latest_checkpoint, read_json
-from miniplm.model import load_model
-from miniplm.training import TrainingDiverged, global_batch, learning_rate, make_optimizer, train, train_step
+from miniplm.data.order import global_batch
+from miniplm.models.loading import load_model
+from miniplm.runtime.artifacts import exclusive
+from miniplm.runtime.errors import UserError
+from miniplm.runtime.files import read_json
+from miniplm.stages import train as training
+from miniplm.stages.train import TrainingDiverged, learning_rate, make_optimizer, train, train_step
+from miniplm.training import checkpoints
+from miniplm.training.checkpoints import latest_checkpoint
 
 
 @pytest.fixture
@@ -46,7 +51,7 @@ def whole(tiny_corpus, tmp_path_factory):
 def start(tmp_path_factory):
     """start(function, *arguments) → a process, forked from one that has the modules loaded and has not computed anything."""
     context, here = multiprocessing.get_context("forkserver"), os.getcwd()
-    context.set_forkserver_preload(["miniplm.training", "datasets", "torch.utils.tensorboard", "transformers.models.qwen2.modeling_qwen2",
+    context.set_forkserver_preload(["miniplm.stages.train", "datasets", "torch.utils.tensorboard", "transformers.models.qwen2.modeling_qwen2",
                                     "transformers.models.auto.tokenization_auto"])
     os.chdir(tmp_path_factory.mktemp("elsewhere"))  # not where a folder `kernels` would hide the package that transformers looks for
     forkserver.ensure_running()

@@ -14,15 +14,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_runs import EOS, STUDENT, check_equal_runs, make_config, metrics, plain_loss, stop_after, truncate
+from training_runs import (
+    EOS,
+    STUDENT,
+    check_equal_runs,
+    make_config,
+    metrics,
+    plain_loss,
+    stop_after,
+    truncate,
+)
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from miniplm import training
-from miniplm.artifacts import UserError, latest_checkpoint, read_json
 from miniplm.config import ExportConfig, OptimizerConfig, TrainConfig
-from miniplm.export import export
-from miniplm.model import load_model
-from miniplm.training import Teacher, global_batch, make_optimizer, train, train_step
+from miniplm.data.order import global_batch
+from miniplm.models.loading import load_model
+from miniplm.runtime.errors import UserError
+from miniplm.runtime.files import read_json
+from miniplm.stages import train as training
+from miniplm.stages.export import export
+from miniplm.stages.train import Teacher, make_optimizer, train, train_step
+from miniplm.training.checkpoints import latest_checkpoint
 
 TEACHERS = {
     "wider": dict(hidden_size=64, num_hidden_layers=3),

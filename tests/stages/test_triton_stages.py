@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen3Config
 
-from miniplm import training
-from miniplm.batches import pack
 from miniplm.config import OptimizerConfig
-from miniplm.decoder import Decoder
-from miniplm.float8 import to_float8
-from miniplm.scoring import score_batch
-from miniplm.training import Teacher, make_optimizer, train_step
+from miniplm.data.batches import pack
+from miniplm.models.decoder import Decoder
+from miniplm.models.float8 import to_float8
+from miniplm.stages import train as training
+from miniplm.stages.score import score_batch
+from miniplm.stages.train import Teacher, make_optimizer, train_step
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from miniplm.decoder import Decoder
-from miniplm.hardware import activation_bytes, micro_batch_tokens
+from miniplm.models.decoder import Decoder
+from miniplm.training.memory import activation_bytes, micro_batch_tokens
 
 CONFIG = LlamaConfig(vocab_size=50, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 

@@ -1,0 +1,25 @@
+"""What each stage can be told: one frozen dataclass per stage, a doc string for each field, validated once.
+
+The command line, YAML files and Python callers all build these. A wrong value raises ValueError naming the field.
+"""
+
+from .arguments import from_arguments, from_dict
+from .data import PrepareConfig, ScoreConfig, SelectConfig
+from .publishing import DemoConfig, EvaluateConfig, ExportConfig, GenerateConfig, RunConfig
+from .training import OptimizerConfig, StudentConfig, TrainConfig
+
+# stage → its settings; stage X is the function X of miniplm.stages.X
+STAGES = {
+    "prepare": PrepareConfig,
+    "score": ScoreConfig,
+    "select": SelectConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "generate": GenerateConfig,
+    "export": ExportConfig,
+}
+
+__all__ = [
+    "STAGES", "DemoConfig", "EvaluateConfig", "ExportConfig", "GenerateConfig", "OptimizerConfig", "PrepareConfig", "RunConfig", "ScoreConfig",
+    "SelectConfig", "StudentConfig", "TrainConfig", "from_arguments", "from_dict",
+]

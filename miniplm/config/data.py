@@ -1,0 +1,122 @@
+"""Settings of prepare, score and select: text → corpus → scores → refined corpus."""
+
+from dataclasses import dataclass
+from typing import List, Literal, Optional, Tuple
+
+from .checks import Dtype, _require, _require_trace
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Turn text into a corpus of token chunks."""
+
+    data: str
+    """A .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .txt file (one .txt file is one document), a folder of those, or a
+    Hugging Face dataset id (streamed)."""
+    tokenizer: str
+    """A tokenizer: Hugging Face id, local folder, or .gguf file."""
+    output: str
+    """The corpus folder to write."""
+    text_column: str = "text"
+    """The column that holds the text."""
+    domain_column: Optional[str] = None
+    """The column that names a document's domain; without one all documents are of the domain "default". Documents of different domains never share a chunk."""
+    max_length: int = 1024
+    """Predictions per chunk: a chunk holds at most max_length + 1 token ids."""
+    take: Tuple[float, float] = (0.0, 1.0)
+    """The share of the documents to take, as a range of a hash of their text: [0, 0.05] and [0.05, 1] are disjoint random
+    splits, equal texts fall into the same one."""
+    max_bad_fraction: float = 0.0
+    """The largest share of unreadable records (bad JSON, missing column, not UTF-8, null) to skip; past it the run stops."""
+    eos_token: Optional[str] = None
+    """The token that ends a document, where the tokenizer names none."""
+    subset: Optional[str] = None
+    """The configuration of a Hugging Face dataset."""
+    split: str = "train"
+    """The split of a Hugging Face dataset."""
+    workers: Optional[int] = None
+    """Worker processes; default: one per CPU core. 1: no extra process."""
+    shard_tokens: int = 33_554_432
+    """Tokens per file of the corpus; a killed run continues after the last whole file."""
+
+    def __post_init__(self):
+        _require(self.max_length >= 1, f"max_length must be at least 1, got {self.max_length}")
+        _require(0 <= self.take[0] < self.take[1] <= 1, f"take must be two numbers 0 <= from < to <= 1, got {list(self.take)}")
+        _require(0 <= self.max_bad_fraction <= 1, f"max_bad_fraction must be between 0 and 1, got {self.max_bad_fraction}")
+        _require(self.workers is None or self.workers >= 1, f"workers must be at least 1, got {self.workers}")
+        _require(self.shard_tokens >= 1, f"shard_tokens must be at least 1, got {self.shard_tokens}")
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Score every chunk of a corpus with a teacher, a reference model, or both."""
+
+    data: str
+    """The corpus folder that prepare wrote."""
+    output: str
+    """The folder for the scores."""
+    teacher: Optional[str] = None
+    """The teacher: Hugging Face id, local folder (a training output too), or .gguf file."""
+    reference: Optional[str] = None
+    """The reference model, likewise."""
+    document_mask: bool = False
+    """Attention within each document only; the default is as published: across the documents of a chunk."""
+    dtype: Dtype = "auto"
+    """The models' dtype; auto: bfloat16 on a GPU, float32 on the CPU."""
+    precision: Optional[Literal["fp8"]] = None
+    """fp8: the layers' matrix products in float8, with a scale per row; how well the ranks of up to 1,024 chunks agree with those without
+    is told at the end. Default: all in dtype."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …"""
+    batch_tokens: Optional[int] = None
+    """Tokens per packed batch; default 2,048 on the CPU, 65,536 on a GPU."""
+    shard_rows: Optional[int] = None
+    """Chunks per score file; default 256 on the CPU, 16,384 on a GPU. A killed run continues after the last whole file."""
+    vocab_size: Optional[int] = None
+    """Softmax over the first so many ids; default: the lower head of the two models (one model alone: its own). Needed only
+    when models with heads of unequal height are scored one at a time."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model. Only for models that you trust."""
+    profile: Optional[str] = None
+    """Write a Chrome trace of three batches near the start to this file (.json or .json.gz)."""
+
+    def __post_init__(self):
+        _require(bool(self.teacher or self.reference), "give --teacher, --reference, or both")
+        _require_trace(self.profile)
+        for name in ("batch_tokens", "shard_rows", "vocab_size"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """Keep the chunks that the teacher finds much likelier than the reference model (Difference Sampling)."""
+
+    data: str
+    """The corpus folder that was scored."""
+    scores: List[str]
+    """The score folder; or two, one of the teacher and one of the reference model."""
+    output: str
+    """The refined corpus folder to write."""
+    ratio: Optional[float] = None
+    """Keep the int(ratio * rows) best chunks. The default rule, with 0.5."""
+    token_budget: Optional[int] = None
+    """Instead: keep the best chunks as long as their tokens fit into this budget."""
+    threshold: Optional[float] = None
+    """Instead: keep every chunk with a score of at least this (nats per token)."""
+    per_domain: bool = False
+    """Apply the ratio, or the domain's share of the token budget, to each domain on its own."""
+    random_seed: Optional[int] = None
+    """Choose at random with this seed instead of by score: the control experiment. Chunks without a finite score are left out here too."""
+
+    def __post_init__(self):
+        rules = [name for name in ("ratio", "token_budget", "threshold") if getattr(self, name) is not None]
+        _require(len(rules) <= 1, f"give one of ratio, token_budget and threshold, got {' and '.join(rules)}")
+        if not rules:
+            object.__setattr__(self, "ratio", 0.5)
+        _require(self.ratio is None or 0 < self.ratio <= 1, f"ratio must be above 0 and at most 1, got {self.ratio}")
+        _require(self.token_budget is None or self.token_budget >= 1, f"token_budget must be at least 1, got {self.token_budget}")
+        _require(not (self.threshold is not None and self.per_domain), "per_domain changes nothing with threshold: leave one out")
+        _require(not (self.threshold is not None and self.random_seed is not None), "random_seed needs ratio or token_budget, not threshold")
+        _require(self.random_seed is None or self.random_seed >= 0, f"random_seed must not be negative, got {self.random_seed}")
+        _require(1 <= len(self.scores) <= 2, f"scores takes one or two folders, got {len(self.scores)}")

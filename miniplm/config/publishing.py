@@ -1,0 +1,104 @@
+"""Settings of evaluate, generate and export, and of run and demo, which chain the stages."""
+
+from dataclasses import dataclass
+from typing import List, Literal, Optional
+
+from .checks import Dtype, _require
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Loss and perplexity of a model on a held-out corpus, per domain."""
+
+    model: str
+    """The model: training output, checkpoint, local folder, Hugging Face id, or .gguf file."""
+    data: str
+    """The corpus folder to evaluate on."""
+    output: Optional[str] = None
+    """A JSON file for the figures."""
+    document_mask: bool = False
+    """Attention within each document only."""
+    dtype: Dtype = "auto"
+    """The model's dtype; auto: bfloat16 on a GPU, float32 on the CPU."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …"""
+    batch_tokens: Optional[int] = None
+    """Tokens per packed batch; default 2,048 on the CPU, 65,536 on a GPU."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model. Only for models that you trust."""
+
+    def __post_init__(self):
+        _require(self.batch_tokens is None or self.batch_tokens >= 1, f"batch_tokens must be at least 1, got {self.batch_tokens}")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Continue a prompt."""
+
+    model: str
+    """The model: training output, checkpoint, local folder, Hugging Face id, or .gguf file."""
+    prompt: str
+    """The text to continue."""
+    max_new_tokens: int = 128
+    """Tokens to generate at most."""
+    temperature: float = 0.8
+    """0: always the likeliest token."""
+    top_p: float = 0.95
+    """Sample from the likeliest tokens that hold this share of the probability."""
+    seed: int = 0
+    """Seed of the sampling."""
+    dtype: Dtype = "auto"
+    """The model's dtype; auto: bfloat16 on a GPU, float32 on the CPU."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …"""
+    trust_remote_code: bool = False
+    """Run code that comes with a model. Only for models that you trust."""
+
+    def __post_init__(self):
+        _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        _require(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
+        _require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Publish a checkpoint as a Hugging Face folder with a model card."""
+
+    checkpoint: str
+    """A training output (its latest checkpoint) or one checkpoint."""
+    output: str
+    """The folder to write."""
+    name: Optional[str] = None
+    """The model's name on the card; default: the output folder's."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The dtype of the published weights."""
+    license: str = "apache-2.0"
+    """The licence on the card."""
+    language: List[str] = ("en",)
+    """The languages on the card."""
+    datasets: List[str] = ()
+    """Hugging Face ids of the datasets on the card; default: the corpus's source, where that is one."""
+    evaluation: Optional[str] = None
+    """A JSON file that evaluate wrote, for the card's table of losses."""
+    push_to_hub: Optional[str] = None
+    """Upload the folder to this Hugging Face repository (log in first)."""
+    private: bool = False
+    """Make that repository private."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Run a pipeline file: all stages, resumable, each skipped when complete."""
+
+    config: str
+    """A YAML file with the stages in order (see configs/quickstart.yaml)."""
+    output: str
+    """The folder under which each stage gets a folder of its own."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The whole story on this machine in minutes, without a network."""
+
+    output: str = "miniplm-demo"
+    """The folder to write."""

@@ -1,0 +1,1 @@
+"""Text, tokens, corpora, scores: what is read, made and kept."""

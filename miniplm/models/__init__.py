@@ -1,0 +1,1 @@
+"""Language models: from Hugging Face and GGUF files to one interface."""

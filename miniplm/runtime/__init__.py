@@ -1,0 +1,1 @@
+"""What all rooms stand on: files, errors, devices, processes, signals."""

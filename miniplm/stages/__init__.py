@@ -1,0 +1,1 @@
+"""The stages: module = command = function. They meet in files on disk alone."""

@@ -1,0 +1,1 @@
+"""Training: steps, loop, and what a run keeps on disk."""
