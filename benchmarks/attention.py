@@ -1,16 +1,20 @@
-"""flash_attention on packed documents, forward and backward alone (on a graph that is kept), with the heads of the published models.
+"""flash_attention on packed documents, forward and backward alone (on a graph that is kept), with the heads
+of the published models.
 
     document=n         T / n documents of n tokens
-    lengths=mixed      lengths from a log-normal distribution, median 500 tokens, σ = 1.3 (mean 1,164): a long tail as in web text and papers.
+    lengths=mixed
+    lengths from a log-normal distribution, median 500 tokens, σ = 1.3 (mean 1,164): a long tail as in web text and papers.
                        The distribution is assumed, not measured on a corpus
 
-    sdpa-cudnn, sdpa-flash    PyTorch's scaled_dot_product_attention, each document a padded row of a batch (at the end, where a causal mask hides it)
+    sdpa-cudnn, sdpa-flash
+    PyTorch's scaled_dot_product_attention, each document a padded row of a batch (at the end, where a causal mask hides it)
     flex                      FlexAttention, compiled, with a causal document mask over the packed tokens
     flash-attn-2, -3          flash_attn_varlen_func of flash-attn 2 and of Hopper's flash_attn_interface
 
-What comes before the call is not timed: padding, FlexAttention's block mask, compilation. FLOPs are those of the visible pairs alone, as is usual
-2 products forward and 5 backward (with the scores once more): 4·D·Hq·Σ n (n + 1) / 2 for documents of n tokens, and 2.5 times that.
-Results and gradients are compared over the whole shape with float64.
+What comes before the call is not timed: padding, FlexAttention's block mask, compilation. FLOPs are those of
+the visible pairs alone, as is usual 2 products forward and 5 backward (with the scores once more): 4·D·Hq·Σ n
+(n + 1) / 2 for documents of n tokens, and 2.5 times that. Results and gradients are compared over the whole
+shape with float64.
 """
 
 import random
@@ -38,20 +42,33 @@ def document_lengths(shape) -> list[int]:
 
 def exact(q, k, v, grad, lengths):
     """(out, dq, dk, dv) in float64, by the formula, some heads of a document at a time."""
-    tensors = [x.double() for x in (q, k.repeat_interleave(q.shape[1] // k.shape[1], 1), v.repeat_interleave(q.shape[1] // k.shape[1], 1), grad)]
+    tensors = [
+        x.double()
+        for x in (
+            q,
+            k.repeat_interleave(q.shape[1] // k.shape[1], 1),
+            v.repeat_interleave(q.shape[1] // k.shape[1], 1),
+            grad,
+        )
+    ]
     results, scale = [torch.empty_like(tensors[0]) for _ in range(4)], q.shape[2] ** -0.5
     for start, end in pairwise(accumulate(lengths, initial=0)):
         step = max(1, (1 << 28) // (end - start) ** 2)
         for head in range(0, q.shape[1], step):
             part = slice(start, end), slice(head, head + step)
             queries, keys, values, upstream = (x[part].transpose(0, 1) for x in tensors)
-            p = (queries @ keys.mT * scale).masked_fill_(torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+            p = (queries @ keys.mT * scale).masked_fill_(
+                torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1), -torch.inf
+            )
             p = p.softmax(-1)
             out, dv = p @ values, p.mT @ upstream
             p.mul_((upstream @ values.mT).sub_((upstream * out).sum(-1, keepdim=True))).mul_(scale)
             for result, value in zip(results, (out, p @ keys, p.mT @ queries, dv), strict=True):
                 result[part] = value.transpose(0, 1)
-    return [x if x.shape[1] == like.shape[1] else x.unflatten(1, (like.shape[1], -1)).sum(2) for x, like in zip(results, (q, q, k, v), strict=True)]
+    return [
+        x if x.shape[1] == like.shape[1] else x.unflatten(1, (like.shape[1], -1)).sum(2)
+        for x, like in zip(results, (q, q, k, v), strict=True)
+    ]
 
 
 def padded(x, lengths):
@@ -63,7 +80,12 @@ def packed(x, lengths):
     """The opposite; [1, H, T, D], too, becomes [T, H, D]."""
     if x.ndim == 3:
         return x
-    return torch.cat([row[:, :n].transpose(0, 1) for row, n in zip(x, lengths if len(x) == len(lengths) else [x.shape[2]], strict=True)])
+    return torch.cat(
+        [
+            row[:, :n].transpose(0, 1)
+            for row, n in zip(x, lengths if len(x) == len(lengths) else [x.shape[2]], strict=True)
+        ]
+    )
 
 
 def sdpa(backend, lengths, cu_seqlens, inputs):
@@ -71,7 +93,9 @@ def sdpa(backend, lengths, cu_seqlens, inputs):
 
     def attend(q, k, v):
         with sdpa_kernel(getattr(SDPBackend, backend)):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+            return F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+            )
 
     return attend, [padded(x, lengths) for x in inputs]
 
@@ -83,12 +107,16 @@ def flex(lengths, cu_seqlens, inputs):
     if device.type != "cuda":
         raise Skip("FlexAttention has no backward pass on the CPU")
     document = torch.repeat_interleave(torch.arange(len(lengths), device=device), cu_seqlens.diff())
-    mask = create_block_mask(lambda b, h, i, j: (document[i] == document[j]) & (j <= i), None, None, T, T, device=device)
+    mask = create_block_mask(
+        lambda b, h, i, j: (document[i] == document[j]) & (j <= i), None, None, T, T, device=device
+    )
     torch._dynamo.reset()
     torch._functorch.config.donated_buffer = False  # the backward pass runs many times on one graph
     attend = torch.compile(flex_attention, dynamic=False)
     grouped = inputs[0].shape[1] != inputs[1].shape[1]
-    return lambda q, k, v: attend(q, k, v, block_mask=mask, enable_gqa=grouped), [x.transpose(0, 1)[None].contiguous() for x in inputs]
+    return lambda q, k, v: attend(q, k, v, block_mask=mask, enable_gqa=grouped), [
+        x.transpose(0, 1)[None].contiguous() for x in inputs
+    ]
 
 
 def flash_attn(module, lengths, cu_seqlens, inputs):
@@ -97,7 +125,9 @@ def flash_attn(module, lengths, cu_seqlens, inputs):
     function, longest = import_module(module).flash_attn_varlen_func, max(lengths)
 
     def attend(q, k, v):
-        out = function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest, causal=True)
+        out = function(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest, causal=True
+        )
         return out[0] if isinstance(out, tuple) else out
 
     return attend, inputs
@@ -107,13 +137,22 @@ def ours(lengths, cu_seqlens, inputs):
     return lambda q, k, v: flash_attention(q, k, v, cu_seqlens, max(lengths)), inputs
 
 
-CONTENDERS = {"miniplm": ours, "sdpa-cudnn": partial(sdpa, "CUDNN_ATTENTION"), "sdpa-flash": partial(sdpa, "FLASH_ATTENTION"), "flex": flex,
-              "flash-attn-2": partial(flash_attn, "flash_attn"), "flash-attn-3": partial(flash_attn, "flash_attn_interface")}
+CONTENDERS = {
+    "miniplm": ours,
+    "sdpa-cudnn": partial(sdpa, "CUDNN_ATTENTION"),
+    "sdpa-flash": partial(sdpa, "FLASH_ATTENTION"),
+    "flex": flex,
+    "flash-attn-2": partial(flash_attn, "flash_attn"),
+    "flash-attn-3": partial(flash_attn, "flash_attn_interface"),
+}
 
 
 def cases(shape, device, dtype):
     lengths, heads = document_lengths(shape), HEADS[shape["D"]]
-    q, k, v, grad = (torch.randn(shape["T"], h, shape["D"], device=device, dtype=dtype) for h in (heads, *[shape.get("key_heads", heads)] * 2, heads))
+    q, k, v, grad = (
+        torch.randn(shape["T"], h, shape["D"], device=device, dtype=dtype)
+        for h in (heads, *[shape.get("key_heads", heads)] * 2, heads)
+    )
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     out, *gradients = exact(q, k, v, grad, lengths)
 
@@ -130,14 +169,32 @@ def cases(shape, device, dtype):
         attend, inputs = prepare(lengths, cu_seqlens, [q, k, v])
         inputs = [x.detach().requires_grad_() for x in inputs]
         result = attend(*inputs)
-        upstream = grad if result.ndim == 3 else padded(grad, lengths) if len(result) == len(lengths) else grad.transpose(0, 1)[None]
+        upstream = (
+            grad
+            if result.ndim == 3
+            else padded(grad, lengths)
+            if len(result) == len(lengths)
+            else grad.transpose(0, 1)[None]
+        )
         return lambda: torch.autograd.grad(result, inputs, upstream, retain_graph=True)
 
     flops = 4 * shape["D"] * heads * sum(n * (n + 1) // 2 for n in lengths)
     contenders = lambda measured: {name: partial(measured, prepare) for name, prepare in CONTENDERS.items()}
-    yield Case("forward", contenders(forward), flops=flops, errors=lambda found: {"out": relative_error(packed(found, lengths), out)})
-    yield Case("backward", contenders(backward), flops=2.5 * flops, errors=lambda found: {
-        name: relative_error(packed(x, lengths), truth) for name, x, truth in zip(("dq", "dk", "dv"), found, gradients, strict=True)})
+    yield Case(
+        "forward",
+        contenders(forward),
+        flops=flops,
+        errors=lambda found: {"out": relative_error(packed(found, lengths), out)},
+    )
+    yield Case(
+        "backward",
+        contenders(backward),
+        flops=2.5 * flops,
+        errors=lambda found: {
+            name: relative_error(packed(x, lengths), truth)
+            for name, x, truth in zip(("dq", "dk", "dv"), found, gradients, strict=True)
+        },
+    )
 
 
 if __name__ == "__main__":
@@ -145,6 +202,18 @@ if __name__ == "__main__":
     DOCUMENTS = [*({"document": n} for n in (128, 1024, 4096, 16_384)), {"lengths": "mixed"}]
     SHAPES = [{"T": T, "D": D, **documents} for D in (64, 96, 128) for documents in DOCUMENTS]
     SHAPES += [{"T": T, "D": 128, "key_heads": 4, **documents} for documents in (DOCUMENTS[1], DOCUMENTS[3])]
-    TOY = [{"T": 96, "D": 16, "document": 48}, {"T": 96, "D": 16, "document": 32}, {"T": 1200, "D": 16, "key_heads": 1, "lengths": "mixed"}]
-    run("attention", __doc__, cases, SHAPES, quick=[shape for shape in SHAPES if shape.get("document") == 1024], toy=TOY, baseline="sdpa-flash",
-        by="document")
+    TOY = [
+        {"T": 96, "D": 16, "document": 48},
+        {"T": 96, "D": 16, "document": 32},
+        {"T": 1200, "D": 16, "key_heads": 1, "lengths": "mixed"},
+    ]
+    run(
+        "attention",
+        __doc__,
+        cases,
+        SHAPES,
+        quick=[shape for shape in SHAPES if shape.get("document") == 1024],
+        toy=TOY,
+        baseline="sdpa-flash",
+        by="document",
+    )

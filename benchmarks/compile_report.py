@@ -1,13 +1,15 @@
-"""Compile every Triton kernel of the package, in every configuration that tuning.py can choose, with no GPU, and look at the result.
+"""Compile every Triton kernel of the package, in every configuration that tuning.py can choose, with no GPU,
+and look at the result.
 
-Every launcher runs on its own examples (see dispatch.triton) with tensors that have no storage, and each launch of a kernel only
-compiles it, exactly as it would be compiled there: a kernel added later is covered by being registered. A row per kernel and variant:
-registers a thread, bytes spilled, bytes of shared memory, matrix and TMA instructions. It ends with exit status 1 where
+Every launcher runs on its own examples (see dispatch.triton) with tensors that have no storage, and each
+launch of a kernel only compiles it, exactly as it would be compiled there: a kernel added later is covered by
+being registered. A row per kernel and variant: registers a thread, bytes spilled, bytes of shared memory,
+matrix and TMA instructions. It ends with exit status 1 where
 
     a kernel does not compile, or is never launched by any example (its name ends in _kernel)
     it needs more shared memory than the GPU has
-    and on NVIDIA GPUs: it spills registers; it multiplies 16-bit tiles without the GPU's own matrix instructions (wgmma on sm_90); or
-    the assembler makes its wgmma instructions wait for one another
+    and on NVIDIA GPUs: it spills registers; it multiplies 16-bit tiles without the GPU's own matrix
+    instructions (wgmma on sm_90); or the assembler makes its wgmma instructions wait for one another
 
     python benchmarks/compile_report.py [--arch sm_90] [--op NAME] [--json FILE]
 """
@@ -35,7 +37,9 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-TARGETS = {  # name → (backend, arch, processors, bytes of shared memory a program may have, the instruction that multiplies matrices)
+# name → (backend, arch, processors, bytes of shared memory a program may have, the instruction that
+# multiplies matrices)
+TARGETS = {
     "sm_80": ("cuda", 80, 108, 163 << 10, "mma.sync"),
     "sm_89": ("cuda", 89, 128, 99 << 10, "mma.sync"),
     "sm_90": ("cuda", 90, 132, 227 << 10, "wgmma.mma_async"),
@@ -48,11 +52,15 @@ COLUMNS = ("op", "kernel", "variant", "registers", "spilled", "shared", "matrix"
 
 
 class NoGPU:
-    """As much of a Triton driver as compiling takes. Compiled kernels are kept per device, so each target is one."""
+    """As much of a Triton driver as compiling takes. Compiled kernels are kept per device, so each target is
+    one."""
 
     def __init__(self, name):
         backend, arch, *_ = TARGETS[name]
-        self.target, self.device = GPUTarget(backend, arch, 32 if backend == "cuda" else 64), list(TARGETS).index(name)
+        self.target, self.device = (
+            GPUTarget(backend, arch, 32 if backend == "cuda" else 64),
+            list(TARGETS).index(name),
+        )
 
     def get_current_target(self):
         return self.target
@@ -79,9 +87,20 @@ def compile_op(name: str, op: str) -> list[dict]:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         if kernel.hash not in seen:
             seen.add(kernel.hash)
-            dtype = re.search("bf16|fp16|fp32", str(kernel.src.signature))  # of the first tensor that is not of integers
+            dtype = re.search(
+                "bf16|fp16|fp32", str(kernel.src.signature)
+            )  # of the first tensor that is not of integers
             variant = {"dtype": dtype.group() if dtype else "", **constants(self, args, options)}
-            rows.append({"arch": name, "op": op, "kernel": full_name(self), "variant": variant, "hash": kernel.hash, **resources(name, kernel)})
+            rows.append(
+                {
+                    "arch": name,
+                    "op": op,
+                    "kernel": full_name(self),
+                    "variant": variant,
+                    "hash": kernel.hash,
+                    **resources(name, kernel),
+                }
+            )
         return kernel
 
     JITFunction.run = compile_only
@@ -90,7 +109,15 @@ def compile_op(name: str, op: str) -> list[dict]:
             try:
                 dispatch.TRITON[op](*example)
             except Exception as error:  # the compiler raises anything
-                rows.append({"arch": name, "op": op, "kernel": "", "variant": {}, "broken": [f"{type(error).__name__}: {str(error)[:2000]}"]})
+                rows.append(
+                    {
+                        "arch": name,
+                        "op": op,
+                        "kernel": "",
+                        "variant": {},
+                        "broken": [f"{type(error).__name__}: {str(error)[:2000]}"],
+                    }
+                )
     finally:
         JITFunction.run, tuning.OFFLINE = run, None
     return rows
@@ -120,8 +147,15 @@ def resources(name: str, kernel) -> dict:
         if row["spilled"]:
             broken.append("spills")
     else:
-        row = {"registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1)), "spilled": int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text).group(1))}
-    row |= {"shared": kernel.metadata.shared, "matrix": text.count(instruction), "tma": text.count("cp.async.bulk.tensor")}
+        row = {
+            "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1)),
+            "spilled": int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text).group(1)),
+        }
+    row |= {
+        "shared": kernel.metadata.shared,
+        "matrix": text.count(instruction),
+        "tma": text.count("cp.async.bulk.tensor"),
+    }
     if row["shared"] > most_shared:
         broken.append(f"shared memory above {most_shared}")
     if re.search(r"tt\.dot .*tensor<\S+xb?f16", kernel.asm["ttir"]) and not row["matrix"]:
@@ -135,8 +169,18 @@ def assemble(name: str, ptx: str) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        result = subprocess.run([get_ptxas(arch).path, "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", file.name, "-o", os.devnull],
-                                capture_output=True, text=True)
+        result = subprocess.run(
+            [
+                get_ptxas(arch).path,
+                "-v",
+                f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}",
+                file.name,
+                "-o",
+                os.devnull,
+            ],
+            capture_output=True,
+            text=True,
+        )
     if result.returncode:
         raise RuntimeError(result.stderr)
     return result.stderr
@@ -150,21 +194,32 @@ def all_kernels() -> set[str]:
 
 
 def report(archs, ops=None) -> list[dict]:
-    """Rows for all ops (or those given) on all targets given, and one for each kernel that no example launches."""
+    """Rows for all ops (or those given) on all targets given, and one for each kernel that no example
+    launches."""
     jobs = [(arch, op) for arch in archs for op in ops or sorted(dispatch.TRITON)]
     with ProcessPoolExecutor(min(len(jobs), os.cpu_count()), mp_context=get_context("spawn")) as pool:
         rows = [row for found in pool.map(compile_op, *zip(*jobs, strict=True)) for row in found]
     if not ops:
         for arch in archs:
             for kernel in sorted(all_kernels() - {row["kernel"] for row in rows if row["arch"] == arch}):
-                rows.append({"arch": arch, "op": "", "kernel": kernel, "variant": {}, "broken": ["no example launches it"]})
+                rows.append(
+                    {
+                        "arch": arch,
+                        "op": "",
+                        "kernel": kernel,
+                        "variant": {},
+                        "broken": ["no example launches it"],
+                    }
+                )
     return rows
 
 
 def show(rows):
     table = [COLUMNS]
     for row in rows:
-        variant = " ".join(f"{key}={value}" if key != "dtype" else value for key, value in row["variant"].items())
+        variant = " ".join(
+            f"{key}={value}" if key != "dtype" else value for key, value in row["variant"].items()
+        )
         cells = {**row, "variant": variant, "broken": "; ".join(row["broken"]).split("\n")[0]}
         table.append(tuple(str(cells.get(column, "")) for column in COLUMNS))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -173,9 +228,18 @@ def show(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", action="append", choices=list(TARGETS), help=f"for this GPU (may be repeated); default: {', '.join(BY_DEFAULT)}")
-    parser.add_argument("--op", action="append", choices=sorted(dispatch.TRITON), help="only this op (may be repeated)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--arch",
+        action="append",
+        choices=list(TARGETS),
+        help=f"for this GPU (may be repeated); default: {', '.join(BY_DEFAULT)}",
+    )
+    parser.add_argument(
+        "--op", action="append", choices=sorted(dispatch.TRITON), help="only this op (may be repeated)"
+    )
     parser.add_argument("--json", help="write the rows to this file")
     options = parser.parse_args()
     rows = report(options.arch or BY_DEFAULT, options.op)
@@ -183,10 +247,14 @@ def main():
         print(f"\n{arch} (Triton {triton.__version__})")
         show([row for row in rows if row["arch"] == arch])
     if options.json:
-        Path(options.json).write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+        Path(options.json).write_text(
+            json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n"
+        )
     for row in rows:
         if row["broken"]:
-            print(f"{row['arch']} {row['kernel']} {row['variant']}: {'; '.join(row['broken'])}", file=sys.stderr)
+            print(
+                f"{row['arch']} {row['kernel']} {row['variant']}: {'; '.join(row['broken'])}", file=sys.stderr
+            )
     sys.exit(any(row["broken"] for row in rows))
 
 

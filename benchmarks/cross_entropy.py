@@ -1,12 +1,17 @@
-"""The student's loss, linear_cross_entropy (mean): forward without gradients, and both = loss with the gradients of hidden and weight.
+"""The student's loss, linear_cross_entropy (mean): forward without gradients, and both = loss with the
+gradients of hidden and weight.
 
-There is no backward alone: most contenders compute the gradients during the forward pass. both − forward is what gradients cost.
+There is no backward alone: most contenders compute the gradients during the forward pass. both − forward is
+what gradients cost.
 
-    GEMMs              the bare matrix products, one for forward, three for both (logits, dX, dW), into buffers that exist: the floor
-    liger-fp32         Liger with the weight's gradient accumulated in float32 (its default: in the weight's dtype)
+    GEMMs
+    the bare matrix products, one for forward, three for both (logits, dX, dW), into buffers that exist: the floor
+    liger-fp32
+    Liger with the weight's gradient accumulated in float32 (its default: in the weight's dtype)
     others             as in log_prob.py; cut-cross-entropy without its gradient filter
 
-All targets count. The loss and both gradients are compared over the whole shape with float64, computed 512 tokens at a time.
+All targets count. The loss and both gradients are compared over the whole shape with float64, computed 512
+tokens at a time.
 """
 
 from functools import partial
@@ -20,13 +25,19 @@ CONTENDERS = {**PEERS, "liger-fp32": partial(prepare_liger, accum_dtype=torch.fl
 
 
 def exact(hidden, weight, targets, teacher=None, alpha=0.0):
-    """(loss, its gradient for hidden, for weight) in float64; loss = (1 − alpha) · cross-entropy + alpha · KL(teacher ‖ student), means.
+    """(loss, its gradient for hidden, for weight) in float64; loss = (1 − alpha) · cross-entropy + alpha ·
+    KL(teacher ‖ student), means.
 
-    With p the student's and r the teacher's probabilities, d loss / d logits = (p − (1 − alpha) · onehot − alpha · r) / T.
+    With p the student's and r the teacher's probabilities, d loss / d logits = (p − (1 − alpha) · onehot −
+    alpha · r) / T.
     """
     weight = weight.double()
     teacher_weight = teacher[1].double() if teacher else None
-    grad_hidden, grad_weight, loss = torch.empty_like(hidden, dtype=torch.float64), torch.zeros_like(weight), 0.0
+    grad_hidden, grad_weight, loss = (
+        torch.empty_like(hidden, dtype=torch.float64),
+        torch.zeros_like(weight),
+        0.0,
+    )
     for start in range(0, len(hidden), 512):
         rows = slice(start, start + 512)
         x, y = hidden[rows].double(), targets[rows, None]
@@ -59,7 +70,9 @@ def with_gradients(loss, hidden, weight):
 def compare(truth):
     """errors of a Case, for results (loss,) or (loss, gradient of hidden, gradient of weight)."""
     names = ("loss", "grad_hidden", "grad_weight")
-    return lambda out: {name: relative_error(value, exactly) for name, value, exactly in zip(names, out, truth, strict=False)}
+    return lambda out: {
+        name: relative_error(value, exactly) for name, value, exactly in zip(names, out, truth, strict=False)
+    }
 
 
 def cases(shape, device, dtype):
@@ -87,7 +100,9 @@ def cases(shape, device, dtype):
         return lambda: (loss(hidden, weight, targets),)
 
     def miniplm(size, reduction, gradients):
-        return lambda hidden, weight, targets: linear_cross_entropy(hidden, weight, targets, reduction=reduction)
+        return lambda hidden, weight, targets: linear_cross_entropy(
+            hidden, weight, targets, reduction=reduction
+        )
 
     errors = compare(exact(hidden, weight, targets))
     for name, gradients, products in (("forward", False, 1), ("both", True, 3)):
@@ -100,4 +115,13 @@ if __name__ == "__main__":
     T = 16_384
     SHAPES = [{"T": T, "V": 151_936, "d": d} for d in (512, 768, 1024, 1536, 2048)]
     SHAPES += [{"T": T, "V": V, "d": 768} for V in (128_256, 49_152)]
-    run("cross_entropy", __doc__, cases, SHAPES, quick=SHAPES[0:5:2], toy=[{"T": 96, "V": 1000, "d": d} for d in (32, 48)], baseline="GEMMs", by="d")
+    run(
+        "cross_entropy",
+        __doc__,
+        cases,
+        SHAPES,
+        quick=SHAPES[0:5:2],
+        toy=[{"T": 96, "V": 1000, "d": d} for d in (32, 48)],
+        baseline="GEMMs",
+        by="d",
+    )

@@ -2,31 +2,39 @@
 
 A benchmark file is shapes, contenders and one call:
 
-    def cases(shape, device, dtype):     # a generator of one Case per pass; the inputs live as long as its frame
+    def cases(shape, device, dtype):
+    # a generator of one Case per pass; the inputs live as long as its frame
         x, weight = ...
-        def plain():                     # prepare: imports, needs memory, compiles; returns the callable that is timed
+        def plain():        # prepare: imports, needs memory, compiles; returns the callable that is timed
             return lambda: torch.nn.functional.rms_norm(x, weight.shape, weight)
-        yield Case("forward", {"plain": plain, ...}, bytes=..., errors=lambda out: {"out": relative_error(out, truth)})
+        yield Case("forward", {"plain": plain, ...}, bytes=..., errors=lambda out: {"out": relative_error(out,
+        truth)})
 
     if __name__ == "__main__":
-        run("rms_norm", __doc__, cases, shapes=[{"T": 16384, "d": 512}, ...], quick=[...], toy=[...], baseline="plain", by="d")
+        run("rms_norm", __doc__, cases, shapes=[{"T": 16384, "d": 512}, ...], quick=[...], toy=[...],
+        baseline="plain", by="d")
 
 (Import harness before miniplm: it finds the package in a checkout that is not installed.)
 
     python benchmarks/FILE.py [--json FILE] [--plot FILE] [--quick] [--only NAME,NAME]
 
-A contender that raises (Skip, ImportError, out of memory, anything) is recorded as {"skipped": reason}; the run goes on. Its
-callable returns a tensor, a sequence of tensors, or None where there is nothing to compare. Contenders whose name begins with
-"miniplm" must run, be compared and be accurate, or the exit status is 1. What they ran is in environment.triton_ops: an op that is not
-there has no Triton kernel, and its figures on a GPU are those of the PyTorch reference.
-Without CUDA the toy shapes run on the CPU in float32: that tests the benchmark, and its figures say nothing else.
+A contender that raises (Skip, ImportError, out of memory, anything) is recorded as {"skipped": reason}; the
+run goes on. Its callable returns a tensor, a sequence of tensors, or None where there is nothing to compare.
+Contenders whose name begins with "miniplm" must run, be compared and be accurate, or the exit status is 1.
+What they ran is in environment.triton_ops: an op that is not there has no Triton kernel, and its figures on a
+GPU are those of the PyTorch reference.
+Without CUDA the toy shapes run on the CPU in float32: that tests the benchmark, and its figures say nothing
+else.
 
 A record: op, shape, dtype, pass, contender, and either skipped or
     ms, ms_low, ms_high  median, 20% and 80% quantile of the timed calls
-    tflops, gb_per_s     FLOPs and bytes of the case over ms: what the operation needs, not what the contender does
-    percent_of_ceiling   of the bf16 GEMM's rate where the case has FLOPs, else of the copy's, both measured in the same run
+    tflops, gb_per_s
+    FLOPs and bytes of the case over ms: what the operation needs, not what the contender does
+    percent_of_ceiling
+    of the bf16 GEMM's rate where the case has FLOPs, else of the copy's, both measured in the same run
     extra_bytes          peak_memory less the results (gradients are results); null on the CPU
-    error, accurate      relative errors against float64 by name ("inf": not finite), and whether all are within LIMITS; null: not compared
+    error, accurate
+    relative errors against float64 by name ("inf": not finite), and whether all are within LIMITS; null: not compared
 """
 
 import argparse
@@ -56,9 +64,18 @@ except ImportError:  # a checkout that is not installed: do what setup.py's pack
     miniplm.__path__.append(str(ROOT))
     import miniplm.kernels
 
-LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # largest relative error of a right result
+LIMITS = {
+    torch.float32: 1e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1e-2,
+}  # largest relative error of a right result
 PACKAGES = ("triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn")
-FLUSH = 256 << 20  # bytes read before each timed call: several times any L2 cache. (What is written would be written back in the timed call's time.)
+FLUSH = (
+    256 << 20
+    # bytes read before each timed call: several times any L2 cache. (What is written would be written back in
+    # the
+    # timed call's time.)
+)
 WARM_MS = 50  # of calls before the timed ones: an idle GPU has slow clocks
 BUDGET_MS, FEWEST, MOST = 400, 7, 100  # timed calls: about BUDGET_MS in sum
 OURS = "miniplm"
@@ -80,20 +97,33 @@ class Case(NamedTuple):
 
 def environment() -> dict:
     """Where and with what the figures are measured."""
-    found = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), "python": platform.python_version(), "torch": torch.__version__,
-             "MINIPLM_KERNELS": os.environ.get("MINIPLM_KERNELS", "auto"), "triton_ops": sorted(miniplm.kernels.dispatch.TRITON)}
+    found = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "MINIPLM_KERNELS": os.environ.get("MINIPLM_KERNELS", "auto"),
+        "triton_ops": sorted(miniplm.kernels.dispatch.TRITON),
+    }
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
     if torch.cuda.is_available():
-        found |= {"device": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability()), "cuda": torch.version.cuda}
+        found |= {
+            "device": torch.cuda.get_device_name(),
+            "capability": list(torch.cuda.get_device_capability()),
+            "cuda": torch.version.cuda,
+        }
     else:
         found |= {"device": "cpu", "threads": torch.get_num_threads()}
     try:
-        found["commit"] = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty"], capture_output=True, text=True,
-                                         check=True).stdout.strip()
+        found["commit"] = subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         found["commit"] = None
     return found
@@ -102,7 +132,8 @@ def environment() -> dict:
 def measure(function) -> tuple[float, float, float]:
     """(median, 20% quantile, 80% quantile) in ms of a call, after calls that compile, tune and warm up.
 
-    On CUDA: events around each call, what was in the L2 cache pushed out before it. On the CPU: three calls by the clock.
+    On CUDA: events around each call, what was in the L2 cache pushed out before it. On the CPU: three calls
+    by the clock.
     """
     function()
     if torch.cuda.is_available():
@@ -202,11 +233,17 @@ def contend(case: Case, name: str, dtype: torch.dtype, ceilings: dict) -> dict:
         return {"skipped": reason(problem)}
     tflops, gb_per_s = case.flops / ms / 1e9 or None, case.bytes / ms / 1e6 or None
     rate, ceiling = (tflops, ceilings["gemm_tflops"]) if tflops else (gb_per_s, ceilings["copy_gb_per_s"])
-    return {"ms": ms, "ms_low": low, "ms_high": high, "tflops": tflops, "gb_per_s": gb_per_s,
-            "percent_of_ceiling": 100 * rate / ceiling if rate and ceiling else None,
-            "extra_bytes": None if peak is None else max(0, peak - result_bytes),
-            "error": {key: error if math.isfinite(error) else "inf" for key, error in errors.items()},
-            "accurate": all(error <= LIMITS[dtype] for error in errors.values()) if errors else None}
+    return {
+        "ms": ms,
+        "ms_low": low,
+        "ms_high": high,
+        "tflops": tflops,
+        "gb_per_s": gb_per_s,
+        "percent_of_ceiling": 100 * rate / ceiling if rate and ceiling else None,
+        "extra_bytes": None if peak is None else max(0, peak - result_bytes),
+        "error": {key: error if math.isfinite(error) else "inf" for key, error in errors.items()},
+        "accurate": all(error <= LIMITS[dtype] for error in errors.values()) if errors else None,
+    }
 
 
 def write_json(path, report: dict):
@@ -223,14 +260,25 @@ def describe(shape: dict) -> str:
 def ratio(report: dict, record: dict) -> Optional[float]:
     """The record's time over that of the baseline in the same shape and pass."""
     for other in report["records"]:
-        if other["contender"] == report["baseline"] and "ms" in other and all(other[key] == record[key] for key in ("shape", "pass")):
+        if (
+            other["contender"] == report["baseline"]
+            and "ms" in other
+            and all(other[key] == record[key] for key in ("shape", "pass"))
+        ):
             return record["ms"] / other["ms"]
     return None
 
 
 def table(report: dict) -> str:
-    lines, shape = [f"{'pass':<10}{'contender':<26}" + "".join(f"{head:>10}" for head in (
-        "ms", "ratio", "TFLOP/s", "GB/s", "% ceiling", "extra MB", "error"))], None
+    lines, shape = (
+        [
+            f"{'pass':<10}{'contender':<26}"
+            + "".join(
+                f"{head:>10}" for head in ("ms", "ratio", "TFLOP/s", "GB/s", "% ceiling", "extra MB", "error")
+            )
+        ],
+        None,
+    )
     for record in report["records"]:
         if record["shape"] != shape:
             shape = record["shape"]
@@ -241,15 +289,26 @@ def table(report: dict) -> str:
             continue
         extra = None if record["extra_bytes"] is None else record["extra_bytes"] / 1e6
         error = max(map(float, record["error"].values()), default=None)
-        cells = ((record["ms"], ".3f"), (ratio(report, record), ".3f"), (record["tflops"], ".1f"), (record["gb_per_s"], ".0f"),
-                 (record["percent_of_ceiling"], ".1f"), (extra, ".1f"), (error, ".1e"))
-        lines.append(line + "".join(f"{'-' if value is None else format(value, form):>10}" for value, form in cells)
-                     + "  inaccurate" * (record["accurate"] is False))
+        cells = (
+            (record["ms"], ".3f"),
+            (ratio(report, record), ".3f"),
+            (record["tflops"], ".1f"),
+            (record["gb_per_s"], ".0f"),
+            (record["percent_of_ceiling"], ".1f"),
+            (extra, ".1f"),
+            (error, ".1e"),
+        )
+        lines.append(
+            line
+            + "".join(f"{'-' if value is None else format(value, form):>10}" for value, form in cells)
+            + "  inaccurate" * (record["accurate"] is False)
+        )
     return "\n".join(lines)
 
 
 def plot(report: dict, path, by: str):
-    """Time over that of the baseline against the size `by`; a panel for each pass and remaining sizes with two points or more."""
+    """Time over that of the baseline against the size `by`; a panel for each pass and remaining sizes with
+    two points or more."""
     try:
         import matplotlib.figure
     except ImportError:
@@ -259,39 +318,76 @@ def plot(report: dict, path, by: str):
     for record in report["records"]:
         if "ms" in record and by in record["shape"] and (value := ratio(report, record)):
             rest = describe({key: size for key, size in record["shape"].items() if key != by})
-            panels.setdefault(f"{record['pass']}, {rest}", {}).setdefault(record["contender"], []).append((record["shape"][by], value))
+            panels.setdefault(f"{record['pass']}, {rest}", {}).setdefault(record["contender"], []).append(
+                (record["shape"][by], value)
+            )
     panels = {title: lines for title, lines in panels.items() if max(map(len, lines.values())) > 1}
     if not panels:
         print(f"no plot: no contender ran with two values of {by} beside {report['baseline']}")
         return
     figure = matplotlib.figure.Figure(figsize=(5 * len(panels), 4), layout="constrained")
-    for axis, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for axis, (title, lines) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
         for name, points in lines.items():
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name, linewidth=3 if name.startswith(OURS) else 1)
+            axis.plot(
+                *zip(*sorted(points), strict=True),
+                marker="o",
+                label=name,
+                linewidth=3 if name.startswith(OURS) else 1,
+            )
         axis.set(title=title, xlabel=by, ylabel=f"time / {report['baseline']}", yscale="log")
         axis.legend(fontsize=7)
     figure.suptitle(f"{report['op']}, {report['environment']['device']}" + ", toy sizes" * report["toy"])
     figure.savefig(path)
 
 
-def run(op: str, description: str, cases, shapes: list[dict], quick: list[dict], toy: list[dict], baseline: str, by: str):
-    """Read the options, measure every contender of every Case of every shape, print the table, exit 1 if ours is inaccurate or did not run.
+def run(
+    op: str,
+    description: str,
+    cases,
+    shapes: list[dict],
+    quick: list[dict],
+    toy: list[dict],
+    baseline: str,
+    by: str,
+):
+    """Read the options, measure every contender of every Case of every shape, print the table, exit 1 if ours
+    is inaccurate or did not run.
 
     Args:
-        cases: (shape, device, dtype) → the Cases of the shape. shapes, quick, toy: what runs by default, with --quick, and without CUDA.
-        baseline: the contender whose time the others' are divided by. by: the size on the plot's horizontal axis.
+        cases: (shape, device, dtype) → the Cases of the shape. shapes, quick, toy: what runs by default, with
+            --quick, and without CUDA.
+        baseline: the contender whose time the others' are divided by. by: the size on the plot's horizontal
+            axis.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", metavar="FILE", help="write the report here, anew after each contender")
-    parser.add_argument("--plot", metavar="FILE", help=f"draw the times over those of {baseline} (needs matplotlib)")
+    parser.add_argument(
+        "--plot", metavar="FILE", help=f"draw the times over those of {baseline} (needs matplotlib)"
+    )
     parser.add_argument("--quick", action="store_true", help="few shapes")
-    parser.add_argument("--only", metavar="NAME,NAME", type=lambda text: text.split(","), help="these contenders alone")
+    parser.add_argument(
+        "--only", metavar="NAME,NAME", type=lambda text: text.split(","), help="these contenders alone"
+    )
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     torch.manual_seed(0)
-    report = {"op": op, "device": device, "toy": not on_gpu, "only": options.only, "baseline": baseline, "by": by, "environment": environment(),
-              "ceilings": ceilings(), "finished": False, "records": []}
+    report = {
+        "op": op,
+        "device": device,
+        "toy": not on_gpu,
+        "only": options.only,
+        "baseline": baseline,
+        "by": by,
+        "environment": environment(),
+        "ceilings": ceilings(),
+        "finished": False,
+        "records": [],
+    }
     known = set()
     for shape in (quick if options.quick else shapes) if on_gpu else toy:
         for case in cases(shape, device, dtype):
@@ -301,8 +397,16 @@ def run(op: str, description: str, cases, shapes: list[dict], quick: list[dict],
                     continue
                 print(f"{op}: {describe(shape)}: {case.name}: {name}", file=sys.stderr, flush=True)
                 figures = contend(case, name, dtype, report["ceilings"])
-                report["records"].append({"op": op, "shape": shape, "dtype": str(dtype).removeprefix("torch."), "pass": case.name, "contender": name,
-                                          **figures})
+                report["records"].append(
+                    {
+                        "op": op,
+                        "shape": shape,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "pass": case.name,
+                        "contender": name,
+                        **figures,
+                    }
+                )
                 if options.json:
                     write_json(options.json, report)
     report["finished"] = True
@@ -316,6 +420,13 @@ def run(op: str, description: str, cases, shapes: list[dict], quick: list[dict],
         plot(report, options.plot, by)
     if unknown := set(options.only or ()) - known:
         sys.exit(f"--only: no contender {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
-    bad = [record for record in report["records"] if record["contender"].startswith(OURS) and not record.get("accurate")]
+    bad = [
+        record
+        for record in report["records"]
+        if record["contender"].startswith(OURS) and not record.get("accurate")
+    ]
     if bad:
-        sys.exit("inaccurate or not run: " + ", ".join(sorted({f"{record['contender']} ({record['pass']})" for record in bad})))
+        sys.exit(
+            "inaccurate or not run: "
+            + ", ".join(sorted({f"{record['contender']} ({record['pass']})" for record in bad}))
+        )

@@ -1,11 +1,12 @@
-"""One decoder layer, forward alone and forward with backward, against transformers' own Qwen2 layer (same weights, same documents).
+"""One decoder layer, forward alone and forward with backward, against transformers' own Qwen2 layer (same
+weights, same documents).
 
     miniplm, miniplm-compile   miniplm.decoder.Layer on packed documents
     eager, compile             Qwen2DecoderLayer on [B, 1,024] with SDPA attention
 
-The weights are in the dtype of the run; the backward pass gives the gradients of the input and of all parameters. FLOPs: the matrix products, and of
-attention the pairs that are causal; percentages are of the bare GEMM's rate. Output and gradient of the input are compared with float64 over the
-first two documents.
+The weights are in the dtype of the run; the backward pass gives the gradients of the input and of all
+parameters. FLOPs: the matrix products, and of attention the pairs that are causal; percentages are of the
+bare GEMM's rate. Output and gradient of the input are compared with float64 over the first two documents.
 """
 
 import torch
@@ -22,8 +23,15 @@ def cases(shape, device, dtype):
 
     d, heads, length = shape["d"], shape["heads"], min(LENGTH, shape["T"] // 3)
     documents = shape["T"] // length
-    config = Qwen2Config(hidden_size=d, intermediate_size=shape["f"], num_hidden_layers=1, num_attention_heads=heads, num_key_value_heads=heads,
-                         vocab_size=8, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    config = Qwen2Config(
+        hidden_size=d,
+        intermediate_size=shape["f"],
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
     config._attn_implementation = "sdpa"
     model = Decoder(config).to(device, dtype)
     layer, theirs = model.model.layers[0], Qwen2DecoderLayer(config, 0).to(device, dtype)
@@ -44,12 +52,20 @@ def cases(shape, device, dtype):
     exact_layer = Qwen2DecoderLayer(config, 0).to(device, torch.float64)
     exact_layer.load_state_dict(theirs.state_dict())
     start = x[: 2 * length].double().requires_grad_()
-    output = plain(start, exact_layer, [table.double() for table in rotary(x.float(), positions[None, :length])])
-    truth = {"output": output.detach(), "input gradient": torch.autograd.grad(output, start, grad[: 2 * length].double())[0]}
+    output = plain(
+        start, exact_layer, [table.double() for table in rotary(x.float(), positions[None, :length])]
+    )
+    truth = {
+        "output": output.detach(),
+        "input gradient": torch.autograd.grad(output, start, grad[: 2 * length].double())[0],
+    }
     del exact_layer, output
 
     def errors(results):
-        return {key: relative_error(found[: 2 * length], exact) for found, (key, exact) in zip(results, truth.items(), strict=False)}
+        return {
+            key: relative_error(found[: 2 * length], exact)
+            for found, (key, exact) in zip(results, truth.items(), strict=False)
+        }
 
     def contender(function, module, compiled, gradients):
         def prepare():
@@ -71,12 +87,28 @@ def cases(shape, device, dtype):
     matrices = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim == 2)
     flops = 2 * len(x) * (matrices + d * (length + 1))
     for name, gradients in (("forward", False), ("both", True)):
-        contenders = {key: contender(function, module, compiled, gradients) for key, function, module, compiled in (
-            ("miniplm", ours, layer, False), ("miniplm-compile", ours, layer, True), ("eager", plain, theirs, False), ("compile", plain, theirs, True))}
+        contenders = {
+            key: contender(function, module, compiled, gradients)
+            for key, function, module, compiled in (
+                ("miniplm", ours, layer, False),
+                ("miniplm-compile", ours, layer, True),
+                ("eager", plain, theirs, False),
+                ("compile", plain, theirs, True),
+            )
+        }
         yield Case(name, contenders, flops=flops * (3 if gradients else 1), errors=errors)
 
 
 if __name__ == "__main__":
     WIDTHS = ((512, 1408, 8), (768, 2112, 12), (1024, 2816, 16), (1536, 4224, 16), (2048, 5504, 16))
     SHAPES = [{"T": 32_768, "d": d, "f": f, "heads": heads} for d, f, heads in WIDTHS]
-    run("layer", __doc__, cases, SHAPES, quick=SHAPES[1:2], toy=[{"T": 96, "d": 32, "f": 48, "heads": 2}], baseline="eager", by="d")
+    run(
+        "layer",
+        __doc__,
+        cases,
+        SHAPES,
+        quick=SHAPES[1:2],
+        toy=[{"T": 96, "d": 32, "f": 48, "heads": 2}],
+        baseline="eager",
+        by="d",
+    )

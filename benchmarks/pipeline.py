@@ -1,28 +1,39 @@
-"""`miniplm train` and `miniplm score` from end to end, between chunks in memory and losses or scores, against what people would use instead.
+"""`miniplm train` and `miniplm score` from end to end, between chunks in memory and losses or scores, against
+what people would use instead.
 
     python benchmarks/pipeline.py train|score [--json FILE] [--quick] [--only NAME,NAME] [--profile FILE]
     python benchmarks/pipeline.py train --loss-curve STEPS [--json FILE]
 
-miniplm is the project's own core: data_order.global_batch, training.make_optimizer and train_step; batches.pack, scoring.score_batch; "miniplm fp8"
-scores as --precision fp8 does, "miniplm compiled" has its layers compiled by torch (is there a gain?). The others
-are in peers.py, models and chunks in workload.py. Batches are made in a background thread, for all contenders alike; where memory is short, the
-chunks per batch are halved until they fit.
+miniplm is the project's own core: data_order.global_batch, training.make_optimizer and train_step;
+batches.pack, scoring.score_batch; "miniplm fp8" scores as --precision fp8 does, "miniplm compiled" has its
+layers compiled by torch (is there a gain?). The others are in peers.py, models and chunks in workload.py.
+Batches are made in a background thread, for all contenders alike; where memory is short, the chunks per batch
+are halved until they fit.
 
-A record: op, shape (model, chunks per training step or in all, length), dtype, contender, and either skipped (why it failed) or
+A record: op, shape (model, chunks per training step or in all, length), dtype, contender, and either skipped
+(why it failed) or
     chunks_per_batch      in a micro-batch of training, in a batch of scoring
-    tokens_per_second, _low, _high   predictions over time: median, lowest and highest of REPEATS passes that nothing interrupts
-    mfu                   FLOPs that the models need (no padding, nothing twice) over time and the GEMM's rate in the same run; null on the CPU
-    peak_bytes            GPU memory at the peak of these passes, weights and optimiser included; null on the CPU
-    split                 shares of a further, instrumented pass, on the GPU's timeline (on the CPU by the clock): data (waiting for a batch, copying
-                          it), forward, head (with its gradients where the forward pass makes them), backward, optimiser (with clipping), other
-    error, limit, accurate   before the first update: the loss and all gradients, or the scores, against plain transformers in float64,
-                          ‖x − x*‖ / ‖x*‖; at most twice that of plain transformers in the same dtype, plus FLOOR
-    agreement             of the scores with miniplm's: Spearman's rank correlation, and the share selected or dropped alike at ratio 0.5
+    tokens_per_second, _low, _high
+    predictions over time: median, lowest and highest of REPEATS passes that nothing interrupts
+    mfu
+    FLOPs that the models need (no padding, nothing twice) over time and the GEMM's rate in the same run; null on the CPU
+    peak_bytes        GPU memory at the peak of these passes, weights and optimiser included; null on the CPU
+    split
+    shares of a further, instrumented pass, on the GPU's timeline (on the CPU by the clock): data (waiting for a batch, copying
+                          it), forward, head (with its gradients where the forward pass makes them), backward,
+                          optimiser (with clipping), other
+    error, limit, accurate
+    before the first update: the loss and all gradients, or the scores, against plain transformers in float64,
+                          ‖x − x*‖ / ‖x*‖; at most twice that of plain transformers in the same dtype, plus
+                          FLOOR
+    agreement
+    of the scores with miniplm's: Spearman's rank correlation, and the share selected or dropped alike at ratio 0.5
 Exit status 1 if miniplm fails or is not accurate.
 
---loss-curve STEPS: instead of all that, miniplm and plain transformers train a model for so many steps, from the same weights on the same batches.
-Exit status 1 if miniplm's losses are more than three times as far as the other's from those in full precision (root mean square; float32 on a GPU,
-float64 on the CPU). --profile FILE: a Chrome trace of one more pass of the first contender. Without CUDA: toys, in float32.
+--loss-curve STEPS: instead of all that, miniplm and plain transformers train a model for so many steps, from
+the same weights on the same batches. Exit status 1 if miniplm's losses are more than three times as far as
+the other's from those in full precision (root mean square; float32 on a GPU, float64 on the CPU). --profile
+FILE: a Chrome trace of one more pass of the first contender. Without CUDA: toys, in float32.
 """
 
 import argparse
@@ -59,7 +70,10 @@ TOYS = {
     "loss curve": [{"model": "toy", "chunks": 8, "length": 64}],
 }
 REPEATS = 3  # timed passes
-BATCH = {"cuda": (64, 16), "cpu": (4, 4)}  # chunks per batch to begin with: miniplm's default in tokens; that of the peers, most of whom hold logits
+BATCH = {
+    "cuda": (64, 16),
+    "cpu": (4, 4),
+}  # chunks per batch to begin with: miniplm's default in tokens; that of the peers, most of whom hold logits
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
 
 
@@ -72,14 +86,27 @@ def ours(job: Job, rows: int, prepare=lambda model: model):
             models.append(Decoder(config).to(job.device, torch.float32 if job.trains else job.dtype).eval())
         models[-1].load_state_dict(state)
         prepare(models[-1])
-    parts = {"data": [(workload, "next_batch"), (Batch, "to")], "forward": [(model, "forward") for model in models]}
+    parts = {
+        "data": [(workload, "next_batch"), (Batch, "to")],
+        "forward": [(model, "forward") for model in models],
+    }
     if not job.trains:
         named = dict(zip(scoring.ROLES, models, strict=True))
 
         def score(chunks):
             groups = split_by_tokens([len(chunk) for chunk in chunks], rows * job.length)
-            with torch.inference_mode(), contextlib.closing(prefetch(pinned((pack(chunks[group], EOS) for group in groups), device))) as batches:
-                found = [scoring.score_batch(named, workload.next_batch(batches).to(job.device), job.configs[0].vocab_size)["score"] for _ in groups]
+            with (
+                torch.inference_mode(),
+                contextlib.closing(
+                    prefetch(pinned((pack(chunks[group], EOS) for group in groups), device))
+                ) as batches,
+            ):
+                found = [
+                    scoring.score_batch(
+                        named, workload.next_batch(batches).to(job.device), job.configs[0].vocab_size
+                    )["score"]
+                    for _ in groups
+                ]
                 return torch.cat(found).cpu()
 
         yield Contender(score, models, {**parts, "head": [(scoring, "difference_score")]})
@@ -87,12 +114,31 @@ def ours(job: Job, rows: int, prepare=lambda model: model):
     optimizer = training.make_optimizer(models[0], OPTIMIZER)
 
     def train(steps, rates):
-        with contextlib.closing(prefetch(list(pinned(global_batch(chunks, EOS, rows * job.length), device)) for chunks in steps)) as batches:
-            return [training.train_step(models[0], optimizer, workload.next_batch(batches), rate, OPTIMIZER.max_grad_norm, job.dtype)[0]
-                    for rate in rates]
+        with contextlib.closing(
+            prefetch(list(pinned(global_batch(chunks, EOS, rows * job.length), device)) for chunks in steps)
+        ) as batches:
+            return [
+                training.train_step(
+                    models[0],
+                    optimizer,
+                    workload.next_batch(batches),
+                    rate,
+                    OPTIMIZER.max_grad_norm,
+                    job.dtype,
+                )[0]
+                for rate in rates
+            ]
 
-    yield Contender(train, models, {**parts, "head": [(training, "linear_cross_entropy")], "backward": [(torch.Tensor, "backward")],
-                                    "optimiser": [(torch.nn.utils, "clip_grad_norm_"), (optimizer, "zero_grad"), (optimizer, "step")]})
+    yield Contender(
+        train,
+        models,
+        {
+            **parts,
+            "head": [(training, "linear_cross_entropy")],
+            "backward": [(torch.Tensor, "backward")],
+            "optimiser": [(torch.nn.utils, "clip_grad_norm_"), (optimizer, "zero_grad"), (optimizer, "step")],
+        },
+    )
 
 
 @contextlib.contextmanager
@@ -114,14 +160,22 @@ def compiled(job: Job, rows: int):
         torch._dynamo.reset()
 
 
-CONTENDERS = {harness.OURS: ours, **peers.PEERS, harness.OURS + " fp8": float8, harness.OURS + " compiled": compiled}
+CONTENDERS = {
+    harness.OURS: ours,
+    **peers.PEERS,
+    harness.OURS + " fp8": float8,
+    harness.OURS + " compiled": compiled,
+}
 
 
 def truth_and_limits(job: Job, chunks) -> tuple[dict, dict]:
     with peers.plain(job._replace(dtype=torch.float64), 1) as exact:
         truth = workload.results(exact, job, chunks)
     with peers.plain(job, 1) as plain:
-        return truth, {key: 2 * error + FLOOR[job.dtype] for key, error in workload.errors(workload.results(plain, job, chunks), truth).items()}
+        return truth, {
+            key: 2 * error + FLOOR[job.dtype]
+            for key, error in workload.errors(workload.results(plain, job, chunks), truth).items()
+        }
 
 
 def free():
@@ -155,28 +209,52 @@ def figures(name: str, rows: int, job: Job, chunks, checked, truth: dict, limit:
         peak = torch.cuda.max_memory_allocated() if job.device == "cuda" else None
         split = workload.split(contender, job, chunks)
     tokens, needed = sum(len(chunk) - 1 for chunk in chunks), workload.flops(job, chunks)
-    return {"chunks_per_batch": rows, "tokens_per_second": tokens / statistics.median(seconds), "tokens_per_second_low": tokens / max(seconds),
-            "tokens_per_second_high": tokens / min(seconds), "mfu": gemm_tflops and needed / statistics.median(seconds) / gemm_tflops / 1e12,
-            "peak_bytes": peak, "split": split, "error": error, "limit": limit, "accurate": all(float(error[key]) <= limit[key] for key in limit),
-            **({} if job.trains else {"scores": found.double().numpy()})}
+    return {
+        "chunks_per_batch": rows,
+        "tokens_per_second": tokens / statistics.median(seconds),
+        "tokens_per_second_low": tokens / max(seconds),
+        "tokens_per_second_high": tokens / min(seconds),
+        "mfu": gemm_tflops and needed / statistics.median(seconds) / gemm_tflops / 1e12,
+        "peak_bytes": peak,
+        "split": split,
+        "error": error,
+        "limit": limit,
+        "accurate": all(float(error[key]) <= limit[key] for key in limit),
+        **({} if job.trains else {"scores": found.double().numpy()}),
+    }
 
 
 # ---- the loss curve ----
 
+
 def loss_curve(job: Job, per_step: int, steps: int) -> dict:
     chunks = workload.synthetic_chunks(steps * per_step, job, seed=2)
-    batches, config = [chunks[step::steps] for step in range(steps)], OptimizerConfig(warmup_steps=max(1, steps // 10))
+    batches, config = (
+        [chunks[step::steps] for step in range(steps)],
+        OptimizerConfig(warmup_steps=max(1, steps // 10)),
+    )
     rates = [training.learning_rate(step + 1, steps, config) for step in range(steps)]
     full, curves = torch.float64 if job.device == "cpu" else torch.float32, {}
-    for name, make, dtype in ((harness.OURS, ours, job.dtype), ("plain", peers.plain, job.dtype), ("full precision", peers.plain, full)):
+    for name, make, dtype in (
+        (harness.OURS, ours, job.dtype),
+        ("plain", peers.plain, job.dtype),
+        ("full precision", peers.plain, full),
+    ):
         free()
         with make(job._replace(dtype=dtype), per_step) as contender:
             curves[name] = contender.run(batches, rates)
     exact = curves["full precision"]
-    far = {name: math.sqrt(statistics.fmean((a - b) ** 2 for a, b in zip(curve, exact, strict=True))) for name, curve in curves.items()}
+    far = {
+        name: math.sqrt(statistics.fmean((a - b) ** 2 for a, b in zip(curve, exact, strict=True)))
+        for name, curve in curves.items()
+    }
     equal = far[harness.OURS] <= 3 * far["plain"] + 1e-6 * statistics.fmean(exact)
-    return {"steps": steps, "losses": {name: list(map(finite, curve)) for name, curve in curves.items()},
-            "distance": {name: finite(distance) for name, distance in far.items()}, "equal": equal}
+    return {
+        "steps": steps,
+        "losses": {name: list(map(finite, curve)) for name, curve in curves.items()},
+        "distance": {name: finite(distance) for name, distance in far.items()},
+        "equal": equal,
+    }
 
 
 def finite(x: float):
@@ -185,31 +263,54 @@ def finite(x: float):
 
 # ---- the run ----
 
+
 def chunks_of(shape: dict, job: Job):
     """Those of a pass."""
     return workload.synthetic_chunks(shape["chunks"] * (workload.STEPS if job.trains else 1), job, seed=0)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("op", choices=["train", "score"])
     parser.add_argument("--json", metavar="FILE", help="write the report here, anew after each contender")
     parser.add_argument("--quick", action="store_true", help="the first model alone")
-    parser.add_argument("--only", metavar="NAME,NAME", type=lambda text: text.split(","), help="these contenders alone")
-    parser.add_argument("--loss-curve", metavar="STEPS", type=int, help="instead: the losses of so many training steps")
-    parser.add_argument("--profile", metavar="FILE", help="write a trace of one pass of the first contender (.json or .json.gz)")
+    parser.add_argument(
+        "--only", metavar="NAME,NAME", type=lambda text: text.split(","), help="these contenders alone"
+    )
+    parser.add_argument(
+        "--loss-curve", metavar="STEPS", type=int, help="instead: the losses of so many training steps"
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="FILE",
+        help="write a trace of one pass of the first contender (.json or .json.gz)",
+    )
     options = parser.parse_args()
-    names = [name for name, contender in CONTENDERS.items() if options.op == "score" or contender is not float8]
+    names = [
+        name for name, contender in CONTENDERS.items() if options.op == "score" or contender is not float8
+    ]
     if unknown := set(options.only or ()) - set(names):
-        sys.exit(f"--only: no contender {', '.join(sorted(unknown))} in {options.op}; there are {', '.join(names)}")
+        sys.exit(
+            f"--only: no contender {', '.join(sorted(unknown))} in {options.op}; there are {', '.join(names)}"
+        )
     options.only = options.only or names
     if options.loss_curve and options.op != "train":
         sys.exit("--loss-curve goes with train")
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     op = "loss curve" if options.loss_curve else options.op
     shapes = (SHAPES if device == "cuda" else TOYS)[op]
-    report = {"op": op, "device": device, "toy": device == "cpu", "only": options.only, "environment": harness.environment(),
-              "ceilings": harness.ceilings(), "finished": False, "records": []}
+    report = {
+        "op": op,
+        "device": device,
+        "toy": device == "cpu",
+        "only": options.only,
+        "environment": harness.environment(),
+        "ceilings": harness.ceilings(),
+        "finished": False,
+        "records": [],
+    }
 
     def write():
         if options.json:
@@ -239,7 +340,15 @@ def main():
                     own = scores
                 elif own is not None and scores is not None:
                     record["agreement"] = scoring.rank_agreement(own, scores)
-                report["records"].append({"op": options.op, "shape": shape, "dtype": str(dtype).removeprefix("torch."), "contender": name, **record})
+                report["records"].append(
+                    {
+                        "op": options.op,
+                        "shape": shape,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "contender": name,
+                        **record,
+                    }
+                )
                 write()
     report["finished"] = True
     write()
@@ -250,9 +359,16 @@ def main():
     print("\n".join(render.pipeline_table(report)))
     if report["toy"]:
         print("toys on the CPU: a test of this benchmark, not a measurement")
-    bad = [record for record in report["records"] if record["contender"] == harness.OURS and not record.get("accurate")]
+    bad = [
+        record
+        for record in report["records"]
+        if record["contender"] == harness.OURS and not record.get("accurate")
+    ]
     if bad:
-        sys.exit("inaccurate or not run: " + ", ".join(f"{record['contender']} ({record['shape']['model']})" for record in bad))
+        sys.exit(
+            "inaccurate or not run: "
+            + ", ".join(f"{record['contender']} ({record['shape']['model']})" for record in bad)
+        )
 
 
 def profile(path: str, record: dict, job_of):

@@ -1,15 +1,20 @@
-"""Scoring on the CPU: `miniplm score`'s core against the loop that people write, same models and same chunks, in one run.
+"""Scoring on the CPU: `miniplm score`'s core against the loop that people write, same models and same chunks,
+in one run.
 
-    padded    transformers, right-padded batches, model(...).logits, fp32 cross-entropy, masked mean per chunk, one model after
+    padded
+    transformers, right-padded batches, model(...).logits, fp32 cross-entropy, masked mean per chunk, one model after
               the other (how the published authors score); padded to the longest chunk of a batch
-    miniplm   packed batches, both bodies on the same batch, both heads in difference_score; no [tokens, vocabulary] tensor
+    miniplm
+    packed batches, both bodies on the same batch, both heads in difference_score; no [tokens, vocabulary] tensor
 
-Each runs in a process of its own: load, one small batch, then passes over all chunks. Memory is the highest resident size
-during the passes beyond that before, sampled every 2 ms. Speed is that of the fastest pass: other work on the machine only
-slows a pass. The scores of both must agree.
-Chunk lengths are as prepare makes them: full, less the way back to the last sentence end (here geometric, mean 20 tokens).
+Each runs in a process of its own: load, one small batch, then passes over all chunks. Memory is the highest
+resident size during the passes beyond that before, sampled every 2 ms. Speed is that of the fastest pass:
+other work on the machine only slows a pass. The scores of both must agree.
+Chunk lengths are as prepare makes them: full, less the way back to the last sentence end (here geometric,
+mean 20 tokens).
 
-    python benchmarks/score.py [--teacher 384,1024,4,6] [--reference 192,512,2,3] [--vocab-size 32768] [--rows 32] [--json FILE]
+    python benchmarks/score.py [--teacher 384,1024,4,6] [--reference 192,512,2,3] [--vocab-size 32768] [--rows
+    32] [--json FILE]
 """
 
 import argparse
@@ -39,10 +44,17 @@ def main():
         results = {name: run(name, folder) for name in CONTENDERS}
         scores = [np.load(Path(folder) / f"{name}.npy") for name in CONTENDERS]
     padded, ours = (results[name] for name in CONTENDERS)
-    report = {"benchmark": "score", "device": "cpu", "threads": torch.get_num_threads(), "torch": torch.__version__,
-              **{key: value for key, value in vars(options).items() if key not in ("contender", "folder", "json")}, **results,
-              "speedup": ours["tokens_per_second"] / padded["tokens_per_second"], "memory_ratio": ours["extra_bytes"] / padded["extra_bytes"],
-              "largest_difference": float(np.abs(scores[0] - scores[1]).max())}
+    report = {
+        "benchmark": "score",
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        **{key: value for key, value in vars(options).items() if key not in ("contender", "folder", "json")},
+        **results,
+        "speedup": ours["tokens_per_second"] / padded["tokens_per_second"],
+        "memory_ratio": ours["extra_bytes"] / padded["extra_bytes"],
+        "largest_difference": float(np.abs(scores[0] - scores[1]).max()),
+    }
     show(report)
     print(json.dumps(report))
     if options.json:
@@ -58,8 +70,12 @@ def parse():
             raise argparse.ArgumentTypeError("give width,feed-forward width,layers,heads")
         return values
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=shape, default=[384, 1024, 4, 6], help="width,feed-forward width,layers,heads")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--teacher", type=shape, default=[384, 1024, 4, 6], help="width,feed-forward width,layers,heads"
+    )
     parser.add_argument("--reference", type=shape, default=[192, 512, 2, 3], help="likewise")
     parser.add_argument("--vocab-size", type=int, default=32_768)
     parser.add_argument("--rows", type=int, default=32, help="chunks")
@@ -80,9 +96,20 @@ def make_inputs(options, folder: Path):
     torch.manual_seed(0)
     for role in ("teacher", "reference"):
         width, feed_forward, layers, heads = getattr(options, role)
-        Qwen2ForCausalLM(Qwen2Config(vocab_size=options.vocab_size, hidden_size=width, intermediate_size=feed_forward, num_hidden_layers=layers,
-                                     num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=options.max_length,
-                                     tie_word_embeddings=True, bos_token_id=EOS, eos_token_id=EOS)).save_pretrained(folder / role)
+        Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=options.vocab_size,
+                hidden_size=width,
+                intermediate_size=feed_forward,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
+                max_position_embeddings=options.max_length,
+                tie_word_embeddings=True,
+                bos_token_id=EOS,
+                eos_token_id=EOS,
+            )
+        ).save_pretrained(folder / role)
     rng = np.random.default_rng(0)
     lengths = np.maximum(2, options.max_length + 2 - rng.geometric(1 / 20, options.rows))
     ids = rng.integers(EOS + 1, options.vocab_size, lengths.sum())
@@ -93,7 +120,9 @@ def make_inputs(options, folder: Path):
 
 def run(name: str, folder: str) -> dict:
     command = [sys.executable, __file__, "--contender", name, "--folder", folder]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
+    )
 
 
 def contend(options):
@@ -114,28 +143,39 @@ def contend(options):
                 seconds.append(time.perf_counter() - began)
     np.save(folder / f"{options.contender}.npy", scores)
     positions = int((stored["lengths"] - 1).sum())
-    print(json.dumps({"tokens_per_second": positions / min(seconds), "seconds": seconds, "extra_bytes": peak.extra}))
+    print(
+        json.dumps(
+            {"tokens_per_second": positions / min(seconds), "seconds": seconds, "extra_bytes": peak.extra}
+        )
+    )
 
 
 def padded(folder: Path, settings):
     """The loop in the style of the published code."""
     from transformers import AutoModelForCausalLM
 
-    models = [AutoModelForCausalLM.from_pretrained(folder / role, dtype=torch.float32).eval() for role in ("teacher", "reference")]
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder / role, dtype=torch.float32).eval()
+        for role in ("teacher", "reference")
+    ]
     touch(models)
 
     def score(chunks):
         scores = []
         for start in range(0, len(chunks), settings.batch_rows):
-            rows = [torch.from_numpy(chunk) for chunk in chunks[start:start + settings.batch_rows]]
+            rows = [torch.from_numpy(chunk) for chunk in chunks[start : start + settings.batch_rows]]
             ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=EOS)
-            attention = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+            attention = torch.nn.utils.rnn.pad_sequence(
+                [torch.ones_like(row) for row in rows], batch_first=True
+            )
             inputs, labels = ids[:, :-1], ids[:, 1:]
             counted = (inputs != EOS) & attention[:, 1:].bool()
             means = []
             for model in models:
                 logits = model(input_ids=inputs, attention_mask=attention[:, :-1], use_cache=False).logits
-                loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+                loss = torch.nn.functional.cross_entropy(
+                    logits.float().flatten(0, 1), labels.flatten(), reduction="none"
+                ).view_as(labels)
                 means.append(-(loss * counted).sum(1) / counted.sum(1))
             scores.append(means[0] - means[1])
         return torch.cat(scores).numpy()
@@ -155,7 +195,9 @@ def packed(folder: Path, settings):
     def score(chunks):
         groups = split_by_tokens([len(chunk) for chunk in chunks], settings.batch_tokens)
         batches = prefetch(pack(chunks[group], EOS) for group in groups)
-        return torch.cat([score_batch(models, batch, settings.vocab_size)["score"] for batch in batches]).numpy()
+        return torch.cat(
+            [score_batch(models, batch, settings.vocab_size)["score"] for batch in batches]
+        ).numpy()
 
     return score
 
@@ -168,7 +210,8 @@ def touch(models):
 
 
 class Peak:
-    """The highest resident size of this process within the block, beyond that at its start; bytes in `extra`."""
+    """The highest resident size of this process within the block, beyond that at its start; bytes in
+    `extra`."""
 
     def __enter__(self):
         self.before, self.highest, self.stop = resident(), 0, threading.Event()

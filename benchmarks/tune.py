@@ -1,13 +1,15 @@
-"""Time every launch configuration that tuning.py lists for each kernel, at the shapes that matter: which should be the first, its default?
+"""Time every launch configuration that tuning.py lists for each kernel, at the shapes that matter: which
+should be the first, its default?
 
     python benchmarks/tune.py [--json FILE] [--only KERNEL,KERNEL] [--near]
 
 What wins is moved to the front of its list in tuning.py.
 
-A record: kernel, bucket (what candidates depend on), shape, configuration, and either ms (with ms_low, ms_high: 20% and 80% quantile) or failed (why).
-The first configuration of a kernel and bucket is what runs today. --near: also those that differ from a candidate in one number, doubled or
-halved (blocks, warps) or one more or less (stages, programs on a processor); each is compiled first, which takes a second or two.
-Without CUDA the toy shapes run in Triton's interpreter: that tests this file, and its figures say nothing else.
+A record: kernel, bucket (what candidates depend on), shape, configuration, and either ms (with ms_low,
+ms_high: 20% and 80% quantile) or failed (why). The first configuration of a kernel and bucket is what runs
+today. --near: also those that differ from a candidate in one number, doubled or halved (blocks, warps) or one
+more or less (stages, programs on a processor); each is compiled first, which takes a second or two. Without
+CUDA the toy shapes run in Triton's interpreter: that tests this file, and its figures say nothing else.
 """
 
 import argparse
@@ -31,7 +33,8 @@ PERSISTENT = ("logsumexp", "exponentials", "rms_norm_backward")  # whose grids f
 
 
 def calls(device, dtype):
-    """(shape, a function that makes the inputs and returns the one that launches the kernels) for each shape. On the CPU: toys."""
+    """(shape, a function that makes the inputs and returns the one that launches the kernels) for each shape.
+    On the CPU: toys."""
     toy = device == "cpu"
 
     def new(*sizes, dtype=dtype):
@@ -77,7 +80,10 @@ def calls(device, dtype):
         for name in ("log_prob", "cross_entropy"):
             yield {"op": name, "d": d}, partial(head, name, d)
     for shape in [(2, 1, 16)] if toy else [(12, 12, 64), (16, 16, 96), (16, 16, 128), (16, 4, 128)]:
-        yield {"op": "attention", "heads": shape[0], "kv_heads": shape[1], "D": shape[2]}, partial(attention, *shape)
+        yield (
+            {"op": "attention", "heads": shape[0], "kv_heads": shape[1], "D": shape[2]},
+            partial(attention, *shape),
+        )
     for name in ("add_rms_norm", "swiglu", "rotary", "quantize_rows"):
         for d in [64] if toy else [768, 2048]:
             yield {"op": name, "d": d}, partial(elementwise, name, d)
@@ -87,22 +93,44 @@ def near(name, config, bucket):
     """Configurations that differ from this one in one number; blocks that must hold a whole row stay."""
     for key, value in config.blocks.items():
         if type(value) is int and not (key == "BLOCK_D" and "width" in bucket):
-            yield from (config._replace(blocks={**config.blocks, key: number}) for number in (2 * value, value // 2) if number)
-    yield from (config._replace(num_warps=number) for number in (2 * config.num_warps, config.num_warps // 2) if 1 <= number <= 32)
+            yield from (
+                config._replace(blocks={**config.blocks, key: number})
+                for number in (2 * value, value // 2)
+                if number
+            )
+    yield from (
+        config._replace(num_warps=number)
+        for number in (2 * config.num_warps, config.num_warps // 2)
+        if 1 <= number <= 32
+    )
     for key in ("num_stages", "per_processor")[: 1 + (name in PERSISTENT)]:
-        yield from (config._replace(**{key: number}) for number in (getattr(config, key) + 1, getattr(config, key) - 1) if number)
+        yield from (
+            config._replace(**{key: number})
+            for number in (getattr(config, key) + 1, getattr(config, key) - 1)
+            if number
+        )
 
 
 def configurations(name, where, bucket, wide):
     listed = tuning.CANDIDATES[name](where, **bucket)
-    found = [*listed, *(other for config in listed for other in near(name, config, bucket))] if wide else listed
+    found = (
+        [*listed, *(other for config in listed for other in near(name, config, bucket))] if wide else listed
+    )
     return [config for i, config in enumerate(found) if config not in found[:i]]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", metavar="FILE", help="write the report here, anew after each kernel")
-    parser.add_argument("--only", metavar="KERNEL,KERNEL", type=lambda text: text.split(","), default=list(tuning.CANDIDATES), help="these kernels alone")
+    parser.add_argument(
+        "--only",
+        metavar="KERNEL,KERNEL",
+        type=lambda text: text.split(","),
+        default=list(tuning.CANDIDATES),
+        help="these kernels alone",
+    )
     parser.add_argument("--near", action="store_true", help="also configurations near the candidates")
     options = parser.parse_args()
     if unknown := set(options.only) - set(tuning.CANDIDATES):
@@ -110,18 +138,38 @@ def main():
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     if device == "cpu":
         os.environ["MINIPLM_KERNELS"] = "triton"
-    report = {"op": "tune", "device": device, "toy": device == "cpu", "environment": harness.environment(), "finished": False, "timings": []}
+    report = {
+        "op": "tune",
+        "device": device,
+        "toy": device == "cpu",
+        "environment": harness.environment(),
+        "finished": False,
+        "timings": [],
+    }
     seen, shape = set(), None
 
     def launch(name, run, device, **bucket):
-        """In place of tuning.launch: time all configurations of a kernel and bucket that is new, then run the first."""
+        """In place of tuning.launch: time all configurations of a kernel and bucket that is new, then run the
+        first."""
         where = tuning.target(device)
-        found, key = configurations(name, where, bucket, options.near), (name, *sorted(bucket.items()), *shape.items())
-        if name in options.only and key not in seen and not bucket.get("conditional"):  # what is launched on condition mostly returns at once
+        found, key = (
+            configurations(name, where, bucket, options.near),
+            (name, *sorted(bucket.items()), *shape.items()),
+        )
+        if (
+            name in options.only and key not in seen and not bucket.get("conditional")
+        ):  # what is launched on condition mostly returns at once
             seen.add(key)
             for config in found:
-                timing = {"kernel": name, "bucket": bucket, "shape": shape, "blocks": config.blocks, "num_warps": config.num_warps,
-                          "num_stages": config.num_stages, "per_processor": config.per_processor}
+                timing = {
+                    "kernel": name,
+                    "bucket": bucket,
+                    "shape": shape,
+                    "blocks": config.blocks,
+                    "num_warps": config.num_warps,
+                    "num_stages": config.num_stages,
+                    "per_processor": config.per_processor,
+                }
                 try:
                     ms, low, high = harness.measure(lambda config=config: run(config))
                     timing |= {"ms": ms, "ms_low": low, "ms_high": high}
@@ -151,18 +199,26 @@ def main():
 
 
 def table(timings) -> str:
-    """A line for each configuration, the fastest of a kernel and shape first, with its time over that of today's default."""
+    """A line for each configuration, the fastest of a kernel and shape first, with its time over that of
+    today's default."""
     groups, lines = {}, []
     for timing in timings:
-        groups.setdefault(json.dumps([timing.get("kernel"), timing.get("bucket"), timing["shape"]]), []).append(timing)
+        groups.setdefault(
+            json.dumps([timing.get("kernel"), timing.get("bucket"), timing["shape"]]), []
+        ).append(timing)
     for found in groups.values():
-        lines.append(f"{found[0].get('kernel')}: {harness.describe(found[0]['shape'])} {harness.describe(found[0].get('bucket', {}))}")
+        lines.append(
+            f"{found[0].get('kernel')}: {harness.describe(found[0]['shape'])} "
+            f"{harness.describe(found[0].get('bucket', {}))}"
+        )
         default = found[0].get("ms")
         for timing in sorted(found, key=lambda timing: timing.get("ms", float("inf"))):
             if "kernel" not in timing:
                 lines.append(f"    failed: {timing['failed']}")
                 continue
-            text = harness.describe(timing["blocks"] | {key: timing[key] for key in ("num_warps", "num_stages", "per_processor")})
+            text = harness.describe(
+                timing["blocks"] | {key: timing[key] for key in ("num_warps", "num_stages", "per_processor")}
+            )
             ratio = f"{timing['ms'] / default:6.3f}" if "ms" in timing and default else "     –"
             figure = f"{timing['ms']:9.4f} ms {ratio}" if "ms" in timing else f"failed: {timing['failed']}"
             lines.append(f"    {figure}  {text}" + "  (default)" * (timing is found[0]))

@@ -1,4 +1,5 @@
-"""What pipeline.py gives every contender, a job (models with random weights) and synthetic chunks, and how it looks at results and time."""
+"""What pipeline.py gives every contender, a job (models with random weights) and synthetic chunks, and how it
+looks at results and time."""
 
 import contextlib
 import math
@@ -19,14 +20,40 @@ EOS = 0
 OPTIMIZER = OptimizerConfig()
 STEPS = 4  # of training in a pass
 MODELS = {  # 1.8B: Qwen1.5-1.8B
-    "104M": StudentConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8),
-    "200M": StudentConfig(hidden_size=768, intermediate_size=2112, num_hidden_layers=12, num_attention_heads=12),
-    "500M": StudentConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=24, num_attention_heads=16),
-    "1.2B": StudentConfig(hidden_size=1536, intermediate_size=4224, num_hidden_layers=24, num_attention_heads=16, tie_word_embeddings=False),
-    "1.8B": StudentConfig(hidden_size=2048, intermediate_size=5504, num_hidden_layers=24, num_attention_heads=16, tie_word_embeddings=False),
-    "toy": StudentConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=1, num_attention_heads=3, vocab_size=500),
-    "larger toy": StudentConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=500,
-                                tie_word_embeddings=False),
+    "104M": StudentConfig(
+        hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8
+    ),
+    "200M": StudentConfig(
+        hidden_size=768, intermediate_size=2112, num_hidden_layers=12, num_attention_heads=12
+    ),
+    "500M": StudentConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=24, num_attention_heads=16
+    ),
+    "1.2B": StudentConfig(
+        hidden_size=1536,
+        intermediate_size=4224,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        tie_word_embeddings=False,
+    ),
+    "1.8B": StudentConfig(
+        hidden_size=2048,
+        intermediate_size=5504,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        tie_word_embeddings=False,
+    ),
+    "toy": StudentConfig(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=1, num_attention_heads=3, vocab_size=500
+    ),
+    "larger toy": StudentConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=500,
+        tie_word_embeddings=False,
+    ),
 }
 
 
@@ -43,7 +70,9 @@ class Job(NamedTuple):
 
 
 class Contender(NamedTuple):
-    run: Callable  # training: (chunks of each step, its learning rate) → its losses; scoring: chunks → scores [chunks], on the CPU
+    # training: (chunks of each step, its learning rate) → its losses; scoring: chunks → scores [chunks], on
+    # the CPU
+    run: Callable
     models: list
     parts: dict  # part of the time → the calls that it is made of, as (owner, attribute)
 
@@ -54,8 +83,9 @@ def next_batch(batches):
 
 
 def make_job(names: list[str], device: str, dtype: torch.dtype, length: int, spread: bool) -> Job:
-    """Random weights. spread: not those of a start, where biases are 0, norms 1 and all targets about as likely, so that errors would not show, but
-    with random biases and norms and logits of standard deviation 2."""
+    """Random weights. spread: not those of a start, where biases are 0, norms 1 and all targets about as
+    likely, so that errors would not show, but with random biases and norms and logits of standard deviation
+    2."""
     torch.manual_seed(0)
     job = Job([], [], device, dtype, length)
     for name in names:
@@ -65,17 +95,22 @@ def make_job(names: list[str], device: str, dtype: torch.dtype, length: int, spr
         if spread:
             for key, value in state.items():
                 if value.ndim == 1:
-                    torch.nn.init.uniform_(value, 0.5, 1.5) if "norm" in key else torch.nn.init.normal_(value, std=0.2)
+                    torch.nn.init.uniform_(value, 0.5, 1.5) if "norm" in key else torch.nn.init.normal_(
+                        value, std=0.2
+                    )
             state["model.norm.weight"] *= 2 / (config.initializer_range * config.hidden_size**0.5)
-        stored = torch.float32 if len(names) == 1 else dtype  # master weights, or those that all contenders score with
+        stored = (
+            torch.float32 if len(names) == 1 else dtype
+        )  # master weights, or those that all contenders score with
         job.configs.append(config)
         job.states.append({key: value.to("cpu", stored, copy=True) for key, value in state.items()})
     return job
 
 
 def synthetic_chunks(count: int, job: Job, seed: int) -> list[np.ndarray]:
-    """Chunks of at most length + 1 ids, cut as prepare does it. Documents of log-normal length (median 0.3 · length, mean 0.6 · length), each ended
-    by EOS; the mean sentence has 20 ids; ids by Zipf's law: p(id) ~ 1 / id."""
+    """Chunks of at most length + 1 ids, cut as prepare does it. Documents of log-normal length (median 0.3 ·
+    length, mean 0.6 · length), each ended by EOS; the mean sentence has 20 ids; ids by Zipf's law: p(id) ~ 1
+    / id."""
     rng = np.random.default_rng(seed)
     size, vocab_size = 2 * (count + 1) * (job.length + 1), job.configs[0].vocab_size
     ids = (vocab_size ** rng.random(size)).astype(np.int64).clip(EOS + 1, vocab_size - 1)
@@ -96,6 +131,7 @@ def flops(job: Job, chunks) -> int:
 
 # ---- are the results right ----
 
+
 def results(contender: Contender, job: Job, chunks) -> dict:
     """Of fresh models: {"scores"}, or {"loss", and the gradient of each parameter, clipped}; on the CPU."""
     if not job.trains:
@@ -112,12 +148,17 @@ def errors(found: dict, truth: dict) -> dict:
     """‖x − x*‖ / ‖x*‖ of the scores, or of the loss and of all gradients as one vector; "inf": not finite."""
     assert found.keys() == truth.keys()
     gradients = [key for key in truth if key not in ("scores", "loss")]
-    groups = {key: [key] for key in ("scores", "loss") if key in truth} | ({"gradient": gradients} if gradients else {})
+    groups = {key: [key] for key in ("scores", "loss") if key in truth} | (
+        {"gradient": gradients} if gradients else {}
+    )
 
     def norm(tensors):
         return math.sqrt(sum(float(x.double().square().sum()) for x in tensors))
 
-    error = {key: norm(found[name] - truth[name].double() for name in names) / norm(truth[name] for name in names) for key, names in groups.items()}
+    error = {
+        key: norm(found[name] - truth[name].double() for name in names) / norm(truth[name] for name in names)
+        for key, names in groups.items()
+    }
     return {key: value if math.isfinite(value) else "inf" for key, value in error.items()}
 
 

@@ -1,16 +1,21 @@
-"""flash_attention: causal softmax attention within each packed document (Dao 2023, arXiv 2307.08691), forward.
+"""flash_attention: causal softmax attention within each packed document (Dao 2023, arXiv 2307.08691),
+forward.
 
-    out = softmax(scale · q kᵀ) v        lse = log Σ exp(scale · q kᵀ)        over the keys up to the query's own position
+    out = softmax(scale · q kᵀ) v        lse = log Σ exp(scale · q kᵀ)
+    over the keys up to the query's own position
 
-T tokens, B documents, Hq query heads, Hk key heads (query head h reads key head h // (Hq / Hk)), D head dimension. A tile is BLOCK_M
-queries or BLOCK_N keys of one document, counted from its start; its D columns are held in PARTS, powers of two (96 = 64 + 32).
+T tokens, B documents, Hq query heads, Hk key heads (query head h reads key head h // (Hq / Hk)), D head
+dimension. A tile is BLOCK_M queries or BLOCK_N keys of one document, counted from its start; its D columns
+are held in PARTS, powers of two (96 = 64 + 32).
 
-One program per tile of queries and head walks over the keys with an online softmax in base 2; the tiles on the diagonal alone are
-masked. The list of programs is flat: a document of n tokens owns ⌊n / BLOCK_M⌋ + 1 slots, or one more or less, T // BLOCK_M + B in
-all, and a program finds its document in cu_seqlens by bisection, so documents of unequal length leave nothing idle. The late
-tiles of a document, which have the most keys, start first; the heads that share keys run side by side.
+One program per tile of queries and head walks over the keys with an online softmax in base 2; the tiles on
+the diagonal alone are masked. The list of programs is flat: a document of n tokens owns ⌊n / BLOCK_M⌋ + 1
+slots, or one more or less, T // BLOCK_M + B in all, and a program finds its document in cu_seqlens by
+bisection, so documents of unequal length leave nothing idle. The late tiles of a document, which have the
+most keys, start first; the heads that share keys run side by side.
 
-FLOPs: 2·D·Hq·Σ n² for documents of n tokens. Bytes moved: q, out and lse once, k and v once per tile of queries (from the L2 cache).
+FLOPs: 2·D·Hq·Σ n² for documents of n tokens. Bytes moved: q, out and lse once, k and v once per tile of
+queries (from the L2 cache).
 """
 
 import torch
@@ -24,9 +29,11 @@ from .tiles import BATCH_SIZES, LN_2, LOG2_E, matrix, use_descriptors
 
 @triton.jit
 def find_tile(cu_seqlens_ptr, B, slot, BLOCK: tl.constexpr):
-    """(document, start, end, row) of the slot's tile: its document, that one's bounds, the tile's first position there (beyond the end if none).
+    """(document, start, end, row) of the slot's tile: its document, that one's bounds, the tile's first
+    position there (beyond the end if none).
 
-    Document b owns the slots from cu_seqlens[b] // BLOCK + b to the next document's: ⌈n / BLOCK⌉ of them or more for n tokens.
+    Document b owns the slots from cu_seqlens[b] // BLOCK + b to the next document's: ⌈n / BLOCK⌉ of them or
+    more for n tokens.
     """
     low = 0
     high = B - 1
@@ -41,10 +48,22 @@ def find_tile(cu_seqlens_ptr, B, slot, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_head(x, row, end, head, stride_t, stride_h, BLOCK: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, DESCRIPTORS: tl.constexpr,
-              RAGGED: tl.constexpr):
-    """x[row : row + BLOCK, head] as tiles of PARTS columns; x: a descriptor for each of one or two parts, or a pointer and None. Rows
-    from `end` on hold anything; where RAGGED numbers of this document, or zeros, so that a weight of zero silences them."""
+def load_head(
+    x,
+    row,
+    end,
+    head,
+    stride_t,
+    stride_h,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
+    """x[row : row + BLOCK, head] as tiles of PARTS columns; x: a descriptor for each of one or two parts, or
+    a pointer and None. Rows from `end` on hold anything; where RAGGED numbers of this document, or zeros, so
+    that a weight of zero silences them."""
     parts = ()
     column = 0
     for i in tl.static_range(len(PARTS)):
@@ -108,16 +127,45 @@ def scaled(parts, factor):
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def _forward_kernel(q, q_rest, k, k_rest, v, v_rest, out_ptr, lse_ptr, cu_seqlens_ptr, B, Hq, scale, stride_qt, stride_qh, stride_kt, stride_kh,
-                    stride_vt, stride_vh, GROUP: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, DESCRIPTORS: tl.constexpr,
-                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _forward_kernel(
+    q,
+    q_rest,
+    k,
+    k_rest,
+    v,
+    v_rest,
+    out_ptr,
+    lse_ptr,
+    cu_seqlens_ptr,
+    B,
+    Hq,
+    scale,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     head = tl.program_id(0) % Hq
-    _, start, end, row = find_tile(cu_seqlens_ptr, B, (tl.num_programs(0) - 1 - tl.program_id(0)) // Hq, BLOCK_M)
+    _, start, end, row = find_tile(
+        cu_seqlens_ptr, B, (tl.num_programs(0) - 1 - tl.program_id(0)) // Hq, BLOCK_M
+    )
     if start + row >= end:
         return
-    q_tile = load_head((q, q_rest), start + row, end, head, stride_qt, stride_qh, BLOCK_M, D, PARTS, DESCRIPTORS, False)  # [BLOCK_M, D]
+    q_tile = load_head(
+        (q, q_rest), start + row, end, head, stride_qt, stride_qh, BLOCK_M, D, PARTS, DESCRIPTORS, False
+    )  # [BLOCK_M, D]
     queries = row + tl.arange(0, BLOCK_M)
-    largest = tl.full([BLOCK_M], -float("inf"), tl.float32)  # of the scores in base 2; finite after the first tile, which holds key 0
+    largest = tl.full(
+        [BLOCK_M], -float("inf"), tl.float32
+    )  # of the scores in base 2; finite after the first tile, which holds key 0
     total = tl.zeros([BLOCK_M], tl.float32)
     out = zeros(BLOCK_M, PARTS)
     scale *= LOG2_E
@@ -126,15 +174,41 @@ def _forward_kernel(q, q_rest, k, k_rest, v, v_rest, out_ptr, lse_ptr, cu_seqlen
         first = diagonal if DIAGONAL else 0
         last = tl.minimum(row + BLOCK_M, end - start) if DIAGONAL else diagonal
         for key in tl.range(first, last, BLOCK_N):
-            k_tile = load_head((k, k_rest), start + key, end, head // GROUP, stride_kt, stride_kh, BLOCK_N, D, PARTS, DESCRIPTORS, False)
+            k_tile = load_head(
+                (k, k_rest),
+                start + key,
+                end,
+                head // GROUP,
+                stride_kt,
+                stride_kh,
+                BLOCK_N,
+                D,
+                PARTS,
+                DESCRIPTORS,
+                False,
+            )
             scores = inner_product(q_tile, k_tile)  # [BLOCK_M, BLOCK_N]
             if DIAGONAL:
-                scores = tl.where((key + tl.arange(0, BLOCK_N))[None, :] <= queries[:, None], scores, -float("inf"))
+                scores = tl.where(
+                    (key + tl.arange(0, BLOCK_N))[None, :] <= queries[:, None], scores, -float("inf")
+                )
             new = tl.maximum(largest, tl.max(scores, 1) * scale)
             weights = tl.exp2(scores * scale - new[:, None])
             factor = tl.exp2(largest - new)
             total = total * factor + tl.sum(weights, 1)
-            v_tile = load_head((v, v_rest), start + key, end, head // GROUP, stride_vt, stride_vh, BLOCK_N, D, PARTS, DESCRIPTORS, DIAGONAL)
+            v_tile = load_head(
+                (v, v_rest),
+                start + key,
+                end,
+                head // GROUP,
+                stride_vt,
+                stride_vh,
+                BLOCK_N,
+                D,
+                PARTS,
+                DESCRIPTORS,
+                DIAGONAL,
+            )
             out = add_product(scaled(out, factor[:, None]), weights, v_tile)
             largest = new
     store_head(out_ptr, scaled(out, (1 / total)[:, None]), start + row, end, head, Hq, BLOCK_M, D)
@@ -156,21 +230,40 @@ def parts_of(dim: int) -> tuple:
 def describable(where: tuning.Target, *tensors: torch.Tensor) -> bool:
     """Whether all tensors [T, H, D] can be read through descriptors, as matrices [T, H · D]."""
     parts = len(parts_of(tensors[0].shape[2]))
-    return parts <= 2 and all(x.stride(1) == x.shape[2] for x in tensors) and use_descriptors(where, *(x.flatten(1) for x in tensors))
+    return (
+        parts <= 2
+        and all(x.stride(1) == x.shape[2] for x in tensors)
+        and use_descriptors(where, *(x.flatten(1) for x in tensors))
+    )
 
 
 def arguments(block: int, descriptors: bool, x: torch.Tensor) -> tuple:
-    """The kernel's two arguments for x [T, H, D], read in tiles of `block` rows. (A launcher takes no descriptors inside of tuples.)"""
+    """The kernel's two arguments for x [T, H, D], read in tiles of `block` rows. (A launcher takes no
+    descriptors inside of tuples.)"""
     if not descriptors:
         return x, None
-    return tuple(matrix(x.flatten(1), block, width, True) for width in parts_of(x.shape[2])) + (None,) * (2 - len(parts_of(x.shape[2])))
+    return tuple(matrix(x.flatten(1), block, width, True) for width in parts_of(x.shape[2])) + (None,) * (
+        2 - len(parts_of(x.shape[2]))
+    )
 
 
 def examples(make):
     """Every head dimension, grouped heads, an input that descriptors cannot take, float16 and float32."""
     cu_seqlens = make(17, dtype=torch.int32)
-    shapes = [(16, 4, 4), (32, 4, 4), (64, 12, 12), (96, 16, 16), (96, 8, 1), (128, 16, 16), (128, 28, 4)]  # D, Hq, Hk
-    for dim, heads, key_heads, dtype in (*((*shape, torch.bfloat16) for shape in shapes), (64, 8, 2, torch.float16), (64, 4, 4, torch.float32)):
+    shapes = [
+        (16, 4, 4),
+        (32, 4, 4),
+        (64, 12, 12),
+        (96, 16, 16),
+        (96, 8, 1),
+        (128, 16, 16),
+        (128, 28, 4),
+    ]  # D, Hq, Hk
+    for dim, heads, key_heads, dtype in (
+        *((*shape, torch.bfloat16) for shape in shapes),
+        (64, 8, 2, torch.float16),
+        (64, 4, 4, torch.float32),
+    ):
         k = make(16384, key_heads, dim, dtype=dtype)
         yield make(16384, heads, dim, dtype=dtype), k, k, cu_seqlens, 1024, dim**-0.5
     for dim in (64, 128):  # heads far apart
@@ -181,7 +274,10 @@ def examples(make):
 @dispatch.triton("flash_attention", examples)
 def flash_attention(q, k, v, cu_seqlens, max_seqlen, scale):
     """As reference.flash_attention; max_seqlen is not needed."""
-    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2], dtype=torch.float32)
+    out, lse = (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        q.new_empty(q.shape[:2], dtype=torch.float32),
+    )
     if q.numel() == 0:
         return out, lse
     T, Hq, dim = q.shape
@@ -193,8 +289,24 @@ def flash_attention(q, k, v, cu_seqlens, max_seqlen, scale):
     def run(config):
         M, N = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
         _forward_kernel[((T // M + B) * Hq,)](
-            *arguments(M, descriptors, q), *arguments(N, descriptors, k), *arguments(N, descriptors, v), result, lse, cu_seqlens, B, Hq, scale,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], Hq // k.shape[1], D, parts_of(D), descriptors, **config.options)
+            *arguments(M, descriptors, q),
+            *arguments(N, descriptors, k),
+            *arguments(N, descriptors, v),
+            result,
+            lse,
+            cu_seqlens,
+            B,
+            Hq,
+            scale,
+            *q.stride()[:2],
+            *k.stride()[:2],
+            *v.stride()[:2],
+            Hq // k.shape[1],
+            D,
+            parts_of(D),
+            descriptors,
+            **config.options,
+        )
 
     tuning.launch("attention", run, q.device, dim=D, itemsize=q.itemsize, descriptors=descriptors)
     return out.copy_(result[..., :dim]) if D != dim else out, lse

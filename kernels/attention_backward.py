@@ -1,16 +1,19 @@
 """flash_attention: the gradients.
 
-With P = softmax(scale · q kᵀ) = exp(scale · q kᵀ − lse), computed anew, Δ = Σ_D grad · out and dS = P ∘ (grad vᵀ − Δ):
+With P = softmax(scale · q kᵀ) = exp(scale · q kᵀ − lse), computed anew, Δ = Σ_D grad · out and dS = P ∘ (grad
+vᵀ − Δ):
 
     dq = scale · dS k        dk = scale · dSᵀ q        dv = Pᵀ grad
 
-Names, tiles and the list of programs as in attention.py. Two kernels, each program the only writer of its results, so no sum depends on
-the order in which programs run. One per tile of queries and query head walks over the keys for dq, and leaves each row's lse (in base 2)
-and Δ for the other. That one, per tile of keys and key head, walks over the queries of every head that reads it for dk and dv; its scores are
-transposed, [BLOCK_N, BLOCK_M], because then Pᵀ and dSᵀ go from registers straight into the next product.
+Names, tiles and the list of programs as in attention.py. Two kernels, each program the only writer of its
+results, so no sum depends on the order in which programs run. One per tile of queries and query head walks
+over the keys for dq, and leaves each row's lse (in base 2) and Δ for the other. That one, per tile of keys
+and key head, walks over the queries of every head that reads it for dk and dv; its scores are transposed,
+[BLOCK_N, BLOCK_M], because then Pᵀ and dSᵀ go from registers straight into the next product.
 
-FLOPs: D·Hq·Σ n² for each product (documents of n tokens), 3 of them for dq and 4 for dk and dv. Bytes moved: q, k, v, grad, out and the
-gradients once, and what the loops read from the L2 cache: k and v per tile of queries, q and grad per tile of keys.
+FLOPs: D·Hq·Σ n² for each product (documents of n tokens), 3 of them for dq and 4 for dk and dv. Bytes moved:
+q, k, v, grad, out and the gradients once, and what the loops read from the L2 cache: k and v per tile of
+queries, q and grad per tile of keys.
 """
 
 import torch
@@ -37,7 +40,8 @@ from .tiles import BATCH_SIZES, LOG2_E, matrix
 
 @triton.jit
 def aligned(start, document):
-    """Where a document begins in the rows of `values`: there each begins at a multiple of 16, as descriptors and wide loads ask."""
+    """Where a document begins in the rows of `values`: there each begins at a multiple of 16, as descriptors
+    and wide loads ask."""
     return (start // 16 + document) * 16
 
 
@@ -52,21 +56,62 @@ def load_values(values, row, column, stride, BLOCK: tl.constexpr, DESCRIPTORS: t
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def _query_kernel(q, q_rest, k, k_rest, v, v_rest, grad, grad_rest, out, dq_ptr, lse_ptr, values_ptr, cu_seqlens_ptr, B, Hq, scale,
-                  scale_log2, stride_values, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh, stride_ot,
-                  stride_oh, GROUP: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr):
+def _query_kernel(
+    q,
+    q_rest,
+    k,
+    k_rest,
+    v,
+    v_rest,
+    grad,
+    grad_rest,
+    out,
+    dq_ptr,
+    lse_ptr,
+    values_ptr,
+    cu_seqlens_ptr,
+    B,
+    Hq,
+    scale,
+    scale_log2,
+    stride_values,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_gt,
+    stride_gh,
+    stride_ot,
+    stride_oh,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     head = tl.program_id(0) % Hq
-    document, start, end, row = find_tile(cu_seqlens_ptr, B, (tl.num_programs(0) - 1 - tl.program_id(0)) // Hq, BLOCK_M)
+    document, start, end, row = find_tile(
+        cu_seqlens_ptr, B, (tl.num_programs(0) - 1 - tl.program_id(0)) // Hq, BLOCK_M
+    )
     if start + row >= end:
         return
     queries = row + tl.arange(0, BLOCK_M)
     inside = queries < end - start
-    # Through pointers, and first: a descriptor's load outside a loop is waited for before the next one begins.
+    # Through pointers, and first: a descriptor's load outside a loop is waited for before the next one
+    # begins.
     lse = tl.load(lse_ptr + (start + queries).to(tl.int64) * Hq + head, mask=inside, other=0.0) * LOG2_E
-    out_tile = load_head((out, None), start + row, end, head, stride_ot, stride_oh, BLOCK_M, D, PARTS, False, False)
-    q_tile = load_head((q, q_rest), start + row, end, head, stride_qt, stride_qh, BLOCK_M, D, PARTS, DESCRIPTORS, False)  # [BLOCK_M, D]
-    grad_tile = load_head((grad, grad_rest), start + row, end, head, stride_gt, stride_gh, BLOCK_M, D, PARTS, DESCRIPTORS, False)
+    out_tile = load_head(
+        (out, None), start + row, end, head, stride_ot, stride_oh, BLOCK_M, D, PARTS, False, False
+    )
+    q_tile = load_head(
+        (q, q_rest), start + row, end, head, stride_qt, stride_qh, BLOCK_M, D, PARTS, DESCRIPTORS, False
+    )  # [BLOCK_M, D]
+    grad_tile = load_head(
+        (grad, grad_rest), start + row, end, head, stride_gt, stride_gh, BLOCK_M, D, PARTS, DESCRIPTORS, False
+    )
     delta = tl.zeros([BLOCK_M], tl.float32)
     for i in tl.static_range(len(PARTS)):
         delta += tl.sum(grad_tile[i].to(tl.float32) * out_tile[i].to(tl.float32), 1)
@@ -79,8 +124,32 @@ def _query_kernel(q, q_rest, k, k_rest, v, v_rest, grad, grad_rest, out, dq_ptr,
         first = diagonal if DIAGONAL else 0
         last = tl.minimum(row + BLOCK_M, end - start) if DIAGONAL else diagonal
         for key in tl.range(first, last, BLOCK_N):
-            k_tile = load_head((k, k_rest), start + key, end, head // GROUP, stride_kt, stride_kh, BLOCK_N, D, PARTS, DESCRIPTORS, DIAGONAL)
-            v_tile = load_head((v, v_rest), start + key, end, head // GROUP, stride_vt, stride_vh, BLOCK_N, D, PARTS, DESCRIPTORS, False)
+            k_tile = load_head(
+                (k, k_rest),
+                start + key,
+                end,
+                head // GROUP,
+                stride_kt,
+                stride_kh,
+                BLOCK_N,
+                D,
+                PARTS,
+                DESCRIPTORS,
+                DIAGONAL,
+            )
+            v_tile = load_head(
+                (v, v_rest),
+                start + key,
+                end,
+                head // GROUP,
+                stride_vt,
+                stride_vh,
+                BLOCK_N,
+                D,
+                PARTS,
+                DESCRIPTORS,
+                False,
+            )
             weights = tl.exp2(inner_product(q_tile, k_tile) * scale_log2 - lse[:, None])  # [BLOCK_M, BLOCK_N]
             d_scores = weights * (inner_product(grad_tile, v_tile) - delta[:, None])
             if DIAGONAL:
@@ -90,31 +159,82 @@ def _query_kernel(q, q_rest, k, k_rest, v, v_rest, grad, grad_rest, out, dq_ptr,
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def _key_kernel(q, q_rest, k, k_rest, v, v_rest, grad, grad_rest, values, dk_ptr, dv_ptr, cu_seqlens_ptr, B, Hq, scale, scale_log2,
-                stride_values, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh, GROUP: tl.constexpr,
-                D: tl.constexpr, PARTS: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _key_kernel(
+    q,
+    q_rest,
+    k,
+    k_rest,
+    v,
+    v_rest,
+    grad,
+    grad_rest,
+    values,
+    dk_ptr,
+    dv_ptr,
+    cu_seqlens_ptr,
+    B,
+    Hq,
+    scale,
+    scale_log2,
+    stride_values,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_gt,
+    stride_gh,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     Hk = Hq // GROUP
     key_head = tl.program_id(0) % Hk
     document, start, end, row = find_tile(cu_seqlens_ptr, B, tl.program_id(0) // Hk, BLOCK_N)
     if start + row >= end:
         return
-    k_tile = load_head((k, k_rest), start + row, end, key_head, stride_kt, stride_kh, BLOCK_N, D, PARTS, DESCRIPTORS, False)  # [BLOCK_N, D]
-    v_tile = load_head((v, v_rest), start + row, end, key_head, stride_vt, stride_vh, BLOCK_N, D, PARTS, DESCRIPTORS, False)
+    k_tile = load_head(
+        (k, k_rest), start + row, end, key_head, stride_kt, stride_kh, BLOCK_N, D, PARTS, DESCRIPTORS, False
+    )  # [BLOCK_N, D]
+    v_tile = load_head(
+        (v, v_rest), start + row, end, key_head, stride_vt, stride_vh, BLOCK_N, D, PARTS, DESCRIPTORS, False
+    )
     dk, dv = zeros(BLOCK_N, PARTS), zeros(BLOCK_N, PARTS)
-    # Tiles of queries: those before `full` lie on the diagonal, those from `cut` on (one or none) reach past the document; both are masked.
+    # Tiles of queries: those before `full` lie on the diagonal, those from `cut` on (one or none) reach past
+    # the document; both are masked.
     tiles = tl.cdiv(end - start, BLOCK_M)
     full = tl.minimum(tl.cdiv(row + BLOCK_N, BLOCK_M), tiles)
     cut = tl.maximum((end - start) // BLOCK_M, full)
     for MASKED in tl.static_range(2):
         first = row // BLOCK_M if MASKED else full
         last = tiles - (cut - full) if MASKED else cut
-        for step in tl.range(first * GROUP, last * GROUP):  # heads and tiles in one loop: two would need more registers
+        for step in tl.range(
+            first * GROUP, last * GROUP
+        ):  # heads and tiles in one loop: two would need more registers
             head, tile = key_head * GROUP + step % GROUP, step // GROUP
             if MASKED:
                 tile += tl.where(tile >= full, cut - full, 0)
             query = start + tile * BLOCK_M
-            q_tile = load_head((q, q_rest), query, end, head, stride_qt, stride_qh, BLOCK_M, D, PARTS, DESCRIPTORS, MASKED)  # [BLOCK_M, D]
-            grad_tile = load_head((grad, grad_rest), query, end, head, stride_gt, stride_gh, BLOCK_M, D, PARTS, DESCRIPTORS, MASKED)
+            q_tile = load_head(
+                (q, q_rest), query, end, head, stride_qt, stride_qh, BLOCK_M, D, PARTS, DESCRIPTORS, MASKED
+            )  # [BLOCK_M, D]
+            grad_tile = load_head(
+                (grad, grad_rest),
+                query,
+                end,
+                head,
+                stride_gt,
+                stride_gh,
+                BLOCK_M,
+                D,
+                PARTS,
+                DESCRIPTORS,
+                MASKED,
+            )
             column = tl.multiple_of(aligned(start, document) + tile * BLOCK_M, 16)
             lse = load_values(values, head, column, stride_values, BLOCK_M, DESCRIPTORS)  # [BLOCK_M]
             delta = load_values(values, Hq + head, column, stride_values, BLOCK_M, DESCRIPTORS)
@@ -123,7 +243,9 @@ def _key_kernel(q, q_rest, k, k_rest, v, v_rest, grad, grad_rest, values, dk_ptr
                 lse, delta = tl.where(inside, lse, float("inf")), tl.where(inside, delta, 0.0)
             weights = tl.exp2(inner_product(k_tile, q_tile) * scale_log2 - lse[None, :])  # [BLOCK_N, BLOCK_M]
             if MASKED:
-                visible = tl.arange(0, BLOCK_N)[:, None] + (row - tile * BLOCK_M) <= tl.arange(0, BLOCK_M)[None, :]
+                visible = (
+                    tl.arange(0, BLOCK_N)[:, None] + (row - tile * BLOCK_M) <= tl.arange(0, BLOCK_M)[None, :]
+                )
                 weights = tl.where(visible, weights, 0.0)
             dv = add_product(dv, weights, grad_tile)
             dk = add_product(dk, weights * (inner_product(v_tile, grad_tile) - delta[None, :]), q_tile)
@@ -145,7 +267,11 @@ def flash_attention_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, sc
     (T, Hq, dim), Hk, B = q.shape, k.shape[1], len(cu_seqlens) - 1
     grad, q, k, v, out = (padded(x) for x in (grad, q, k, v, out))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    lse, cu_seqlens, descriptors = lse.contiguous(), cu_seqlens.contiguous(), describable(tuning.target(q.device), grad, q, k, v)
+    lse, cu_seqlens, descriptors = (
+        lse.contiguous(),
+        cu_seqlens.contiguous(),
+        describable(tuning.target(q.device), grad, q, k, v),
+    )
     width = (T // 16 + B + 16) * 16  # every document from a multiple of 16 on, and a tile beyond the last
     values = lse.new_empty(2 * Hq, width)  # of each head lse in base 2, then of each head Δ
     bucket = {"dim": q.shape[2], "itemsize": q.itemsize, "descriptors": descriptors}
@@ -153,13 +279,31 @@ def flash_attention_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, sc
     def split(config, *tensors):
         """(the kernel's arguments for q, k, v and grad; its last ones, with the strides of all tensors)."""
         M, N = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
-        tiles = [part for x, block in zip(tensors, (M, N, N, M), strict=False) for part in arguments(block, descriptors, x)]
+        tiles = [
+            part
+            for x, block in zip(tensors, (M, N, N, M), strict=False)
+            for part in arguments(block, descriptors, x)
+        ]
         strides = [stride for x in tensors for stride in x.stride()[:2]]
-        return tiles, (cu_seqlens, B, Hq, scale, scale * LOG2_E.value, width, *strides, Hq // Hk, q.shape[2], parts_of(q.shape[2]), descriptors)
+        return tiles, (
+            cu_seqlens,
+            B,
+            Hq,
+            scale,
+            scale * LOG2_E.value,
+            width,
+            *strides,
+            Hq // Hk,
+            q.shape[2],
+            parts_of(q.shape[2]),
+            descriptors,
+        )
 
     def query_pass(config):
         tiles, others = split(config, q, k, v, grad, out)
-        _query_kernel[((T // config.blocks["BLOCK_M"] + B) * Hq,)](*tiles, out, dq, lse, values, *others, **config.options)
+        _query_kernel[((T // config.blocks["BLOCK_M"] + B) * Hq,)](
+            *tiles, out, dq, lse, values, *others, **config.options
+        )
 
     def key_pass(config):
         tiles, others = split(config, q, k, v, grad)

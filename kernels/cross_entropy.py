@@ -1,22 +1,27 @@
-"""linear_cross_entropy in Triton: the loss and both gradients from three matrix products, the logits in memory a chunk of tokens at a time.
+"""linear_cross_entropy in Triton: the loss and both gradients from three matrix products, the logits in
+memory a chunk of tokens at a time.
 
-    z = x Wᵀ      loss = Σ_t g_t · nll_t,  nll = log Σ_v exp z_v − z[target]      dz = g (softmax(z) − onehot)      dx = dz W      dW = dzᵀ x
+    z = x Wᵀ        loss = Σ_t g_t · nll_t,  nll = log Σ_v exp z_v − z[target]
+    dz = g (softmax(z) − onehot)        dx = dz W        dW = dzᵀ x
 
 T tokens, V vocabulary, d hidden width. x [T, d], W [V, d], g [T] a weight per token.
 
-With any offset c per token, E = exp(z − c) and S = Σ_v E, dz = s (E − S·onehot) with s = g / S: the row's scale s can go to the small operands,
+With any offset c per token, E = exp(z − c) and S = Σ_v E, dz = s (E − S·onehot) with s = g / S: the row's
+scale s can go to the small operands,
 
     dx = diag(s) (Ê W)        dW = Êᵀ (diag(s) x)        Ê = E with E[target] − S in the target's place
 
-so that E is written once, by the product that computes the logits, patched in T places, and read by two library products: three products,
-and no pass over the logits between them. The offset is the target's own logit, known from a gather and a dot before the first product:
-no maximum is needed, and nll = log S. E is stored in the dtype of x: bfloat16 has float32's exponents, so this holds until E overflows,
-for nll above 88 nats. The guard: where a chunk has an nll above 60 (or NaN), a flag on the device is set, and the kernels that follow compute the chunk anew
-with its log-sum-exp as the offset, one product more. They are launched always and return at once where the flag is 0, so the host never waits.
-float16 has not the exponents: it takes that way always, with E = 2¹⁵ p, and the weights g of a chunk relative to the largest.
+so that E is written once, by the product that computes the logits, patched in T places, and read by two
+library products: three products, and no pass over the logits between them. The offset is the target's own
+logit, known from a gather and a dot before the first product: no maximum is needed, and nll = log S. E is
+stored in the dtype of x: bfloat16 has float32's exponents, so this holds until E overflows, for nll above 88
+nats. The guard: where a chunk has an nll above 60 (or NaN), a flag on the device is set, and the kernels that
+follow compute the chunk anew with its log-sum-exp as the offset, one product more. They are launched always
+and return at once where the flag is 0, so the host never waits. float16 has not the exponents: it takes that
+way always, with E = 2¹⁵ p, and the weights g of a chunk relative to the largest.
 
-FLOPs 6·T·V·d. Bytes: E written once and read twice, 6·T·V for 16 bits; dW, summed in float32 over the chunks, 8·V·d a chunk.
-Memory: `max_logits_bytes` bytes for E, and dW in float32.
+FLOPs 6·T·V·d. Bytes: E written once and read twice, 6·T·V for 16 bits; dW, summed in float32 over the chunks,
+8·V·d a chunk. Memory: `max_logits_bytes` bytes for E, and dW in float32.
 """
 
 import math
@@ -35,16 +40,31 @@ UNIT_FP16 = 2.0**15  # the largest E of float16
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def _guard_kernel(sum_ptr, targets_ptr, flag_ptr, T, splits, stride_target, ignore_index, factor, BLOCK_T: tl.constexpr):
+def _guard_kernel(
+    sum_ptr, targets_ptr, flag_ptr, T, splits, stride_target, ignore_index, factor, BLOCK_T: tl.constexpr
+):
     r = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    counts = tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < T, other=ignore_index) != ignore_index
+    counts = (
+        tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < T, other=ignore_index) != ignore_index
+    )
     nll = tl.log2(sum_splits(sum_ptr, r, T, splits)) * LN_2  # the offset is the target's logit
     if tl.max((counts & ~(nll * factor < GUARD)).to(tl.int32)) > 0:
         tl.store(flag_ptr, 1)  # whoever does it, writes the same
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def _offset_kernel(max_ptr, sum_ptr, logit_ptr, flag_ptr, offset_ptr, T, splits, log_unit, MAXIMUM: tl.constexpr, BLOCK_T: tl.constexpr):
+def _offset_kernel(
+    max_ptr,
+    sum_ptr,
+    logit_ptr,
+    flag_ptr,
+    offset_ptr,
+    T,
+    splits,
+    log_unit,
+    MAXIMUM: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
     r = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     if tl.load(flag_ptr) == 0:
         offset = tl.load(logit_ptr + r, mask=r < T, other=0.0)
@@ -54,7 +74,9 @@ def _offset_kernel(max_ptr, sum_ptr, logit_ptr, flag_ptr, offset_ptr, T, splits,
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def _total_kernel(first_ptr, again_ptr, flag_ptr, total_ptr, T, first_splits, again_splits, BLOCK_T: tl.constexpr):
+def _total_kernel(
+    first_ptr, again_ptr, flag_ptr, total_ptr, T, first_splits, again_splits, BLOCK_T: tl.constexpr
+):
     r = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     if tl.load(flag_ptr) == 0:
         total = sum_splits(first_ptr, r, T, first_splits)
@@ -64,18 +86,38 @@ def _total_kernel(first_ptr, again_ptr, flag_ptr, total_ptr, T, first_splits, ag
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def _finish_kernel(e_ptr, total_ptr, logit_ptr, offset_ptr, targets_ptr, weight_ptr, nll_ptr, scale_ptr, T, V, stride_et, stride_target, stride_weight,
-                   ignore_index, BLOCK_T: tl.constexpr):
+def _finish_kernel(
+    e_ptr,
+    total_ptr,
+    logit_ptr,
+    offset_ptr,
+    targets_ptr,
+    weight_ptr,
+    nll_ptr,
+    scale_ptr,
+    T,
+    V,
+    stride_et,
+    stride_target,
+    stride_weight,
+    ignore_index,
+    BLOCK_T: tl.constexpr,
+):
     r = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     target = tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < T, other=ignore_index)
     weight = tl.load(weight_ptr + r.to(tl.int64) * stride_weight, mask=r < T, other=0.0).to(tl.float32)
     counts = target != ignore_index
-    offset, logit = tl.load(offset_ptr + r, mask=r < T, other=0.0), tl.load(logit_ptr + r, mask=r < T, other=0.0)
+    offset, logit = (
+        tl.load(offset_ptr + r, mask=r < T, other=0.0),
+        tl.load(logit_ptr + r, mask=r < T, other=0.0),
+    )
     total = tl.load(total_ptr + r, mask=r < T, other=1.0)
     e_target = e_ptr + r.to(tl.int64) * stride_et + target
     inside = counts & (target >= 0) & (target < V)
     nll, exponential = offset - logit + tl.log2(total) * LN_2, tl.exp2((logit - offset) * LOG2_E)
-    if e_ptr.dtype.element_ty == tl.float32:  # the logit within S, where its rounding is the same; what is stored in 16 bits is rounded further
+    if (
+        e_ptr.dtype.element_ty == tl.float32
+    ):  # the logit within S, where its rounding is the same; what is stored in 16 bits is rounded further
         exponential = tl.load(e_target, mask=inside, other=0.0)
         nll = tl.where(exponential > 1e-30, tl.log2(total / exponential) * LN_2, nll)
     tl.store(nll_ptr + r, tl.where(counts, tl.where(nll < 0, 0.0, nll), 0.0), mask=r < T)
@@ -107,8 +149,8 @@ def add_product(total, a, b):
 def guarded_exponentials(x, w, targets, ignore_index, e, log_unit, temperature=1.0, maximum=False):
     """Write E = exp((z − offset) / temperature) [T, V] to e.
 
-    The offset is the target's logit; where that overflows, and for float16 always, the log-sum-exp (or the maximum) less log_unit.
-    Returns (Σ E, the target's logit, the offset), each float32 [T].
+    The offset is the target's logit; where that overflows, and for float16 always, the log-sum-exp (or the
+    maximum) less log_unit. Returns (Σ E, the target's logit, the offset), each float32 [T].
     """
     T, grid = len(x), (triton.cdiv(len(x), 128),)
     logit = target_logits(x, w, targets, ignore_index)
@@ -116,10 +158,22 @@ def guarded_exponentials(x, w, targets, ignore_index, e, log_unit, temperature=1
     flag = x.new_full((1,), int(x.dtype == torch.float16), dtype=torch.int32)
     if x.dtype != torch.float16:
         first = exponentials(x, w, logit, e, temperature=temperature)
-        _guard_kernel[grid](first, targets, flag, T, len(first), targets.stride(0), ignore_index, max(1.0, temperature), BLOCK_T=128)
+        _guard_kernel[grid](
+            first,
+            targets,
+            flag,
+            T,
+            len(first),
+            targets.stride(0),
+            ignore_index,
+            max(1.0, temperature),
+            BLOCK_T=128,
+        )
     # From here on nothing happens where the flag is 0.
     largest, sums = logsumexp_partials(x, w, flag)
-    _offset_kernel[grid](largest, sums, logit, flag, offset, T, len(sums), log_unit, MAXIMUM=maximum, BLOCK_T=128)
+    _offset_kernel[grid](
+        largest, sums, logit, flag, offset, T, len(sums), log_unit, MAXIMUM=maximum, BLOCK_T=128
+    )
     again = exponentials(x, w, offset, e, flag, temperature)
     first = again if first is None else first
     _total_kernel[grid](first, again, flag, total, T, len(first), len(again), BLOCK_T=128)
@@ -129,21 +183,55 @@ def guarded_exponentials(x, w, targets, ignore_index, e, log_unit, temperature=1
 def _exponentials_and_scale(x, w, targets, token_weight, ignore_index, e):
     """Write Ê to e [T, V]; returns (nll [T], the row scales s [T]), float32, both 0 where ignored."""
     T, V = e.shape
-    total, logit, offset = guarded_exponentials(x, w, targets, ignore_index, e, math.log(UNIT_FP16) if x.dtype == torch.float16 else 0.0)
+    total, logit, offset = guarded_exponentials(
+        x, w, targets, ignore_index, e, math.log(UNIT_FP16) if x.dtype == torch.float16 else 0.0
+    )
     nll, scale = torch.empty_like(logit), torch.empty_like(logit)
-    _finish_kernel[(triton.cdiv(T, 128),)](e, total, logit, offset, targets, token_weight, nll, scale, T, V, e.stride(0), targets.stride(0),
-                                           token_weight.stride(0), ignore_index, BLOCK_T=128)
+    _finish_kernel[(triton.cdiv(T, 128),)](
+        e,
+        total,
+        logit,
+        offset,
+        targets,
+        token_weight,
+        nll,
+        scale,
+        T,
+        V,
+        e.stride(0),
+        targets.stride(0),
+        token_weight.stride(0),
+        ignore_index,
+        BLOCK_T=128,
+    )
     return nll, scale
 
 
 def _examples(make):
-    return [(make(4096, d, dtype=dtype), make(V, d, dtype=dtype), make(4096, dtype=torch.int64), make(4096, dtype=torch.float32), IGNORE_INDEX,
-             True, True, 1 << 30)
-            for V, d, dtype in [(151936, 1024, torch.bfloat16), (1001, 1001, torch.bfloat16), (151936, 1024, torch.float16), (151936, 512, torch.float32)]]
+    return [
+        (
+            make(4096, d, dtype=dtype),
+            make(V, d, dtype=dtype),
+            make(4096, dtype=torch.int64),
+            make(4096, dtype=torch.float32),
+            IGNORE_INDEX,
+            True,
+            True,
+            1 << 30,
+        )
+        for V, d, dtype in [
+            (151936, 1024, torch.bfloat16),
+            (1001, 1001, torch.bfloat16),
+            (151936, 1024, torch.float16),
+            (151936, 512, torch.float32),
+        ]
+    ]
 
 
 @dispatch.triton("linear_cross_entropy", _examples)
-def linear_cross_entropy(hidden, weight, targets, token_weight, ignore_index, need_hidden, need_weight, max_logits_bytes):
+def linear_cross_entropy(
+    hidden, weight, targets, token_weight, ignore_index, need_hidden, need_weight, max_logits_bytes
+):
     (T, d), V = hidden.shape, len(weight)
     weight = contiguous_rows(weight)
     grad_hidden = hidden.new_empty(T, d) if need_hidden else hidden.new_empty(0)
@@ -161,7 +249,9 @@ def linear_cross_entropy(hidden, weight, targets, token_weight, ignore_index, ne
         chunk = slice(t, t + size)
         x = hidden[chunk]
         e = memory[: len(x), :V]
-        nll[chunk], scale = _exponentials_and_scale(x, weight, targets[chunk], token_weight[chunk], ignore_index, e)
+        nll[chunk], scale = _exponentials_and_scale(
+            x, weight, targets[chunk], token_weight[chunk], ignore_index, e
+        )
         if need_hidden:
             grad_hidden[chunk] = product(e, weight) * scale[:, None]
         if need_weight:
@@ -175,4 +265,8 @@ def linear_cross_entropy(hidden, weight, targets, token_weight, ignore_index, ne
         return loss, grad_hidden, weight.new_empty(0)
     if not T:
         return loss, grad_hidden, weight.new_zeros(V, d)
-    return loss, grad_hidden, (grad_weight.div_(unit) if hidden.dtype == torch.float16 else grad_weight).to(weight.dtype)
+    return (
+        loss,
+        grad_hidden,
+        (grad_weight.div_(unit) if hidden.dtype == torch.float16 else grad_weight).to(weight.dtype),
+    )

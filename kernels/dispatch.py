@@ -1,15 +1,17 @@
 """The one place that registers ops with torch.library and picks the implementation that runs.
 
-Every op has one schema `miniplm::<name>`, a fake for tracing and an autograd formula; its kernel asks `implementation`,
-at each call, which function to run. `MINIPLM_KERNELS` decides:
+Every op has one schema `miniplm::<name>`, a fake for tracing and an autograd formula; its kernel asks
+`implementation`, at each call, which function to run. `MINIPLM_KERNELS` decides:
 
-    auto        (default) CUDA tensors: Triton where the op has it, else the reference; other tensors: the reference
+    auto
+    (default) CUDA tensors: Triton where the op has it, else the reference; other tensors: the reference
     reference   the reference everywhere
     triton      Triton everywhere, an error where it cannot run; on the CPU it needs TRITON_INTERPRET=1
 
 Triton computes in float32, so float64 tensors take the reference too under auto.
 
-A Triton file adds its launcher, which takes the arguments of the reference function of the same name, with one call:
+A Triton file adds its launcher, which takes the arguments of the reference function of the same name, with
+one call:
 
     @dispatch.triton("swiglu", lambda make: [(make(4096, 2112), make(4096, 2112))])
     def swiglu(gate, up): ...
@@ -29,9 +31,10 @@ def triton(name: str, examples):
     """Decorator: the function is the Triton implementation of the op `name`.
 
     Args:
-        examples: what benchmarks/compile_report.py launches, without memory or a GPU, to compile every kernel in every variant
-            that matters. A function of make(*shape, dtype=torch.bfloat16), which gives a tensor without storage, that returns a list
-            of argument tuples for the launcher; the launcher may not look at any value of a tensor.
+        examples: what benchmarks/compile_report.py launches, without memory or a GPU, to compile every kernel
+            in every variant that matters. A function of make(*shape, dtype=torch.bfloat16), which gives a
+            tensor without storage, that returns a list of argument tuples for the launcher; the launcher may
+            not look at any value of a tensor.
     """
 
     def add(launcher):
@@ -44,7 +47,9 @@ def triton(name: str, examples):
 def implementation(name: str, reference, tensor: torch.Tensor):
     """The function that the op `name` runs on `tensor` and its like."""
     choice, device = os.environ.get("MINIPLM_KERNELS", "auto"), tensor.device
-    if choice == "reference" or (choice == "auto" and (device.type != "cuda" or tensor.dtype == torch.float64)):
+    if choice == "reference" or (
+        choice == "auto" and (device.type != "cuda" or tensor.dtype == torch.float64)
+    ):
         return reference
     launcher = TRITON.get(name)
     if choice == "auto":
@@ -52,11 +57,19 @@ def implementation(name: str, reference, tensor: torch.Tensor):
     if choice != "triton":
         raise ValueError(f"MINIPLM_KERNELS is {choice!r}; it must be auto, triton or reference")
     if launcher is None:
-        raise RuntimeError(f"MINIPLM_KERNELS=triton, but {name} has no Triton kernel here: use MINIPLM_KERNELS=auto")
+        raise RuntimeError(
+            f"MINIPLM_KERNELS=triton, but {name} has no Triton kernel here: use MINIPLM_KERNELS=auto"
+        )
     if tensor.dtype == torch.float64:
-        raise RuntimeError(f"MINIPLM_KERNELS=triton, but {name} got float64, which no kernel computes in: use MINIPLM_KERNELS=auto")
+        raise RuntimeError(
+            f"MINIPLM_KERNELS=triton, but {name} got float64, which no kernel computes in: use "
+            f"MINIPLM_KERNELS=auto"
+        )
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("MINIPLM_KERNELS=triton needs TRITON_INTERPRET=1 for tensors on the CPU: set it, or use MINIPLM_KERNELS=auto")
+        raise RuntimeError(
+            "MINIPLM_KERNELS=triton needs TRITON_INTERPRET=1 for tensors on the CPU: set it, or use "
+            "MINIPLM_KERNELS=auto"
+        )
     return launcher
 
 
@@ -64,10 +77,12 @@ def register(schema: str, reference, fake, backward=None, setup_context=None):
     """Register one op with torch.library and return it.
 
     Args:
-        schema: "name(Tensor x, ...) -> ...", the first argument a tensor; no argument is mutated and no result aliases one.
+        schema: "name(Tensor x, ...) -> ...", the first argument a tensor; no argument is mutated and no
+            result aliases one.
         reference: the plain PyTorch implementation; takes the arguments of the schema by position.
         fake: empty results of the right shapes, dtypes and strides.
-        backward, setup_context: as in torch.library.register_autograd; without them, a backward pass through the op is an error.
+        backward, setup_context: as in torch.library.register_autograd; without them, a backward pass through
+            the op is an error.
     """
     name = schema.partition("(")[0]
 
@@ -77,14 +92,18 @@ def register(schema: str, reference, fake, backward=None, setup_context=None):
         with contextlib.ExitStack() as stack:
             if device.type == "cuda":
                 stack.enter_context(torch.cuda.device(device))  # Triton launches on the current device
-            if torch.is_autocast_enabled(device.type):  # the caller has cast already; the matrix products inside must stay as they are
+            if torch.is_autocast_enabled(
+                device.type
+            ):  # the caller has cast already; the matrix products inside must stay as they are
                 stack.enter_context(torch.autocast(device.type, enabled=False))
             return run(*args)
 
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"miniplm::{name}", fake, lib=LIBRARY)
-    torch.library.register_autograd(f"miniplm::{name}", backward or _no_formula(name), setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(
+        f"miniplm::{name}", backward or _no_formula(name), setup_context=setup_context, lib=LIBRARY
+    )
     return getattr(torch.ops.miniplm, name).default
 
 

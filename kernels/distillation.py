@@ -1,24 +1,29 @@
-"""linear_distillation_loss in Triton: Vanilla KD, both heads, four matrix products and one pass, the logits in memory a chunk of tokens at a time.
+"""linear_distillation_loss in Triton: Vanilla KD, both heads, four matrix products and one pass, the logits
+in memory a chunk of tokens at a time.
 
-    loss = (1 − α) · mean(−log p[target]) + α · mean(KL(r ‖ q)),   p = softmax(z), q = softmax(z / τ), r = softmax(z' / τ)
+    loss = (1 − α) · mean(−log p[target]) + α · mean(KL(r ‖ q)),
+    p = softmax(z), q = softmax(z / τ), r = softmax(z' / τ)
     d loss / d z = G / n,   G = (1 − α) (p − onehot) + α/τ (q − r)        dx = G W / n        dW = Gᵀ x / n
 
 T tokens, V vocabulary, n targets that count; z = x Wᵀ the student's logits, z' the teacher's.
 
-The products of the logits leave E = exp((z − c) / τ) and E' likewise, with the target's logit as the offset c and the guard of
-cross_entropy.py, in the dtype of x, and their sums S, S' in float32. Then, with q = E / S and r = E' / S',
+The products of the logits leave E = exp((z − c) / τ) and E' likewise, with the target's logit as the offset c
+and the guard of cross_entropy.py, in the dtype of x, and their sums S, S' in float32. Then, with q = E / S
+and r = E' / S',
 
     p = E^τ / Σ E^τ        KL = Σ r (log E' − log E) − log S' + log S
 
-and one pass over both (_combine_kernel, a program per token) writes G where E was. float16 stores 2¹⁵ E with the maximum as offset, and 2¹⁵ G.
-Where E underflows (87 nats below c, in float16 27 below the maximum) and the teacher holds that possible, a flag on the device is set, and
-_divergence_kernel, launched always, computes KL anew from both models' logits; else it returns at once.
+and one pass over both (_combine_kernel, a program per token) writes G where E was. float16 stores 2¹⁵ E with
+the maximum as offset, and 2¹⁵ G. Where E underflows (87 nats below c, in float16 27 below the maximum) and
+the teacher holds that possible, a flag on the device is set, and _divergence_kernel, launched always,
+computes KL anew from both models' logits; else it returns at once.
 
-KL is that of E as stored: in 16 bits each token's is off by up to the rounding of the dtype, 2⁻⁹ nats in bfloat16, at random. All else, the
-gradients among it, takes its sums from what was in float32.
+KL is that of E as stored: in 16 bits each token's is off by up to the rounding of the dtype, 2⁻⁹ nats in
+bfloat16, at random. All else, the gradients among it, takes its sums from what was in float32.
 
-FLOPs 2·T·V·d' + 6·T·V·d for the widths d of student and d' of teacher. Bytes for 16 bits: E and E' written (4·T·V), both read and G written
-(6·T·V; E and E' once more where τ ≠ 1), G read twice (4·T·V). Memory: `max_logits_bytes` bytes for E and E', and dW in float32.
+FLOPs 2·T·V·d' + 6·T·V·d for the widths d of student and d' of teacher. Bytes for 16 bits: E and E' written
+(4·T·V), both read and G written (6·T·V; E and E' once more where τ ≠ 1), G read twice (4·T·V). Memory:
+`max_logits_bytes` bytes for E and E', and dW in float32.
 """
 
 import math
@@ -33,13 +38,36 @@ from .reference import IGNORE_INDEX
 from .tiles import BATCH_SIZES, LN_2, LOG2_E, contiguous_rows, dot_step, log2_of_16_bits
 
 TINY = tl.constexpr(1.2e-38)  # the smallest normal number: an E below has underflowed
-LOST, LOST_16 = tl.constexpr(1e-8), tl.constexpr(1e-6)  # share of the teacher's probability on what underflowed from which on KL is computed anew
+LOST, LOST_16 = (
+    tl.constexpr(1e-8),
+    tl.constexpr(1e-6),
+)  # share of the teacher's probability on what underflowed from which on KL is computed anew
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def _combine_kernel(e_ptr, teacher_ptr, total_ptr, teacher_total_ptr, logit_ptr, offset_ptr, targets_ptr, ce_ptr, kl_ptr, flag_ptr, V, stride_et,
-                    stride_target, ignore_index, alpha, temperature, unit, TEMPERED: tl.constexpr, GRADIENT: tl.constexpr, NATIVE_LOG: tl.constexpr,
-                    BLOCK_V: tl.constexpr):
+def _combine_kernel(
+    e_ptr,
+    teacher_ptr,
+    total_ptr,
+    teacher_total_ptr,
+    logit_ptr,
+    offset_ptr,
+    targets_ptr,
+    ce_ptr,
+    kl_ptr,
+    flag_ptr,
+    V,
+    stride_et,
+    stride_target,
+    ignore_index,
+    alpha,
+    temperature,
+    unit,
+    TEMPERED: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    NATIVE_LOG: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + t * stride_target)
     e_ptr += t * stride_et
@@ -59,14 +87,20 @@ def _combine_kernel(e_ptr, teacher_ptr, total_ptr, teacher_total_ptr, logit_ptr,
             sums = tl.zeros([BLOCK_V], tl.float32)
             for v in range(0, V, BLOCK_V):
                 c = v + tl.arange(0, BLOCK_V)
-                sums += _power(tl.load(e_ptr + c, mask=c < V, other=0.0).to(tl.float32) * one, temperature, NATIVE_LOG)
+                sums += _power(
+                    tl.load(e_ptr + c, mask=c < V, other=0.0).to(tl.float32) * one, temperature, NATIVE_LOG
+                )
             p_total = tl.sum(sums)
         inside = (target >= 0) & (target < V)
         e_target = tl.load(e_ptr + target, mask=inside, other=0.0).to(tl.float32) * one
         tl.debug_barrier()  # it is overwritten below
 
         divergence, lost = tl.zeros([BLOCK_V], tl.float32), tl.zeros([BLOCK_V], tl.float32)
-        p_scale, q_scale, r_scale = (1 - alpha) * unit / p_total, alpha / temperature * unit / total, alpha / temperature * unit / teacher_total
+        p_scale, q_scale, r_scale = (
+            (1 - alpha) * unit / p_total,
+            alpha / temperature * unit / total,
+            alpha / temperature * unit / teacher_total,
+        )
         for v in range(0, V, BLOCK_V):
             c = v + tl.arange(0, BLOCK_V)
             e = tl.load(e_ptr + c, mask=c < V, other=1.0).to(tl.float32)
@@ -76,39 +110,97 @@ def _combine_kernel(e_ptr, teacher_ptr, total_ptr, teacher_total_ptr, logit_ptr,
             lost += tl.where(e < TINY, e_teacher, 0.0)
             if GRADIENT:
                 p = _power(e * one, temperature, NATIVE_LOG) if TEMPERED else e * one
-                gradient = p_scale * p + q_scale * e - r_scale * e_teacher - tl.where(c == target, (1 - alpha) * unit, 0.0)
+                gradient = (
+                    p_scale * p
+                    + q_scale * e
+                    - r_scale * e_teacher
+                    - tl.where(c == target, (1 - alpha) * unit, 0.0)
+                )
                 tl.store(e_ptr + c, gradient.to(e_ptr.dtype.element_ty), mask=c < V)
         if tl.sum(lost) > (LOST if e_ptr.dtype.element_ty == tl.float32 else LOST_16) * teacher_total:
             tl.store(flag_ptr, 1)  # whoever does it, writes the same
         logit, offset = tl.load(logit_ptr + t), tl.load(offset_ptr + t) + temperature * tl.log2(unit) * LN_2
         ce = offset - logit + tl.log2(p_total) * LN_2
-        if e_ptr.dtype.element_ty == tl.float32:  # the logit as rounded within S; what is stored in 16 bits is rounded further
+        if (
+            e_ptr.dtype.element_ty == tl.float32
+        ):  # the logit as rounded within S; what is stored in 16 bits is rounded further
             ce = tl.where(e_target > 1e-30, (tl.log2(p_total) - temperature * tl.log2(e_target)) * LN_2, ce)
         tl.store(ce_ptr + t, tl.where(ce < 0, 0.0, ce))
-        tl.store(kl_ptr + t, (tl.sum(divergence) / teacher_total - tl.log2(teacher_total) + tl.log2(total)) * LN_2)
+        tl.store(
+            kl_ptr + t, (tl.sum(divergence) / teacher_total - tl.log2(teacher_total) + tl.log2(total)) * LN_2
+        )
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def _divergence_kernel(x, w, teacher_x, teacher_w, total_ptr, offset_ptr, teacher_total_ptr, teacher_offset_ptr, targets_ptr, kl_ptr, flag_ptr, T, V, d,
-                       teacher_d, stride_xt, stride_wv, stride_teacher_xt, stride_teacher_wv, stride_target, ignore_index, temperature,
-                       BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+def _divergence_kernel(
+    x,
+    w,
+    teacher_x,
+    teacher_w,
+    total_ptr,
+    offset_ptr,
+    teacher_total_ptr,
+    teacher_offset_ptr,
+    targets_ptr,
+    kl_ptr,
+    flag_ptr,
+    T,
+    V,
+    d,
+    teacher_d,
+    stride_xt,
+    stride_wv,
+    stride_teacher_xt,
+    stride_teacher_wv,
+    stride_target,
+    ignore_index,
+    temperature,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     if tl.load(flag_ptr) == 0:
         return
     t = tl.program_id(0) * BLOCK_T
     r = t + tl.arange(0, BLOCK_T)
-    counts = tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < T, other=ignore_index) != ignore_index
+    counts = (
+        tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < T, other=ignore_index) != ignore_index
+    )
     scale = 1 / temperature * LOG2_E  # logarithms to base 2 from here on
-    log_q = tl.log2(tl.load(total_ptr + r, mask=r < T, other=1.0)) + tl.load(offset_ptr + r, mask=r < T, other=0.0) * scale
-    log_r = tl.log2(tl.load(teacher_total_ptr + r, mask=r < T, other=1.0)) + tl.load(teacher_offset_ptr + r, mask=r < T, other=0.0) * scale
+    log_q = (
+        tl.log2(tl.load(total_ptr + r, mask=r < T, other=1.0))
+        + tl.load(offset_ptr + r, mask=r < T, other=0.0) * scale
+    )
+    log_r = (
+        tl.log2(tl.load(teacher_total_ptr + r, mask=r < T, other=1.0))
+        + tl.load(teacher_offset_ptr + r, mask=r < T, other=0.0) * scale
+    )
     divergence, mass = tl.zeros([BLOCK_T], tl.float32), tl.zeros([BLOCK_T], tl.float32)
     for v in range(0, V, BLOCK_V):
         logits = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
         for k in range(0, d, BLOCK_D):
-            logits = dot_step(x, w, t, v, k, T, V, d, stride_xt, stride_wv, logits, BLOCK_T, BLOCK_V, BLOCK_D, False)
+            logits = dot_step(
+                x, w, t, v, k, T, V, d, stride_xt, stride_wv, logits, BLOCK_T, BLOCK_V, BLOCK_D, False
+            )
         teacher_logits = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
         for k in range(0, teacher_d, BLOCK_D):
-            teacher_logits = dot_step(teacher_x, teacher_w, t, v, k, T, V, teacher_d, stride_teacher_xt, stride_teacher_wv, teacher_logits, BLOCK_T,
-                                      BLOCK_V, BLOCK_D, False)
+            teacher_logits = dot_step(
+                teacher_x,
+                teacher_w,
+                t,
+                v,
+                k,
+                T,
+                V,
+                teacher_d,
+                stride_teacher_xt,
+                stride_teacher_wv,
+                teacher_logits,
+                BLOCK_T,
+                BLOCK_V,
+                BLOCK_D,
+                False,
+            )
         log_p = teacher_logits * scale - log_r[:, None]
         p = tl.where((v + tl.arange(0, BLOCK_V) < V)[None, :], tl.exp2(log_p), 0.0)
         divergence += tl.sum(p * (log_p - (logits * scale - log_q[:, None])), 1)
@@ -124,35 +216,102 @@ def _power(x, exponent, NATIVE_LOG: tl.constexpr):
 def _recompute_divergence(hidden, heads, statistics, targets, kl, flag, ignore_index, temperature):
     """Launch _divergence_kernel: overwrite kl [T] where the flag is set."""
     (T, d), V, teacher_d = hidden[0].shape, len(heads[0]), hidden[1].shape[1]
-    strides = hidden[0].stride(0), heads[0].stride(0), hidden[1].stride(0), heads[1].stride(0), targets.stride(0)
+    strides = (
+        hidden[0].stride(0),
+        heads[0].stride(0),
+        hidden[1].stride(0),
+        heads[1].stride(0),
+        targets.stride(0),
+    )
 
     def run(config):
         _divergence_kernel[(triton.cdiv(T, config.blocks["BLOCK_T"]),)](
-            hidden[0], heads[0], hidden[1], heads[1], *statistics, targets, kl, flag, T, V, d, teacher_d, *strides, ignore_index, temperature,
-            **config.options)
+            hidden[0],
+            heads[0],
+            hidden[1],
+            heads[1],
+            *statistics,
+            targets,
+            kl,
+            flag,
+            T,
+            V,
+            d,
+            teacher_d,
+            *strides,
+            ignore_index,
+            temperature,
+            **config.options,
+        )
 
     tuning.launch("divergence", run, kl.device, itemsize=hidden[0].itemsize)
 
 
 def _examples(make):
     def example(V, teacher_V, temperature, need, dtype=torch.bfloat16):
-        return (make(4096, 768, dtype=dtype), make(V, 768, dtype=dtype), make(4096, 2048, dtype=dtype), make(teacher_V, 2048, dtype=dtype),
-                make(4096, dtype=torch.int64), 0.5, temperature, IGNORE_INDEX, need, need, 1 << 30)
+        return (
+            make(4096, 768, dtype=dtype),
+            make(V, 768, dtype=dtype),
+            make(4096, 2048, dtype=dtype),
+            make(teacher_V, 2048, dtype=dtype),
+            make(4096, dtype=torch.int64),
+            0.5,
+            temperature,
+            IGNORE_INDEX,
+            need,
+            need,
+            1 << 30,
+        )
 
-    return [example(151936, 151936, 1.0, True), example(151936, 152064, 2.0, True), example(151936, 151936, 1.0, False),
-            example(1001, 1001, 1.0, True, torch.float16), example(1001, 1001, 2.0, True, torch.float32)]
+    return [
+        example(151936, 151936, 1.0, True),
+        example(151936, 152064, 2.0, True),
+        example(151936, 151936, 1.0, False),
+        example(1001, 1001, 1.0, True, torch.float16),
+        example(1001, 1001, 2.0, True, torch.float32),
+    ]
 
 
 @dispatch.triton("linear_distillation_loss", _examples)
-def linear_distillation_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, targets, alpha, temperature, ignore_index, need_hidden,
-                             need_weight, max_logits_bytes):
-    if student_hidden.dtype == torch.float16 and temperature < 1:  # E at such a temperature has too few exponents left for p = E^temperature
-        return reference.linear_distillation_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, targets, alpha, temperature,
-                                                  ignore_index, need_hidden, need_weight, max_logits_bytes)
-    (T, d), V, dtype = student_hidden.shape, min(len(student_weight), len(teacher_weight)), student_hidden.dtype
+def linear_distillation_loss(
+    student_hidden,
+    student_weight,
+    teacher_hidden,
+    teacher_weight,
+    targets,
+    alpha,
+    temperature,
+    ignore_index,
+    need_hidden,
+    need_weight,
+    max_logits_bytes,
+):
+    if (
+        student_hidden.dtype == torch.float16 and temperature < 1
+    ):  # E at such a temperature has too few exponents left for p = E^temperature
+        return reference.linear_distillation_loss(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            targets,
+            alpha,
+            temperature,
+            ignore_index,
+            need_hidden,
+            need_weight,
+            max_logits_bytes,
+        )
+    (T, d), V, dtype = (
+        student_hidden.shape,
+        min(len(student_weight), len(teacher_weight)),
+        student_hidden.dtype,
+    )
     heads = contiguous_rows(student_weight[:V]), contiguous_rows(teacher_weight[:V])
     grad_hidden = student_hidden.new_empty(T, d) if need_hidden else student_hidden.new_empty(0)
-    grad_weight = student_weight.new_zeros(len(student_weight), d, dtype=torch.float32) if need_weight else None
+    grad_weight = (
+        student_weight.new_zeros(len(student_weight), d, dtype=torch.float32) if need_weight else None
+    )
     losses = [student_hidden.new_empty(T, dtype=torch.float32) for _ in range(2)]
     counts = targets != ignore_index
     unit, count = UNIT_FP16 if dtype == torch.float16 else 1.0, counts.sum().clamp(min=1)
@@ -167,20 +326,64 @@ def linear_distillation_loss(student_hidden, student_weight, teacher_hidden, tea
         y = targets[chunk]
         e, teacher_e = memory[:, : len(y), :V]
         (total, logit, offset), (teacher_total, _, teacher_offset) = (
-            guarded_exponentials(x[chunk], head, y, ignore_index, logits, temperature * math.log(unit), temperature, maximum=True)
-            for x, head, logits in zip(hidden, heads, (e, teacher_e), strict=True))
+            guarded_exponentials(
+                x[chunk],
+                head,
+                y,
+                ignore_index,
+                logits,
+                temperature * math.log(unit),
+                temperature,
+                maximum=True,
+            )
+            for x, head, logits in zip(hidden, heads, (e, teacher_e), strict=True)
+        )
 
         ce, kl = (x[chunk] for x in losses)
         flag = e.new_zeros(1, dtype=torch.int32)
-        _combine_kernel[(len(e),)](e, teacher_e, total, teacher_total, logit, offset, y, ce, kl, flag, V, e.stride(0), y.stride(0), ignore_index, alpha,
-                                   temperature, unit, TEMPERED=temperature != 1, GRADIENT=need_hidden or need_weight, NATIVE_LOG=native_log, BLOCK_V=2048,
-                                   num_warps=8)
-        _recompute_divergence([x[chunk] for x in hidden], heads, (total, offset, teacher_total, teacher_offset), y, kl, flag, ignore_index, temperature)
+        _combine_kernel[(len(e),)](
+            e,
+            teacher_e,
+            total,
+            teacher_total,
+            logit,
+            offset,
+            y,
+            ce,
+            kl,
+            flag,
+            V,
+            e.stride(0),
+            y.stride(0),
+            ignore_index,
+            alpha,
+            temperature,
+            unit,
+            TEMPERED=temperature != 1,
+            GRADIENT=need_hidden or need_weight,
+            NATIVE_LOG=native_log,
+            BLOCK_V=2048,
+            num_warps=8,
+        )
+        _recompute_divergence(
+            [x[chunk] for x in hidden],
+            heads,
+            (total, offset, teacher_total, teacher_offset),
+            y,
+            kl,
+            flag,
+            ignore_index,
+            temperature,
+        )
         if need_hidden:
             grad_hidden[chunk] = product(e, heads[0]) / (unit * count)
         if need_weight:
             add_product(grad_weight[:V], e.T, hidden[0][chunk])
     cross_entropy, divergence = (x.sum() / count for x in losses)  # results must not share memory
     loss = (1 - alpha) * cross_entropy + alpha * divergence
-    grad_weight = grad_weight.div_(unit * count).to(student_weight.dtype) if need_weight else student_weight.new_empty(0)
+    grad_weight = (
+        grad_weight.div_(unit * count).to(student_weight.dtype)
+        if need_weight
+        else student_weight.new_empty(0)
+    )
     return loss, cross_entropy, divergence, grad_hidden, grad_weight

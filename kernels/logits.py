@@ -1,16 +1,20 @@
-"""The logits z = x Wᵀ, tile by tile: what of them every user of the head needs, without all of them in memory.
+"""The logits z = x Wᵀ, tile by tile: what of them every user of the head needs, without all of them in
+memory.
 
 T tokens, V vocabulary, d hidden width. x [T, d], W [V, d].
 
 _logits_kernel walks over all tiles [BLOCK_T, BLOCK_V] of z and keeps, per token and split of the vocabulary,
     its maximum m and Σ exp(z − m): the online log-sum-exp (Milakov & Gimelshein 2018, arXiv 1805.02867), or
-    given an offset c per token, Σ E with E = exp((z − c) / temperature), and E itself, written in the dtype of x.
-A grid that just fills the GPU takes the items (block of tokens, split) in turn, split by split, so that all programs read the same part
-of W while it is in the L2 cache. Tiles, and the steps along d within them, are one flat loop: the loads of the next tile are under way
-while a tile is finished. The last tile of a vocabulary that is no multiple of BLOCK_V stands apart, so that only it is masked.
-_target_logit_kernel computes x[t] · W[target_t], a gather and a dot.
+    given an offset c per token, Σ E with E = exp((z − c) / temperature), and E itself, written in the dtype
+    of x.
+A grid that just fills the GPU takes the items (block of tokens, split) in turn, split by split, so that all
+programs read the same part of W while it is in the L2 cache. Tiles, and the steps along d within them, are
+one flat loop: the loads of the next tile are under way while a tile is finished. The last tile of a
+vocabulary that is no multiple of BLOCK_V stands apart, so that only it is masked. _target_logit_kernel
+computes x[t] · W[target_t], a gather and a dot.
 
-FLOPs 2·T·V·d. Bytes: W about once, x once per split (from the L2 cache), 8·T·splits for the results, and 2·T·V for E.
+FLOPs 2·T·V·d. Bytes: W about once, x once per split (from the L2 cache), 8·T·splits for the results, and
+2·T·V for E.
 """
 
 import functools
@@ -34,9 +38,32 @@ from .tiles import (
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def _logits_kernel(x, w, offset_ptr, e, max_ptr, sum_ptr, flag_ptr, T, V, d, stride_xt, stride_wv, stride_et, blocks_t, tiles, tiles_per_split, items,
-                   exp_scale, EXP: tl.constexpr, FLAG: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-                   DESCRIPTORS: tl.constexpr):
+def _logits_kernel(
+    x,
+    w,
+    offset_ptr,
+    e,
+    max_ptr,
+    sum_ptr,
+    flag_ptr,
+    T,
+    V,
+    d,
+    stride_xt,
+    stride_wv,
+    stride_et,
+    blocks_t,
+    tiles,
+    tiles_per_split,
+    items,
+    exp_scale,
+    EXP: tl.constexpr,
+    FLAG: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
     if FLAG:
         if tl.load(flag_ptr) == 0:
             return
@@ -56,10 +83,41 @@ def _logits_kernel(x, w, offset_ptr, e, max_ptr, sum_ptr, flag_ptr, T, V, d, str
         split, t = item // blocks_t, item % blocks_t * BLOCK_T
         tile_done = step == steps - 1
         item_done = tile_done & (tile == tl.minimum((split + 1) * tiles_per_split, tiles) - 1)
-        logits = dot_step(x, w, t, tile * BLOCK_V, step * BLOCK_D, T, V, d, stride_xt, stride_wv, logits, BLOCK_T, BLOCK_V, BLOCK_D, DESCRIPTORS)
+        logits = dot_step(
+            x,
+            w,
+            t,
+            tile * BLOCK_V,
+            step * BLOCK_D,
+            T,
+            V,
+            d,
+            stride_xt,
+            stride_wv,
+            logits,
+            BLOCK_T,
+            BLOCK_V,
+            BLOCK_D,
+            DESCRIPTORS,
+        )
         if tile_done:
-            largest, total = _finish_tile(logits, offset_ptr, e, t, tile * BLOCK_V, T, V, stride_et, exp_scale, largest, total, EXP, BLOCK_T,
-                                          BLOCK_V, DESCRIPTORS)
+            largest, total = _finish_tile(
+                logits,
+                offset_ptr,
+                e,
+                t,
+                tile * BLOCK_V,
+                T,
+                V,
+                stride_et,
+                exp_scale,
+                largest,
+                total,
+                EXP,
+                BLOCK_T,
+                BLOCK_V,
+                DESCRIPTORS,
+            )
             logits = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
             if item_done:
                 _store_rows(max_ptr, sum_ptr, split, t, T, largest, total, EXP, BLOCK_T)
@@ -75,16 +133,62 @@ def _logits_kernel(x, w, offset_ptr, e, max_ptr, sum_ptr, flag_ptr, T, V, d, str
             t, v = block * BLOCK_T, tiles * BLOCK_V
             logits = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
             for k in range(0, steps * BLOCK_D, BLOCK_D):
-                logits = dot_step(x, w, t, v, k, T, V, d, stride_xt, stride_wv, logits, BLOCK_T, BLOCK_V, BLOCK_D, DESCRIPTORS)
+                logits = dot_step(
+                    x,
+                    w,
+                    t,
+                    v,
+                    k,
+                    T,
+                    V,
+                    d,
+                    stride_xt,
+                    stride_wv,
+                    logits,
+                    BLOCK_T,
+                    BLOCK_V,
+                    BLOCK_D,
+                    DESCRIPTORS,
+                )
             logits = tl.where((v + tl.arange(0, BLOCK_V) < V)[None, :], logits, -float("inf"))
-            largest, total = _finish_tile(logits, offset_ptr, e, t, v, T, V, stride_et, exp_scale, tl.full([BLOCK_T], LOWEST, tl.float32),
-                                          tl.zeros([BLOCK_T], tl.float32), EXP, BLOCK_T, BLOCK_V, DESCRIPTORS)
+            largest, total = _finish_tile(
+                logits,
+                offset_ptr,
+                e,
+                t,
+                v,
+                T,
+                V,
+                stride_et,
+                exp_scale,
+                tl.full([BLOCK_T], LOWEST, tl.float32),
+                tl.zeros([BLOCK_T], tl.float32),
+                EXP,
+                BLOCK_T,
+                BLOCK_V,
+                DESCRIPTORS,
+            )
             _store_rows(max_ptr, sum_ptr, tl.cdiv(tiles, tiles_per_split), t, T, largest, total, EXP, BLOCK_T)
 
 
 @triton.jit
-def _finish_tile(logits, offset_ptr, e, t, v, T, V, stride_et, exp_scale, largest, total, EXP: tl.constexpr, BLOCK_T: tl.constexpr,
-                 BLOCK_V: tl.constexpr, DESCRIPTORS: tl.constexpr):
+def _finish_tile(
+    logits,
+    offset_ptr,
+    e,
+    t,
+    v,
+    T,
+    V,
+    stride_et,
+    exp_scale,
+    largest,
+    total,
+    EXP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
     if EXP:
         r = t + tl.arange(0, BLOCK_T)
         offset = tl.load(offset_ptr + r, mask=r < T, other=0.0) * exp_scale
@@ -106,11 +210,26 @@ def _store_rows(max_ptr, sum_ptr, split, t, T, largest, total, EXP: tl.constexpr
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def _target_logit_kernel(x_ptr, w_ptr, targets_ptr, out_ptr, T, V, d, stride_xt, stride_wv, stride_target, ignore_index,
-                         BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+def _target_logit_kernel(
+    x_ptr,
+    w_ptr,
+    targets_ptr,
+    out_ptr,
+    T,
+    V,
+    d,
+    stride_xt,
+    stride_wv,
+    stride_target,
+    ignore_index,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     r = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     target = tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < T, other=ignore_index)
-    inside = (r < T) & (target >= 0) & (target < V)  # beyond the last row stands ignore_index, which may be an id
+    inside = (
+        (r < T) & (target >= 0) & (target < V)
+    )  # beyond the last row stands ignore_index, which may be an id
     x_row = x_ptr + r.to(tl.int64)[:, None] * stride_xt
     w_row = w_ptr + tl.where(inside, target, 0)[:, None] * stride_wv
     logit = tl.zeros([BLOCK_T], tl.float32)
@@ -124,9 +243,13 @@ def _target_logit_kernel(x_ptr, w_ptr, targets_ptr, out_ptr, T, V, d, stride_xt,
 
 @functools.lru_cache
 def tiles_per_split(tiles: int, blocks_t: int, programs: int) -> int:
-    """How many tiles of the vocabulary an item takes: few enough that the items divide evenly among the programs and that a split's
-    part of W stays in the L2 cache, many enough that its partial results (taken as a fifteenth of a tile's work) cost little."""
-    return min(range(1, 17), key=lambda size: triton.cdiv(blocks_t * triton.cdiv(tiles, size), programs) * (size + 1 / 15))
+    """How many tiles of the vocabulary an item takes: few enough that the items divide evenly among the
+    programs and that a split's part of W stays in the L2 cache, many enough that its partial results (taken
+    as a fifteenth of a tile's work) cost little."""
+    return min(
+        range(1, 17),
+        key=lambda size: triton.cdiv(blocks_t * triton.cdiv(tiles, size), programs) * (size + 1 / 15),
+    )
 
 
 def _walk(x, w, offset, e, flag, temperature):
@@ -144,25 +267,51 @@ def _walk(x, w, offset, e, flag, temperature):
         total = x.new_empty(triton.cdiv(tiles, size) + (V % block_v > 0), T, dtype=torch.float32)
         largest = torch.empty_like(total) if e is None else None
         _logits_kernel[(min(max(items, blocks_t), programs),)](
-            matrix(x, block_t, block_d, descriptors), matrix(w, block_v, block_d, descriptors), offset,
-            e if e is None else matrix(e, block_t, block_v, descriptors), largest, total, flag, T, V, d, x.stride(0), w.stride(0),
-            0 if e is None else e.stride(0), blocks_t, tiles, size, items, 1 / math.log(2) / temperature, EXP=e is not None,
-            FLAG=flag is not None, DESCRIPTORS=descriptors, **config.options)
+            matrix(x, block_t, block_d, descriptors),
+            matrix(w, block_v, block_d, descriptors),
+            offset,
+            e if e is None else matrix(e, block_t, block_v, descriptors),
+            largest,
+            total,
+            flag,
+            T,
+            V,
+            d,
+            x.stride(0),
+            w.stride(0),
+            0 if e is None else e.stride(0),
+            blocks_t,
+            tiles,
+            size,
+            items,
+            1 / math.log(2) / temperature,
+            EXP=e is not None,
+            FLAG=flag is not None,
+            DESCRIPTORS=descriptors,
+            **config.options,
+        )
         return largest, total
 
-    return tuning.launch("logsumexp" if e is None else "exponentials", run, x.device, itemsize=x.itemsize, descriptors=descriptors,
-                         conditional=flag is not None)
+    return tuning.launch(
+        "logsumexp" if e is None else "exponentials",
+        run,
+        x.device,
+        itemsize=x.itemsize,
+        descriptors=descriptors,
+        conditional=flag is not None,
+    )
 
 
 def logsumexp_partials(x, w, flag=None):
-    """(maximum, Σ exp(z − maximum)) of every row of the logits of x [T, d] and w [V, d], per split of the vocabulary: float32 [splits, T].
-    With a flag (int32 on the device) nothing is computed where it is 0."""
+    """(maximum, Σ exp(z − maximum)) of every row of the logits of x [T, d] and w [V, d], per split of the
+    vocabulary: float32 [splits, T]. With a flag (int32 on the device) nothing is computed where it is 0."""
     return _walk(contiguous_rows(x), contiguous_rows(w), None, None, flag, 1.0)
 
 
 def exponentials(x, w, offset, e, flag=None, temperature=1.0):
-    """Write E = exp((z − offset) / temperature) [T, V] to e, offset [T] float32, and return Σ E per split of the vocabulary, float32
-    [splits, T]. x, w and e have contiguous rows. With a flag nothing is computed where it is 0."""
+    """Write E = exp((z − offset) / temperature) [T, V] to e, offset [T] float32, and return Σ E per split of
+    the vocabulary, float32 [splits, T]. x, w and e have contiguous rows. With a flag nothing is computed
+    where it is 0."""
     return _walk(x, w, offset, e, flag, temperature)[1]
 
 
@@ -171,6 +320,19 @@ def target_logits(x, w, targets, ignore_index):
     x, w = contiguous_rows(x), contiguous_rows(w)
     T, d = x.shape
     out = x.new_empty(T, dtype=torch.float32)
-    _target_logit_kernel[(triton.cdiv(T, 8),)](x, w, targets, out, T, len(w), d, x.stride(0), w.stride(0), targets.stride(0), ignore_index,
-                                               BLOCK_T=8, BLOCK_D=256)
+    _target_logit_kernel[(triton.cdiv(T, 8),)](
+        x,
+        w,
+        targets,
+        out,
+        T,
+        len(w),
+        d,
+        x.stride(0),
+        w.stride(0),
+        targets.stride(0),
+        ignore_index,
+        BLOCK_T=8,
+        BLOCK_D=256,
+    )
     return out

@@ -1,8 +1,9 @@
 """Every op in plain PyTorch: the mathematics, the CPU path, and (in float64) the truth of the tests.
 
-Statistics, softmaxes and sums are in float32, or in float64 for float64 inputs. No function holds a [T, V] tensor: logits
-exist in tiles of TILE_BYTES where no gradient is needed, else in chunks of tokens within a bound on bytes. On a GPU these
-functions work, but make the host wait for it (documents are walked one by one, targets that count are picked out).
+Statistics, softmaxes and sums are in float32, or in float64 for float64 inputs. No function holds a [T, V]
+tensor: logits exist in tiles of TILE_BYTES where no gradient is needed, else in chunks of tokens within a
+bound on bytes. On a GPU these functions work, but make the host wait for it (documents are walked one by one,
+targets that count are picked out).
 
 T tokens, V vocabulary, d hidden width, H heads, D head dimension, B documents.
 """
@@ -25,7 +26,7 @@ def accumulate_dtype(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-# --- norms, rotary, SwiGLU -------------------------------------------------------------------------------------------
+# --- norms, rotary, SwiGLU ---
 
 
 def rms_norm(x, weight, eps, dtype):
@@ -36,7 +37,8 @@ def rms_norm(x, weight, eps, dtype):
 
 
 def rms_norm_backward(grad, x, weight, rstd, grad_residual, low_precision_dtype):
-    """With r = rstd, dx = r · g·w − x · r³/d · Σ_d g·w·x and dw = Σ g·x·r; grad_residual, if given, is added to dx.
+    """With r = rstd, dx = r · g·w − x · r³/d · Σ_d g·w·x and dw = Σ g·x·r; grad_residual, if given, is added
+    to dx.
 
     Returns (dx, dx again in the dtype `low_precision_dtype`, empty if None, dw).
     """
@@ -48,7 +50,11 @@ def rms_norm_backward(grad, x, weight, rstd, grad_residual, low_precision_dtype)
     dx = torch.mul(grad32, weight, out=product).mul_(rstd).addcmul_(x32, projection).view(x.shape)
     if grad_residual is not None:
         dx += grad_residual
-    return dx.to(x.dtype), dx.to(low_precision_dtype, copy=True) if low_precision_dtype else weight.new_empty(0), grad_weight.to(weight.dtype)
+    return (
+        dx.to(x.dtype),
+        dx.to(low_precision_dtype, copy=True) if low_precision_dtype else weight.new_empty(0),
+        grad_weight.to(weight.dtype),
+    )
 
 
 def add_rms_norm(x, residual, weight, eps, dtype):
@@ -84,7 +90,8 @@ def swiglu(gate, up):
 
 
 def swiglu_backward(grad, gate, up):
-    """dgate = grad · up · silu'(gate), dup = grad · silu(gate); without up, both side by side, and an empty second result."""
+    """dgate = grad · up · silu'(gate), dup = grad · silu(gate); without up, both side by side, and an empty
+    second result."""
     if up is None:
         return torch.cat(swiglu_backward(grad, *gate.chunk(2, -1)), -1), gate.new_empty(0)
     dtype = accumulate_dtype(gate)
@@ -94,32 +101,44 @@ def swiglu_backward(grad, gate, up):
     return grad_gate.to(gate.dtype).contiguous(), F.silu(gate32).mul_(grad32).to(up.dtype).contiguous()
 
 
-# --- float8 ----------------------------------------------------------------------------------------------------------
+# --- float8 ---
 
 
 def quantize_rows(x):
-    """(x · 448 / largest, rounded to e4m3 [R, d]; largest / 448 [R, 1] float32) with the largest magnitude of each row of x [R, d]."""
+    """(x · 448 / largest, rounded to e4m3 [R, d]; largest / 448 [R, 1] float32) with the largest magnitude of
+    each row of x [R, d]."""
     largest = x.abs().amax(1, keepdim=True).float().clamp_(min=E4M3_SMALLEST_ROW)
     return (x.float() * (E4M3_LARGEST / largest)).to(torch.float8_e4m3fn).contiguous(), largest / E4M3_LARGEST
 
 
-# --- attention -------------------------------------------------------------------------------------------------------
+# --- attention ---
 
 
 def _bounds(cu_seqlens, tokens):
     """cu_seqlens as a list, checked."""
     bounds = cu_seqlens.tolist()
-    if not bounds or bounds[0] != 0 or bounds[-1] != tokens or any(start > end for start, end in pairwise(bounds)):
-        raise ValueError(f"cu_seqlens must rise from 0 to T = {tokens}; got {bounds[:8]}{' …' if len(bounds) > 8 else ''}")
+    if (
+        not bounds
+        or bounds[0] != 0
+        or bounds[-1] != tokens
+        or any(start > end for start, end in pairwise(bounds))
+    ):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to T = {tokens}; got {bounds[:8]}{' …' if len(bounds) > 8 else ''}"
+        )
     return bounds
 
 
 def _runs(cu_seqlens, tokens, max_seqlen):
-    """The packed documents as [(start, end, documents)]: runs of documents of equal length. Empty documents are left out."""
+    """The packed documents as [(start, end, documents)]: runs of documents of equal length. Empty documents
+    are left out."""
     runs = []
     for start, end in pairwise(_bounds(cu_seqlens, tokens)):
         if max_seqlen is not None and end - start > max_seqlen:
-            raise ValueError(f"max_seqlen is {max_seqlen}, but a document has {end - start} tokens; it must be at least the longest")
+            raise ValueError(
+                f"max_seqlen is {max_seqlen}, but a document has {end - start} tokens; it must be at least "
+                f"the longest"
+            )
         if runs and (end - start) * runs[-1][2] == start - runs[-1][0]:
             runs[-1] = (runs[-1][0], end, runs[-1][2] + 1)
         elif end > start:
@@ -128,7 +147,8 @@ def _runs(cu_seqlens, tokens, max_seqlen):
 
 
 def _documents(x, run):
-    """The run's part of x [T, H, D] as [documents, H, length, D], each row of D contiguous: PyTorch's kernel takes that for granted."""
+    """The run's part of x [T, H, D] as [documents, H, length, D], each row of D contiguous: PyTorch's kernel
+    takes that for granted."""
     start, end, documents = run
     part = x[start:end].unflatten(0, (documents, -1)).transpose(1, 2)
     return part if part.stride(-1) == 1 else part.contiguous()
@@ -159,20 +179,31 @@ def flash_attention_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, sc
     runs = _runs(cu_seqlens, len(q), max_seqlen)
     backward = _attend_backward_cpu if q.device.type == "cpu" else _attend_backward
     results = [
-        backward(*(_documents(x, run) for x in (grad, q, k, v, out)), _documents(lse[..., None], run).squeeze(-1), scale) for run in runs
+        backward(
+            *(_documents(x, run) for x in (grad, q, k, v, out)),
+            _documents(lse[..., None], run).squeeze(-1),
+            scale,
+        )
+        for run in runs
     ]
-    return tuple(_packed(list(parts), x).contiguous() for parts, x in zip(zip(*results, strict=True) if runs else ((),) * 3, (q, k, v), strict=True))
+    return tuple(
+        _packed(list(parts), x).contiguous()
+        for parts, x in zip(zip(*results, strict=True) if runs else ((),) * 3, (q, k, v), strict=True)
+    )
 
 
 def _attend_cpu(q, k, v, scale):
-    """Documents of equal length, [documents, H, length, D]: PyTorch's own tiled kernel. (Before torch 2.9 it takes equal heads only.)"""
+    """Documents of equal length, [documents, H, length, D]: PyTorch's own tiled kernel. (Before torch 2.9 it
+    takes equal heads only.)"""
     k, v = _per_query_head(k, q), _per_query_head(v, q)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
 
 
 def _attend_backward_cpu(grad, q, k, v, out, lse, scale):
     k_, v_ = _per_query_head(k, q), _per_query_head(v, q)
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k_, v_, out, lse, 0.0, True, scale=scale)
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k_, v_, out, lse, 0.0, True, scale=scale
+    )
     return dq, _per_key_head(dk, k), _per_key_head(dv, v)
 
 
@@ -184,11 +215,14 @@ def _attend(q, k, v, scale):
 
 
 def _attend_backward(grad, q, k, v, out, lse, scale):
-    """With P the softmax and Δ = Σ_D grad · out:  dv = Pᵀ grad,  dS = scale · P ∘ (grad vᵀ − Δ),  dq = dS k,  dk = dSᵀ q."""
+    """With P the softmax and Δ = Σ_D grad · out:  dv = Pᵀ grad,  dS = scale · P ∘ (grad vᵀ − Δ),  dq = dS k,
+    dk = dSᵀ q."""
     dtype = lse.dtype
     grad = grad.to(dtype)
     weights = (_scores(q, k, scale) - lse[..., None]).exp()
-    d_scores = weights * (grad @ _per_query_head(v, q).to(dtype).mT - (grad * out).sum(-1, keepdim=True)) * scale
+    d_scores = (
+        weights * (grad @ _per_query_head(v, q).to(dtype).mT - (grad * out).sum(-1, keepdim=True)) * scale
+    )
     dq, dk, dv = d_scores @ _per_query_head(k, q).to(dtype), d_scores.mT @ q.to(dtype), weights.mT @ grad
     return dq.to(q.dtype), _per_key_head(dk, k).to(k.dtype), _per_key_head(dv, v).to(v.dtype)
 
@@ -197,7 +231,9 @@ def _scores(q, k, scale):
     """The scaled scores of every query against the keys up to its own position, −inf beyond."""
     dtype = accumulate_dtype(q)
     scores = q.to(dtype) @ _per_query_head(k, q).to(dtype).mT * scale
-    return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+    return scores.masked_fill(
+        torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf
+    )
 
 
 def _per_query_head(x, q):
@@ -210,17 +246,21 @@ def _per_key_head(x, k):
     return x if x.shape[1] == k.shape[1] else x.unflatten(1, (k.shape[1], -1)).sum(2)
 
 
-# --- the head: log-probabilities, cross-entropy, distillation ---------------------------------------------------------
+# --- the head: log-probabilities, cross-entropy, distillation ---
 
 
 def _counted(targets, vocabulary, ignore_index):
-    """The rows whose target counts, and their targets, both [N] int64. The range is not checked on a GPU, where it would cost a wait."""
+    """The rows whose target counts, and their targets, both [N] int64. The range is not checked on a GPU,
+    where it would cost a wait."""
     rows = (targets != ignore_index).nonzero().squeeze(1)
     targets = targets[rows]
     if targets.device.type == "cpu" and len(targets):
         low, high = map(int, targets.aminmax())
         if low < 0 or high >= vocabulary:
-            raise ValueError(f"targets must be in [0, {vocabulary}), or {ignore_index} to be ignored; got {low if low < 0 else high}")
+            raise ValueError(
+                f"targets must be in [0, {vocabulary}), or {ignore_index} to be ignored; got "
+                f"{low if low < 0 else high}"
+            )
     return rows, targets
 
 
@@ -236,7 +276,8 @@ def _put(x, rows, like):
 def linear_log_prob(hidden, weight, targets, ignore_index, max_logits_bytes):
     """log softmax(hidden weightᵀ)[target] per token [T], 0 where ignored.
 
-    The logits z pass by in tiles of the vocabulary; per token m = max z and S = Σ exp(z − m) are kept up to date.
+    The logits z pass by in tiles of the vocabulary; per token m = max z and S = Σ exp(z − m) are kept up to
+    date.
     """
     rows, targets = _counted(targets, len(weight), ignore_index)
     counted, dtype = _take(hidden, rows), accumulate_dtype(hidden)
@@ -256,7 +297,11 @@ def linear_log_prob(hidden, weight, targets, ignore_index, max_logits_bytes):
             new = torch.maximum(m, logits.amax(1))
             s.mul_(m.sub_(new).exp_()).add_(logits.sub_(new[:, None]).exp_().sum(1))
             m.copy_(new)
-    return _put(target_logit - largest - total.log(), rows, torch.empty(len(hidden), dtype=dtype, device=hidden.device))
+    return _put(
+        target_logit - largest - total.log(),
+        rows,
+        torch.empty(len(hidden), dtype=dtype, device=hidden.device),
+    )
 
 
 def difference_score(teacher_hidden, teacher_weight, reference_hidden, reference_weight, targets, cu_seqlens):
@@ -279,9 +324,12 @@ def difference_score(teacher_hidden, teacher_weight, reference_hidden, reference
 
 
 def _chunks(hidden, vocabulary, copies, max_logits_bytes):
-    """Yields (a slice of the tokens, memory [copies, its tokens, V] for logits within max_logits_bytes). One token at least."""
+    """Yields (a slice of the tokens, memory [copies, its tokens, V] for logits within max_logits_bytes). One
+    token at least."""
     dtype, count = accumulate_dtype(hidden), len(hidden)
-    size = max(1, min(CHUNK_TOKENS, count, max_logits_bytes // (copies * max(1, vocabulary) * dtype.itemsize)))
+    size = max(
+        1, min(CHUNK_TOKENS, count, max_logits_bytes // (copies * max(1, vocabulary) * dtype.itemsize))
+    )
     memory = torch.empty(copies, size, vocabulary, dtype=dtype, device=hidden.device)
     for t in range(0, count, size):
         yield slice(t, t + size), memory[:, : count - t]
@@ -294,7 +342,8 @@ def _blocks(logits):
 
 
 def _vocabulary_tiles(weight, dtype):
-    """(slice, weight[slice] in dtype): one tile if it has that dtype already, else tiles, so that no whole copy exists."""
+    """(slice, weight[slice] in dtype): one tile if it has that dtype already, else tiles, so that no whole
+    copy exists."""
     step = max(1, len(weight) if weight.dtype == dtype else TILE_BYTES // (weight.shape[1] * dtype.itemsize))
     for v in range(0, len(weight), step):
         yield slice(v, v + step), weight[v : v + step].to(dtype)
@@ -307,7 +356,8 @@ def _set_logits(logits, x, weight):
 
 
 def _add_gradients(grad_logits, x, weight, scale, grad_hidden, grad_weight):
-    """Add the gradients of one chunk: grad_hidden += scale · grad_logits weight, grad_weight += grad_logitsᵀ (scale · x). None: not needed."""
+    """Add the gradients of one chunk: grad_hidden += scale · grad_logits weight, grad_weight += grad_logitsᵀ
+    (scale · x). None: not needed."""
     scaled = x * scale
     for columns, tile in _vocabulary_tiles(weight, x.dtype):
         if grad_hidden is not None:
@@ -316,11 +366,14 @@ def _add_gradients(grad_logits, x, weight, scale, grad_hidden, grad_weight):
             grad_weight[columns].addmm_(grad_logits[:, columns].T, scaled)
 
 
-def linear_cross_entropy(hidden, weight, targets, token_weight, ignore_index, need_hidden, need_weight, max_logits_bytes):
-    """(Σ_t token_weight_t · −log p_t, its gradient for hidden, its gradient for weight); a gradient not needed is empty.
+def linear_cross_entropy(
+    hidden, weight, targets, token_weight, ignore_index, need_hidden, need_weight, max_logits_bytes
+):
+    """(Σ_t token_weight_t · −log p_t, its gradient for hidden, its gradient for weight); a gradient not
+    needed is empty.
 
-    With E = exp(z − max z) and S = Σ E over a row of logits z, dz = token_weight / S · (E − S · onehot): the row's scale goes to
-    the small operand of both products.
+    With E = exp(z − max z) and S = Σ E over a row of logits z, dz = token_weight / S · (E − S · onehot): the
+    row's scale goes to the small operand of both products.
     """
     rows, targets = _counted(targets, len(weight), ignore_index)
     counted, dtype = _take(hidden, rows), accumulate_dtype(hidden)
@@ -338,20 +391,41 @@ def linear_cross_entropy(hidden, weight, targets, token_weight, ignore_index, ne
             s = torch.sum(z.sub_(largest).exp_(), 1, keepdim=True, out=total[block])
             negative_log_prob[chunk][block] = (largest + s.log() - target_logit).squeeze(1)
             z.scatter_add_(1, target, -s)
-        _add_gradients(logits, x, weight, token_weight[chunk, None] / total, grad_hidden[chunk] if need_hidden else None, grad_weight)
+        _add_gradients(
+            logits,
+            x,
+            weight,
+            token_weight[chunk, None] / total,
+            grad_hidden[chunk] if need_hidden else None,
+            grad_weight,
+        )
     loss = (token_weight * negative_log_prob).sum()
     return loss, *_gradients(grad_hidden, rows, hidden, grad_weight, weight)
 
 
 def _gradients(grad_hidden, rows, hidden, grad_weight, weight):
     """The results for the two gradients: in the inputs' dtypes, in all rows; empty where not needed."""
-    grad_hidden = hidden.new_empty(0) if grad_hidden is None else _put(grad_hidden.to(hidden.dtype), rows, hidden)
+    grad_hidden = (
+        hidden.new_empty(0) if grad_hidden is None else _put(grad_hidden.to(hidden.dtype), rows, hidden)
+    )
     return grad_hidden, weight.new_empty(0) if grad_weight is None else grad_weight.to(weight.dtype)
 
 
-def linear_distillation_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, targets, alpha, temperature, ignore_index,
-                             need_hidden, need_weight, max_logits_bytes):
-    """(loss, cross-entropy, KL, gradient of loss for student_hidden, for student_weight), means over the targets that count.
+def linear_distillation_loss(
+    student_hidden,
+    student_weight,
+    teacher_hidden,
+    teacher_weight,
+    targets,
+    alpha,
+    temperature,
+    ignore_index,
+    need_hidden,
+    need_weight,
+    max_logits_bytes,
+):
+    """(loss, cross-entropy, KL, gradient of loss for student_hidden, for student_weight), means over the
+    targets that count.
 
     With p = softmax(student logits), and at the temperature τ q the student's and r the teacher's:
     d loss / d logits = (1 − α) (p − onehot) + α/τ (q − r).
@@ -359,9 +433,15 @@ def linear_distillation_loss(student_hidden, student_weight, teacher_hidden, tea
     vocabulary = min(len(student_weight), len(teacher_weight))
     student_head, teacher_head = student_weight[:vocabulary], teacher_weight[:vocabulary]
     rows, targets = _counted(targets, vocabulary, ignore_index)
-    student, teacher, dtype = _take(student_hidden, rows), _take(teacher_hidden, rows), accumulate_dtype(student_hidden)
+    student, teacher, dtype = (
+        _take(student_hidden, rows),
+        _take(teacher_hidden, rows),
+        accumulate_dtype(student_hidden),
+    )
     grad_hidden = torch.zeros(student.shape, dtype=dtype, device=student.device) if need_hidden else None
-    grad_weight = torch.zeros(student_weight.shape, dtype=dtype, device=student.device) if need_weight else None
+    grad_weight = (
+        torch.zeros(student_weight.shape, dtype=dtype, device=student.device) if need_weight else None
+    )
     cross_entropy = torch.empty(len(rows), dtype=dtype, device=student.device)
     divergence = torch.empty_like(cross_entropy)
     for chunk, (logits, teacher_logits) in _chunks(student, vocabulary, 2, max_logits_bytes):
@@ -378,8 +458,19 @@ def linear_distillation_loss(student_hidden, student_weight, teacher_hidden, tea
             divergence[chunk][block] = log_r.sub_(log_q).mul_(r).sum(1)
             torch.sub(log_q.exp(), r, out=z).mul_(alpha / temperature).add_(log_p.exp_(), alpha=1 - alpha)
             z.scatter_add_(1, target, torch.full_like(target, alpha - 1, dtype=dtype))
-        _add_gradients(logits, x, student_head, 1 / len(rows), grad_hidden[chunk] if need_hidden else None,
-                       grad_weight[:vocabulary] if need_weight else None)
+        _add_gradients(
+            logits,
+            x,
+            student_head,
+            1 / len(rows),
+            grad_hidden[chunk] if need_hidden else None,
+            grad_weight[:vocabulary] if need_weight else None,
+        )
     cross_entropy, divergence = (sums.sum() / max(1, len(rows)) for sums in (cross_entropy, divergence))
     loss = (1 - alpha) * cross_entropy + alpha * divergence
-    return loss, cross_entropy, divergence, *_gradients(grad_hidden, rows, student_hidden, grad_weight, student_weight)
+    return (
+        loss,
+        cross_entropy,
+        divergence,
+        *_gradients(grad_hidden, rows, student_hidden, grad_weight, student_weight),
+    )

@@ -2,20 +2,24 @@
 
     s = x (+ residual)        r = 1 / √(mean_d s² + eps)        out = s · r · w
 
-    with n = s · r and g the gradient of out:   ds = r · (g·w − n · mean_d(g·w·n)) (+ gradient of s)        dw = Σ_rows g · n
+    with n = s · r and g the gradient of out:        ds = r · (g·w − n · mean_d(g·w·n)) (+ gradient of s)
+    dw = Σ_rows g · n
 
-R rows, d their width, w [d]. A program holds whole rows in registers, several where they are narrow, so each input is read once
-and each output written once:
+R rows, d their width, w [d]. A program holds whole rows in registers, several where they are narrow, so each
+input is read once and each output written once:
 
-    rms_norm 2·R·d elements, add_rms_norm 4·R·d (x, residual; s, out), backward 3·R·d (g, s; ds), 4·R·d with the gradient of s
+    rms_norm 2·R·d elements, add_rms_norm 4·R·d (x, residual; s, out), backward 3·R·d (g, s; ds), 4·R·d with
+    the gradient of s
 
-and 4·R bytes of r. s may be float32 beside 16-bit g, w and out; the backward pass then writes ds in both types if both are asked for.
-The backward grid just fills the GPU: a program walks over every programs-th tile of rows and keeps its own sum for dw, written once as a
-row of [programs, d] float32; a second kernel adds those rows in a fixed order. So equal inputs give equal bits on one GPU. Rows of more
-than 32 KiB of s leave no registers for the sum: a kernel of its own reads g and s once more for it.
+and 4·R bytes of r. s may be float32 beside 16-bit g, w and out; the backward pass then writes ds in both
+types if both are asked for. The backward grid just fills the GPU: a program walks over every programs-th tile
+of rows and keeps its own sum for dw, written once as a row of [programs, d] float32; a second kernel adds
+those rows in a fixed order. So equal inputs give equal bits on one GPU. Rows of more than 32 KiB of s leave
+no registers for the sum: a kernel of its own reads g and s once more for it.
 
-Rows may be [A, H, d] with a stride for A and one for H: heads within the output of a fused projection are normed where they lie.
-Source of the formula: Zhang & Sennrich 2019, arXiv 1910.07467. The float32 partial sums of dw per program are as in quack and Liger.
+Rows may be [A, H, d] with a stride for A and one for H: heads within the output of a fused projection are
+normed where they lie. Source of the formula: Zhang & Sennrich 2019, arXiv 1910.07467. The float32 partial
+sums of dw per program are as in quack and Liger.
 """
 
 import torch
@@ -28,44 +32,103 @@ from .tiles import BATCH_SIZES
 
 @triton.jit
 def _locate(tile, R, H, d, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The rows as number [BLOCK_R], and as (a, h) of [A, H, d], each [BLOCK_R, 1]; the columns [1, BLOCK_D]; the mask."""
+    """The rows as number [BLOCK_R], and as (a, h) of [A, H, d], each [BLOCK_R, 1]; the columns [1, BLOCK_D];
+    the mask."""
     row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.arange(0, BLOCK_D)[None, :]
-    return row.to(tl.int64), (row // H).to(tl.int64)[:, None], (row % H).to(tl.int64)[:, None], column, (row < R)[:, None] & (column < d)
+    return (
+        row.to(tl.int64),
+        (row // H).to(tl.int64)[:, None],
+        (row % H).to(tl.int64)[:, None],
+        column,
+        (row < R)[:, None] & (column < d),
+    )
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def _forward_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, rstd_ptr, R, H, d, eps,
-                    stride_xa, stride_xh, stride_ra, stride_rh, ADD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+def _forward_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    total_ptr,
+    rstd_ptr,
+    R,
+    H,
+    d,
+    eps,
+    stride_xa,
+    stride_xh,
+    stride_ra,
+    stride_rh,
+    ADD: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     row, a, h, column, mask = _locate(tl.program_id(0), R, H, d, BLOCK_R, BLOCK_D)
     weight = tl.load(weight_ptr + column, mask=column < d, other=0.0).to(tl.float32)  # [1, BLOCK_D]
-    total = tl.load(x_ptr + a * stride_xa + h * stride_xh + column, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_D]
+    total = tl.load(x_ptr + a * stride_xa + h * stride_xh + column, mask=mask, other=0.0).to(
+        tl.float32
+    )  # [BLOCK_R, BLOCK_D]
     if ADD:
-        total += tl.load(residual_ptr + a * stride_ra + h * stride_rh + column, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(residual_ptr + a * stride_ra + h * stride_rh + column, mask=mask, other=0.0).to(
+            tl.float32
+        )
         rounded = total.to(total_ptr.dtype.element_ty)  # what is normed is what is kept
         tl.store(total_ptr + row[:, None] * d + column, rounded, mask=mask)
         total = rounded.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(total * total, 1) / d + eps)  # [BLOCK_R]
-    tl.store(out_ptr + row[:, None] * d + column, (total * rstd[:, None] * weight).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        out_ptr + row[:, None] * d + column,
+        (total * rstd[:, None] * weight).to(out_ptr.dtype.element_ty),
+        mask=mask,
+    )
     tl.store(rstd_ptr + row, rstd, mask=row < R)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def _backward_kernel(grad_ptr, x_ptr, weight_ptr, rstd_ptr, grad_x_ptr, dx_ptr, narrow_ptr, partial_ptr, R, H, d,
-                     stride_ga, stride_gh, stride_xa, stride_xh, stride_da, stride_dh,
-                     ADD: tl.constexpr, NARROW: tl.constexpr, SUM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+def _backward_kernel(
+    grad_ptr,
+    x_ptr,
+    weight_ptr,
+    rstd_ptr,
+    grad_x_ptr,
+    dx_ptr,
+    narrow_ptr,
+    partial_ptr,
+    R,
+    H,
+    d,
+    stride_ga,
+    stride_gh,
+    stride_xa,
+    stride_xh,
+    stride_da,
+    stride_dh,
+    ADD: tl.constexpr,
+    NARROW: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     column = tl.arange(0, BLOCK_D)[None, :]
     grad_weight = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
         row, a, h, _, mask = _locate(tile, R, H, d, BLOCK_R, BLOCK_D)
-        grad = tl.load(grad_ptr + a * stride_ga + h * stride_gh + column, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_D]
+        grad = tl.load(grad_ptr + a * stride_ga + h * stride_gh + column, mask=mask, other=0.0).to(
+            tl.float32
+        )  # [BLOCK_R, BLOCK_D]
         x = tl.load(x_ptr + a * stride_xa + h * stride_xh + column, mask=mask, other=0.0).to(tl.float32)
         if ADD:
-            dx = tl.load(grad_x_ptr + a * stride_da + h * stride_dh + column, mask=mask, other=0.0).to(tl.float32)
+            dx = tl.load(grad_x_ptr + a * stride_da + h * stride_dh + column, mask=mask, other=0.0).to(
+                tl.float32
+            )
         else:
             dx = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
         rstd = tl.load(rstd_ptr + row, mask=row < R, other=0.0)[:, None]
-        weight = tl.load(weight_ptr + column, mask=column < d, other=0.0).to(tl.float32)  # [1, BLOCK_D], from the L1 cache: registers are short
+        weight = tl.load(weight_ptr + column, mask=column < d, other=0.0).to(
+            tl.float32
+        )  # [1, BLOCK_D], from the L1 cache: registers are short
         normed, weighted = x * rstd, grad * weight
         dx += rstd * (weighted - normed * (tl.sum(normed * weighted, 1, keep_dims=True) / d))
         if SUM:
@@ -79,18 +142,38 @@ def _backward_kernel(grad_ptr, x_ptr, weight_ptr, rstd_ptr, grad_x_ptr, dx_ptr, 
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def _weight_kernel(grad_ptr, x_ptr, rstd_ptr, partial_ptr, R, H, d, stride_ga, stride_gh, stride_xa, stride_xh,
-                   BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The partial sums of dw for rows that are too wide to keep beside them: program (c, p) adds columns block c of every P-th tile of rows."""
+def _weight_kernel(
+    grad_ptr,
+    x_ptr,
+    rstd_ptr,
+    partial_ptr,
+    R,
+    H,
+    d,
+    stride_ga,
+    stride_gh,
+    stride_xa,
+    stride_xh,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The partial sums of dw for rows that are too wide to keep beside them: program (c, p) adds columns
+    block c of every P-th tile of rows."""
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     grad_weight = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for tile in range(tl.program_id(1), tl.cdiv(R, BLOCK_R), tl.num_programs(1)):
         row, a, h, _, _ = _locate(tile, R, H, d, BLOCK_R, BLOCK_D)
         mask = (row < R)[:, None] & (column < d)
-        grad = tl.load(grad_ptr + a * stride_ga + h * stride_gh + column, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_D]
+        grad = tl.load(grad_ptr + a * stride_ga + h * stride_gh + column, mask=mask, other=0.0).to(
+            tl.float32
+        )  # [BLOCK_R, BLOCK_D]
         x = tl.load(x_ptr + a * stride_xa + h * stride_xh + column, mask=mask, other=0.0).to(tl.float32)
         grad_weight += grad * (x * tl.load(rstd_ptr + row, mask=row < R, other=0.0)[:, None])
-    tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * d + column, tl.sum(grad_weight, 0, keep_dims=True), mask=column < d)
+    tl.store(
+        partial_ptr + tl.program_id(1).to(tl.int64) * d + column,
+        tl.sum(grad_weight, 0, keep_dims=True),
+        mask=column < d,
+    )
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -100,7 +183,11 @@ def _sum_kernel(partial_ptr, out_ptr, P, d, BLOCK_P: tl.constexpr, BLOCK_D: tl.c
     total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     for first in range(0, P, BLOCK_P):
         row = first + tl.arange(0, BLOCK_P)[:, None]
-        total += tl.load(partial_ptr + row.to(tl.int64) * d + column[None, :], mask=(row < P) & (column < d)[None, :], other=0.0)
+        total += tl.load(
+            partial_ptr + row.to(tl.int64) * d + column[None, :],
+            mask=(row < P) & (column < d)[None, :],
+            other=0.0,
+        )
     tl.store(out_ptr + column, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=column < d)
 
 
@@ -117,7 +204,9 @@ def _forward(x, residual, weight, eps, dtype):
     rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     total = None
     if residual is not None:
-        total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype), memory_format=torch.contiguous_format)
+        total = torch.empty_like(
+            x, dtype=torch.promote_types(x.dtype, residual.dtype), memory_format=torch.contiguous_format
+        )
     x, weight = _rows(x), weight.contiguous()
     other = x if residual is None else _rows(residual)
     heads, width = x.shape[1:]
@@ -125,21 +214,48 @@ def _forward(x, residual, weight, eps, dtype):
 
     def run(config):
         _forward_kernel[(triton.cdiv(rows, config.blocks["BLOCK_R"]),)](
-            x, other, weight, out, total if total is not None else out, rstd, rows, heads, width, eps,
-            *x.stride()[:2], *other.stride()[:2], ADD=total is not None, **config.options)
+            x,
+            other,
+            weight,
+            out,
+            total if total is not None else out,
+            rstd,
+            rows,
+            heads,
+            width,
+            eps,
+            *x.stride()[:2],
+            *other.stride()[:2],
+            ADD=total is not None,
+            **config.options,
+        )
 
     if rows:
-        tuning.launch("rms_norm", run, x.device, width=width, itemsize=(x if total is None else total).itemsize)
+        tuning.launch(
+            "rms_norm", run, x.device, width=width, itemsize=(x if total is None else total).itemsize
+        )
     return out, total, rstd
 
 
 def _examples(make):
     def example(rows, width, x, weight):
-        return make(rows, width, dtype=x), make(width, dtype=weight), 1e-6, torch.bfloat16 if torch.bfloat16 in (x, weight) else x
+        return (
+            make(rows, width, dtype=x),
+            make(width, dtype=weight),
+            1e-6,
+            torch.bfloat16 if torch.bfloat16 in (x, weight) else x,
+        )
 
     bf16, fp32 = torch.bfloat16, torch.float32
-    return [example(65536, 128, bf16, bf16), example(4096, 768, bf16, bf16), example(4096, 768, fp32, bf16), example(4096, 768, bf16, fp32),
-            (make(4096, 768, dtype=fp32), make(768, dtype=fp32), 1e-6, bf16), example(4096, 16384, bf16, bf16), example(4096, 16384, fp32, fp32)]
+    return [
+        example(65536, 128, bf16, bf16),
+        example(4096, 768, bf16, bf16),
+        example(4096, 768, fp32, bf16),
+        example(4096, 768, bf16, fp32),
+        (make(4096, 768, dtype=fp32), make(768, dtype=fp32), 1e-6, bf16),
+        example(4096, 16384, bf16, bf16),
+        example(4096, 16384, fp32, fp32),
+    ]
 
 
 @dispatch.triton("rms_norm", _examples)
@@ -148,7 +264,9 @@ def rms_norm(x, weight, eps, dtype):
     return out, rstd
 
 
-@dispatch.triton("add_rms_norm", lambda make: [(make(*x.shape), x, *others) for x, *others in _examples(make)[1:6]])
+@dispatch.triton(
+    "add_rms_norm", lambda make: [(make(*x.shape), x, *others) for x, *others in _examples(make)[1:6]]
+)
 def add_rms_norm(x, residual, weight, eps, dtype):
     return _forward(x, residual, weight, eps, dtype)
 
@@ -157,13 +275,22 @@ def _backward_examples(make):
     for x, weight, _, dtype in _examples(make):
         rstd = make(x.shape[0], 1, dtype=torch.float32)
         for grad_residual in (None, make(*x.shape, dtype=x.dtype)):
-            yield make(*x.shape, dtype=dtype), x, weight, rstd, grad_residual, dtype if grad_residual is not None and x.dtype != dtype else None
+            yield (
+                make(*x.shape, dtype=dtype),
+                x,
+                weight,
+                rstd,
+                grad_residual,
+                dtype if grad_residual is not None and x.dtype != dtype else None,
+            )
 
 
 @dispatch.triton("rms_norm_backward", _backward_examples)
 def rms_norm_backward(grad, x, weight, rstd, grad_residual, low_precision_dtype):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dx_narrow = torch.empty_like(dx, dtype=low_precision_dtype) if low_precision_dtype else weight.new_empty(0)
+    dx_narrow = (
+        torch.empty_like(dx, dtype=low_precision_dtype) if low_precision_dtype else weight.new_empty(0)
+    )
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad, x, weight, rstd = _rows(grad), _rows(x), weight.contiguous(), rstd.contiguous()
     other = grad if grad_residual is None else _rows(grad_residual)
@@ -175,11 +302,38 @@ def rms_norm_backward(grad, x, weight, rstd, grad_residual, low_precision_dtype)
         partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
         if programs:
             _backward_kernel[(programs,)](
-                grad, x, weight, rstd, other, dx, dx_narrow if low_precision_dtype else dx, partial, rows, heads, width,
-                *grad.stride()[:2], *x.stride()[:2], *other.stride()[:2], ADD=grad_residual is not None, NARROW=low_precision_dtype is not None, **config.options)
+                grad,
+                x,
+                weight,
+                rstd,
+                other,
+                dx,
+                dx_narrow if low_precision_dtype else dx,
+                partial,
+                rows,
+                heads,
+                width,
+                *grad.stride()[:2],
+                *x.stride()[:2],
+                *other.stride()[:2],
+                ADD=grad_residual is not None,
+                NARROW=low_precision_dtype is not None,
+                **config.options,
+            )
             if not config.blocks["SUM"]:
                 _weight_kernel[(triton.cdiv(width, 256), programs)](
-                    grad, x, rstd, partial, rows, heads, width, *grad.stride()[:2], *x.stride()[:2], BLOCK_R=8, BLOCK_D=256)
+                    grad,
+                    x,
+                    rstd,
+                    partial,
+                    rows,
+                    heads,
+                    width,
+                    *grad.stride()[:2],
+                    *x.stride()[:2],
+                    BLOCK_R=8,
+                    BLOCK_D=256,
+                )
         _sum_kernel[(triton.cdiv(width, 32),)](partial, grad_weight, programs, width, BLOCK_P=128, BLOCK_D=32)
 
     tuning.launch("rms_norm_backward", run, x.device, width=width, itemsize=x.itemsize)

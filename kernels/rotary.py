@@ -1,17 +1,19 @@
-"""apply_rotary in Triton: both halves of every head of q and k turned by the angle of their token's position, in one launch.
+"""apply_rotary in Triton: both halves of every head of q and k turned by the angle of their token's position,
+in one launch.
 
-    a = position · inv_freq_i        (x_i, x_{i + D/2}) → (x_i cos a − x_{i + D/2} sin a,  x_{i + D/2} cos a + x_i sin a)
+    a = position · inv_freq_i
+    (x_i, x_{i + D/2}) → (x_i cos a − x_{i + D/2} sin a,  x_{i + D/2} cos a + x_i sin a)
 
 T tokens, Hq and Hk heads of q and k, D head dimension. The inverse turns by −a; it is also the backward pass.
 
-A program computes the cosines and sines of BLOCK_T tokens once, in float32 registers, and applies them to BLOCK_H heads one after the other;
-heads 0 … Hq − 1 are q's, the others k's. q and k are read where they lie (any strides of token and head, as views of a fused
-projection have them) and written contiguous.
+A program computes the cosines and sines of BLOCK_T tokens once, in float32 registers, and applies them to
+BLOCK_H heads one after the other; heads 0 … Hq − 1 are q's, the others k's. q and k are read where they lie
+(any strides of token and head, as views of a fused projection have them) and written contiguous.
 
 Bytes moved: 2·T·(Hq + Hk)·D·itemsize and a few per token.
-The angle is one float32 product, as in the reference. Its sine and cosine are those of the accurate libraries (libdevice's sinf and cosf on
-NVIDIA, ocml's on AMD; no fast-math approximation): for large angles they reduce the argument with as many digits of 2/π as it takes, and so
-they are right at any position.
+The angle is one float32 product, as in the reference. Its sine and cosine are those of the accurate libraries
+(libdevice's sinf and cosf on NVIDIA, ocml's on AMD; no fast-math approximation): for large angles they reduce
+the argument with as many digits of 2/π as it takes, and so they are right at any position.
 Source of the formula: Su et al. 2021, arXiv 2104.09864; the pairing of i with i + D/2 is transformers'.
 """
 
@@ -29,28 +31,68 @@ def _turn(x_ptr, out_ptr, x_offset, out_offset, cos, sin, mask, HALF: tl.constex
     first = tl.load(x_ptr + x_offset, mask=mask).to(tl.float32)
     second = tl.load(x_ptr + x_offset + HALF, mask=mask).to(tl.float32)
     tl.store(out_ptr + out_offset, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(out_ptr + out_offset + HALF, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        out_ptr + out_offset + HALF, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=mask
+    )
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def _rotary_kernel(q_ptr, k_ptr, positions_ptr, inv_freq_ptr, q_out_ptr, k_out_ptr, T, Hq, Hk, stride_qt, stride_qh, stride_kt, stride_kh,
-                   INVERSE: tl.constexpr, HALF: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
+def _rotary_kernel(
+    q_ptr,
+    k_ptr,
+    positions_ptr,
+    inv_freq_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    T,
+    Hq,
+    Hk,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    INVERSE: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     groups = tl.cdiv(Hq + Hk, BLOCK_H)
     token = (tl.program_id(0) // groups * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     position = tl.load(positions_ptr + token, mask=token < T, other=0).to(tl.float32)
     token, i = token[:, None], tl.arange(0, BLOCK_F)[None, :]  # i: the pair
     mask = (token < T) & (i < HALF)
-    angle = position[:, None] * tl.load(inv_freq_ptr + i, mask=i < HALF, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_F]
+    angle = position[:, None] * tl.load(inv_freq_ptr + i, mask=i < HALF, other=0.0).to(
+        tl.float32
+    )  # [BLOCK_T, BLOCK_F]
     sin, cos = tl.sin(angle), tl.cos(angle)
     if INVERSE:
         sin = -sin
     first = tl.program_id(0) % groups * BLOCK_H
     for head in range(first, tl.minimum(first + BLOCK_H, Hq + Hk)):
         if head < Hq:
-            _turn(q_ptr, q_out_ptr, token * stride_qt + tl.cast(head, tl.int64) * stride_qh + i, (token * Hq + head) * (2 * HALF) + i, cos, sin, mask, HALF)
+            _turn(
+                q_ptr,
+                q_out_ptr,
+                token * stride_qt + tl.cast(head, tl.int64) * stride_qh + i,
+                (token * Hq + head) * (2 * HALF) + i,
+                cos,
+                sin,
+                mask,
+                HALF,
+            )
         else:
             h = head - Hq
-            _turn(k_ptr, k_out_ptr, token * stride_kt + tl.cast(h, tl.int64) * stride_kh + i, (token * Hk + h) * (2 * HALF) + i, cos, sin, mask, HALF)
+            _turn(
+                k_ptr,
+                k_out_ptr,
+                token * stride_kt + tl.cast(h, tl.int64) * stride_kh + i,
+                (token * Hk + h) * (2 * HALF) + i,
+                cos,
+                sin,
+                mask,
+                HALF,
+            )
 
 
 def _contiguous_heads(x: torch.Tensor) -> torch.Tensor:
@@ -60,22 +102,57 @@ def _contiguous_heads(x: torch.Tensor) -> torch.Tensor:
 
 def _examples(make):
     positions = make(4096, dtype=torch.int64)
-    return [(make(4096, heads, dim, dtype=dtype), make(4096, 4, dim, dtype=dtype), positions, make(dim // 2, dtype=torch.float32), inverse)
-            for heads, dim, dtype, inverse in [(12, 64, torch.bfloat16, False), (12, 64, torch.bfloat16, True), (16, 96, torch.bfloat16, False),
-                                               (16, 128, torch.bfloat16, False), (16, 128, torch.float32, False)]]
+    return [
+        (
+            make(4096, heads, dim, dtype=dtype),
+            make(4096, 4, dim, dtype=dtype),
+            positions,
+            make(dim // 2, dtype=torch.float32),
+            inverse,
+        )
+        for heads, dim, dtype, inverse in [
+            (12, 64, torch.bfloat16, False),
+            (12, 64, torch.bfloat16, True),
+            (16, 96, torch.bfloat16, False),
+            (16, 128, torch.bfloat16, False),
+            (16, 128, torch.float32, False),
+        ]
+    ]
 
 
 @dispatch.triton("rotary", _examples)
 def rotary(q, k, positions, inv_freq, inverse):
     q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    q, k, positions, inv_freq = _contiguous_heads(q), _contiguous_heads(k), positions.contiguous(), inv_freq.contiguous()
+    q, k, positions, inv_freq = (
+        _contiguous_heads(q),
+        _contiguous_heads(k),
+        positions.contiguous(),
+        inv_freq.contiguous(),
+    )
     tokens, heads, dim = q.shape
     key_heads = k.shape[1]
 
     def run(config):
-        programs = triton.cdiv(tokens, config.blocks["BLOCK_T"]) * triton.cdiv(heads + key_heads, config.blocks["BLOCK_H"])
-        _rotary_kernel[(programs,)](q, k, positions, inv_freq, q_out, k_out, tokens, heads, key_heads, *q.stride()[:2], *k.stride()[:2],
-                                    INVERSE=inverse, HALF=dim // 2, BLOCK_F=triton.next_power_of_2(dim // 2), **config.options)
+        programs = triton.cdiv(tokens, config.blocks["BLOCK_T"]) * triton.cdiv(
+            heads + key_heads, config.blocks["BLOCK_H"]
+        )
+        _rotary_kernel[(programs,)](
+            q,
+            k,
+            positions,
+            inv_freq,
+            q_out,
+            k_out,
+            tokens,
+            heads,
+            key_heads,
+            *q.stride()[:2],
+            *k.stride()[:2],
+            INVERSE=inverse,
+            HALF=dim // 2,
+            BLOCK_F=triton.next_power_of_2(dim // 2),
+            **config.options,
+        )
 
     if tokens and dim and heads + key_heads:
         tuning.launch("rotary", run, q.device, dim=dim, itemsize=q.itemsize)

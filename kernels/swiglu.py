@@ -1,13 +1,15 @@
-"""swiglu in Triton: out = silu(gate) · up with silu(g) = g · σ(g), σ(g) = 1 / (1 + e^−g), forward and backward.
+"""swiglu in Triton: out = silu(gate) · up with silu(g) = g · σ(g), σ(g) = 1 / (1 + e^−g), forward and
+backward.
 
     dgate = grad · up · σ (1 + gate (1 − σ))        dup = grad · gate · σ
 
-R rows, f their width. A program takes BLOCK_R × BLOCK_F elements; every element is read once and written once, and the backward
-pass computes σ again instead of saving it. gate and up are any two matrices with contiguous rows: two tensors, or the halves
-of one [R, 2f] tensor, whose gradients are then written as halves of one.
+R rows, f their width. A program takes BLOCK_R × BLOCK_F elements; every element is read once and written
+once, and the backward pass computes σ again instead of saving it. gate and up are any two matrices with
+contiguous rows: two tensors, or the halves of one [R, 2f] tensor, whose gradients are then written as halves
+of one.
 
-Bytes moved: forward 3·R·f·itemsize, backward 5·R·f·itemsize; 16 bytes per access where f and the strides are multiples of 16 elements.
-Source of the formula: Shazeer 2020, arXiv 2002.05202.
+Bytes moved: forward 3·R·f·itemsize, backward 5·R·f·itemsize; 16 bytes per access where f and the strides are
+multiples of 16 elements. Source of the formula: Shazeer 2020, arXiv 2002.05202.
 """
 
 import math
@@ -30,7 +32,9 @@ def _locate(R, f, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def _forward_kernel(gate_ptr, up_ptr, out_ptr, R, f, stride_gr, stride_ur, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
+def _forward_kernel(
+    gate_ptr, up_ptr, out_ptr, R, f, stride_gr, stride_ur, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr
+):
     row, column, mask = _locate(R, f, BLOCK_R, BLOCK_F)
     gate = tl.load(gate_ptr + row * stride_gr + column, mask=mask).to(tl.float32)  # [BLOCK_R, BLOCK_F]
     up = tl.load(up_ptr + row * stride_ur + column, mask=mask).to(tl.float32)
@@ -39,16 +43,35 @@ def _forward_kernel(gate_ptr, up_ptr, out_ptr, R, f, stride_gr, stride_ur, BLOCK
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def _backward_kernel(grad_ptr, gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, R, f, stride_or, stride_gr, stride_ur, stride_dr,
-                     BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
+def _backward_kernel(
+    grad_ptr,
+    gate_ptr,
+    up_ptr,
+    grad_gate_ptr,
+    grad_up_ptr,
+    R,
+    f,
+    stride_or,
+    stride_gr,
+    stride_ur,
+    stride_dr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
     row, column, mask = _locate(R, f, BLOCK_R, BLOCK_F)
     grad = tl.load(grad_ptr + row * stride_or + column, mask=mask).to(tl.float32)  # [BLOCK_R, BLOCK_F]
     gate = tl.load(gate_ptr + row * stride_gr + column, mask=mask).to(tl.float32)
     up = tl.load(up_ptr + row * stride_ur + column, mask=mask).to(tl.float32)
     sigmoid = 1 / (1 + tl.exp2(gate * -LOG2_E))
     grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
-    tl.store(grad_gate_ptr + row * stride_dr + column, grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=mask)
-    tl.store(grad_up_ptr + row * stride_dr + column, (grad * gate * sigmoid).to(grad_up_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        grad_gate_ptr + row * stride_dr + column, grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=mask
+    )
+    tl.store(
+        grad_up_ptr + row * stride_dr + column,
+        (grad * gate * sigmoid).to(grad_up_ptr.dtype.element_ty),
+        mask=mask,
+    )
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -74,12 +97,18 @@ def _launch(kernel, name: str, tensors, strides):
 
 
 def _examples(make):
-    return [(make(4096, 2112), make(4096, 2112)), (make(4096, 2 * 2112), None),
-            (make(4096, 1408, dtype=torch.float32), make(4096, 1408, dtype=torch.float32))]
+    return [
+        (make(4096, 2112), make(4096, 2112)),
+        (make(4096, 2 * 2112), None),
+        (make(4096, 1408, dtype=torch.float32), make(4096, 1408, dtype=torch.float32)),
+    ]
 
 
 def _backward_examples(make):
-    return [(make(4096, gate.shape[1] // (1 if up is not None else 2), dtype=gate.dtype), gate, up) for gate, up in _examples(make)]
+    return [
+        (make(4096, gate.shape[1] // (1 if up is not None else 2), dtype=gate.dtype), gate, up)
+        for gate, up in _examples(make)
+    ]
 
 
 @dispatch.triton("swiglu", _examples)
@@ -100,5 +129,10 @@ def swiglu_backward(grad, gate, up):
         grad_up = torch.empty_like(up, memory_format=torch.contiguous_format)
         results = _rows(grad_gate), _rows(grad_up)
     grad, gate, up = _rows(grad), _rows(gate), _rows(up)
-    _launch(_backward_kernel, "swiglu_backward", (grad, gate, up, *results), (*(x.stride(0) for x in (grad, gate, up)), results[0].stride(0)))
+    _launch(
+        _backward_kernel,
+        "swiglu_backward",
+        (grad, gate, up, *results),
+        (*(x.stride(0) for x in (grad, gate, up)), results[0].stride(0)),
+    )
     return grad_gate, grad_up

@@ -1,7 +1,7 @@
 """What several kernels share: how a matrix is passed and read in tiles, and the log-sum-exp of split rows.
 
-T tokens, V vocabulary, d hidden width. A matrix comes to a kernel as a host tensor descriptor (TMA on Hopper and newer) or as a
-pointer with its row stride; its last dimension is contiguous.
+T tokens, V vocabulary, d hidden width. A matrix comes to a kernel as a host tensor descriptor (TMA on Hopper
+and newer) or as a pointer with its row stride; its last dimension is contiguous.
 """
 
 import torch
@@ -9,8 +9,22 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-BATCH_SIZES = ("T", "R", "B", "P", "splits", "first_splits", "again_splits", "teacher_splits", "reference_splits", "blocks_t", "tiles_per_split", "items")
-"""Arguments of kernels that change from batch to batch: Triton must not compile a kernel anew because one is 1, or no multiple of 16."""
+BATCH_SIZES = (
+    "T",
+    "R",
+    "B",
+    "P",
+    "splits",
+    "first_splits",
+    "again_splits",
+    "teacher_splits",
+    "reference_splits",
+    "blocks_t",
+    "tiles_per_split",
+    "items",
+)
+"""Arguments of kernels that change from batch to batch: Triton must not compile a kernel anew because one is
+1, or no multiple of 16."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-2.3e38)  # a first maximum that stays finite when multiplied by log2(e)
@@ -22,19 +36,41 @@ def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def use_descriptors(where, *matrices: torch.Tensor) -> bool:
-    """Whether the target reads all these matrices (rows contiguous) through descriptors: not empty, rows aligned to 16 bytes."""
+    """Whether the target reads all these matrices (rows contiguous) through descriptors: not empty, rows
+    aligned to 16 bytes."""
     return where.descriptors and all(
-        x.numel() > 0 and x.stride(1) == 1 and x.stride(0) > 0 and x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0 for x in matrices)
+        x.numel() > 0
+        and x.stride(1) == 1
+        and x.stride(0) > 0
+        and x.stride(0) * x.itemsize % 16 == 0
+        and x.data_ptr() % 16 == 0
+        for x in matrices
+    )
 
 
 def matrix(x: torch.Tensor, block_rows: int, block_columns: int, descriptors: bool):
     """The kernel's argument for a matrix [R, C] that is read in tiles."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [block_rows, block_columns]) if descriptors else x
+    return (
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [block_rows, block_columns])
+        if descriptors
+        else x
+    )
 
 
 @triton.jit
-def load_tile(x, row, column, rows, columns, stride_row, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, DESCRIPTORS: tl.constexpr):
-    """x[row : row + BLOCK_R, column : column + BLOCK_C]; zero beyond the last column, beyond the last row zero or a copy of it."""
+def load_tile(
+    x,
+    row,
+    column,
+    rows,
+    columns,
+    stride_row,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """x[row : row + BLOCK_R, column : column + BLOCK_C]; zero beyond the last column, beyond the last row
+    zero or a copy of it."""
     if DESCRIPTORS:
         tile = x.load([row, column])
     else:
@@ -45,19 +81,49 @@ def load_tile(x, row, column, rows, columns, stride_row, BLOCK_R: tl.constexpr, 
 
 
 @triton.jit
-def store_tile(x, tile, row, column, rows, columns, stride_row, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, DESCRIPTORS: tl.constexpr):
+def store_tile(
+    x,
+    tile,
+    row,
+    column,
+    rows,
+    columns,
+    stride_row,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
     """x[row : row + BLOCK_R, column : column + BLOCK_C] = tile, as far as x reaches, in its dtype."""
     if DESCRIPTORS:
         x.store([row, column], tile.to(x.dtype))
     else:
         r = (row + tl.arange(0, BLOCK_R)).to(tl.int64)
         c = column + tl.arange(0, BLOCK_C)
-        tl.store(x + r[:, None] * stride_row + c[None, :], tile.to(x.dtype.element_ty), mask=(r < rows)[:, None] & (c < columns)[None, :])
+        tl.store(
+            x + r[:, None] * stride_row + c[None, :],
+            tile.to(x.dtype.element_ty),
+            mask=(r < rows)[:, None] & (c < columns)[None, :],
+        )
 
 
 @triton.jit
-def dot_step(x, w, t, v, k, T, V, d, stride_xt, stride_wv, logits, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-             DESCRIPTORS: tl.constexpr):
+def dot_step(
+    x,
+    w,
+    t,
+    v,
+    k,
+    T,
+    V,
+    d,
+    stride_xt,
+    stride_wv,
+    logits,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
     """logits [BLOCK_T, BLOCK_V] + x[t:, k:] · w[v:, k:]ᵀ over BLOCK_D columns, in float32."""
     x_tile = load_tile(x, t, k, T, d, stride_xt, BLOCK_T, BLOCK_D, DESCRIPTORS)
     w_tile = load_tile(w, v, k, V, d, stride_wv, BLOCK_V, BLOCK_D, DESCRIPTORS)
@@ -69,14 +135,16 @@ def add_to_logsumexp(logits, largest, total):
     """(largest, total) of rows after the logits [BLOCK_T, BLOCK_V]: their maximum m, and Σ exp(z − m)."""
     new = tl.maximum(largest, tl.max(logits, 1))
     scaled = new * LOG2_E
-    # The difference first: largest * LOG2_E - scaled becomes one operation with one rounding on a GPU, and is not 0 where the maximum stays.
+    # The difference first: largest * LOG2_E - scaled becomes one operation with one rounding on a GPU, and is
+    # not 0 where the maximum stays.
     total = total * tl.exp2((largest - new) * LOG2_E) + tl.sum(tl.exp2(logits * LOG2_E - scaled[:, None]), 1)
     return new, total
 
 
 @triton.jit
 def combine_logsumexp(max_ptr, sum_ptr, r, T, splits, MAXIMUM: tl.constexpr = False):
-    """log Σ exp of the rows r from their `splits` partial results, stored [splits, T], in a fixed order; or their maximum alone."""
+    """log Σ exp of the rows r from their `splits` partial results, stored [splits, T], in a fixed order; or
+    their maximum alone."""
     largest = tl.full(r.shape, LOWEST, tl.float32)
     total = tl.zeros(r.shape, tl.float32)
     for _ in range(splits):
@@ -92,9 +160,12 @@ def combine_logsumexp(max_ptr, sum_ptr, r, T, splits, MAXIMUM: tl.constexpr = Fa
 
 @triton.jit
 def log2_of_16_bits(x, NATIVE: tl.constexpr):
-    """log2 x for x that was rounded to 16 bits: with NVIDIA's own instruction (relative error 2^-22) where NATIVE, twenty instructions else."""
+    """log2 x for x that was rounded to 16 bits: with NVIDIA's own instruction (relative error 2^-22) where
+    NATIVE, twenty instructions else."""
     if NATIVE:
-        result = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        result = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         result = tl.log2(x)
     return result
@@ -102,7 +173,8 @@ def log2_of_16_bits(x, NATIVE: tl.constexpr):
 
 @triton.jit
 def at_most_zero(log_prob):
-    """Roundings of a logit and of the log-sum-exp differ, so a certain token could come out a little above 0. NaN stays."""
+    """Roundings of a logit and of the log-sum-exp differ, so a certain token could come out a little above 0.
+    NaN stays."""
     return tl.where(log_prob > 0, 0.0, log_prob)
 
 

@@ -1,12 +1,13 @@
 """Launch configurations: the block sizes, warps and stages of every kernel, per bucket of shapes and GPU.
 
-A launcher asks `launch(name, run, **bucket)`, which calls run(config) with one stated configuration: the first of
-CANDIDATES[name](target, **bucket). A bucket holds only what changes the choice (widths, element size, head dimension), never
-a packed length, so nothing is tuned anew when that changes. MINIPLM_AUTOTUNE=1 times all candidates at a bucket's first
-launch and keeps the fastest; which one it is may differ from run to run, and with it the last bits of results.
+A launcher asks `launch(name, run, **bucket)`, which calls run(config) with one stated configuration: the
+first of CANDIDATES[name](target, **bucket). A bucket holds only what changes the choice (widths, element
+size, head dimension), never a packed length, so nothing is tuned anew when that changes. MINIPLM_AUTOTUNE=1
+times all candidates at a bucket's first launch and keeps the fastest; which one it is may differ from run to
+run, and with it the last bits of results.
 
-benchmarks/compile_report.py compiles every candidate without a GPU: a new kernel gets there by its entry here and by the
-examples that its launcher is registered with (see dispatch.triton).
+benchmarks/compile_report.py compiles every candidate without a GPU: a new kernel gets there by its entry here
+and by the examples that its launcher is registered with (see dispatch.triton).
 """
 
 import functools
@@ -17,7 +18,8 @@ import torch
 
 
 class Target(NamedTuple):
-    """What a kernel is compiled for: backend cuda, hip, or cpu (Triton's interpreter); arch 80, 90, … or "gfx942"."""
+    """What a kernel is compiled for: backend cuda, hip, or cpu (Triton's interpreter); arch 80, 90, … or
+    "gfx942"."""
 
     backend: str
     arch: object
@@ -25,8 +27,9 @@ class Target(NamedTuple):
 
     @property
     def descriptors(self) -> bool:
-        """Whether tiles come through host tensor descriptors: TMA, on NVIDIA's data centre GPUs from Hopper on. (Consumer GPUs from 120 on have it
-        too, but neither the shared memory nor the matrix instructions that the large tiles are for.) The interpreter takes both ways."""
+        """Whether tiles come through host tensor descriptors: TMA, on NVIDIA's data centre GPUs from Hopper
+        on. (Consumer GPUs from 120 on have it too, but neither the shared memory nor the matrix instructions
+        that the large tiles are for.) The interpreter takes both ways."""
         return self.backend == "cpu" or (self.backend == "cuda" and 90 <= self.arch < 120)
 
 
@@ -53,7 +56,11 @@ def target(device: torch.device) -> Target:
     """What kernels on tensors of `device` are compiled for."""
     if OFFLINE:
         return OFFLINE
-    return INTERPRETER if device.type == "cpu" else _gpu(torch.cuda.current_device() if device.index is None else device.index)
+    return (
+        INTERPRETER
+        if device.type == "cpu"
+        else _gpu(torch.cuda.current_device() if device.index is None else device.index)
+    )
 
 
 @functools.cache
@@ -68,7 +75,8 @@ def launch(name: str, run, device: torch.device, **bucket):
     """run(config) with the configuration of kernel `name` for a bucket; returns what it returns.
 
     Args:
-        run: launches the kernel; called several times while configurations are compared, so it must not change its inputs.
+        run: launches the kernel; called several times while configurations are compared, so it must not
+            change its inputs.
         bucket: numbers that candidates depend on.
     """
     where = target(device)
@@ -82,13 +90,16 @@ def launch(name: str, run, device: torch.device, **bucket):
     if key not in _FASTEST:
         from triton.testing import do_bench
 
-        _FASTEST[key] = min(candidates, key=lambda config: do_bench(lambda: run(config), return_mode="median"))
+        _FASTEST[key] = min(
+            candidates, key=lambda config: do_bench(lambda: run(config), return_mode="median")
+        )
     return run(_FASTEST[key])
 
 
 def _logits(where: Target, itemsize: int, descriptors: bool, conditional: bool = False) -> list[Config]:
-    """GEMM-shaped kernels over [BLOCK_T, BLOCK_V] tiles of logits with an accumulator tile in registers. What is launched on condition
-    mostly returns at once: there is nothing to time."""
+    """GEMM-shaped kernels over [BLOCK_T, BLOCK_V] tiles of logits with an accumulator tile in registers. What
+    is launched on condition mostly returns at once: there is nothing to time."""
+
     def blocks(tokens, vocabulary, width):
         return {"BLOCK_T": tokens, "BLOCK_V": vocabulary, "BLOCK_D": width}
 
@@ -99,7 +110,11 @@ def _logits(where: Target, itemsize: int, descriptors: bool, conditional: bool =
     if where.backend == "hip":
         found = [Config(blocks(128, 128, 64), 8, 2), Config(blocks(128, 128, 32), 8, 2)]
     elif descriptors:
-        found = [Config(blocks(128, 256, 64), 8, 4), Config(blocks(128, 256, 64), 8, 3), Config(blocks(128, 128, 64), 4, 3, 2)]
+        found = [
+            Config(blocks(128, 256, 64), 8, 4),
+            Config(blocks(128, 256, 64), 8, 3),
+            Config(blocks(128, 128, 64), 4, 3, 2),
+        ]
     else:
         found = [Config(blocks(128, 128, 32), 8, 3), Config(blocks(128, 128, 32), 8, 4)]
     return found[:1] if conditional else found
@@ -119,11 +134,14 @@ def _queries_and_keys(queries: int, keys: int, num_warps: int, num_stages: int) 
 
 
 def _attention(where: Target, dim: int, itemsize: int, descriptors: bool) -> list[Config]:
-    """Tiles of queries that walk over keys. On Hopper up to D = 96, 128 · 64 leaves room for two programs, four warp groups, on a
-    processor: the exponentials of one run under the products of another. Fewer queries a tile ask more keys of L2 than it delivers."""
+    """Tiles of queries that walk over keys. On Hopper up to D = 96, 128 · 64 leaves room for two programs,
+    four warp groups, on a processor: the exponentials of one run under the products of another. Fewer queries
+    a tile ask more keys of L2 than it delivers."""
     if where.backend == "cpu":
         return [_queries_and_keys(32, 16, 4, 1)]
-    if itemsize == 4:  # no matrix unit computes exact float32 products, and the others' operands fill the registers
+    if (
+        itemsize == 4
+    ):  # no matrix unit computes exact float32 products, and the others' operands fill the registers
         return [_queries_and_keys(32, 32, 8, 1) if dim <= 64 else _queries_and_keys(16, 16, 8, 1)]
     if dim > 128:
         return [_queries_and_keys(64, 64 if descriptors else 32, 8, 1)]
@@ -132,12 +150,19 @@ def _attention(where: Target, dim: int, itemsize: int, descriptors: bool) -> lis
     if not descriptors:
         return [_queries_and_keys(128, 64, 8, 2), _queries_and_keys(64, 64, 4, 2)]
     if dim > 96:
-        return [_queries_and_keys(128, 128, 8, 3), _queries_and_keys(128, 128, 8, 2), _queries_and_keys(128, 64, 8, 3)]
-    return [_queries_and_keys(128, 64, 8, 3), _queries_and_keys(128, 128, 8, 2)] + [_queries_and_keys(64, 64, 4, 3)] * (dim > 32)
+        return [
+            _queries_and_keys(128, 128, 8, 3),
+            _queries_and_keys(128, 128, 8, 2),
+            _queries_and_keys(128, 64, 8, 3),
+        ]
+    return [_queries_and_keys(128, 64, 8, 3), _queries_and_keys(128, 128, 8, 2)] + [
+        _queries_and_keys(64, 64, 4, 3)
+    ] * (dim > 32)
 
 
 def _attention_dq(where: Target, dim: int, itemsize: int, descriptors: bool) -> list[Config]:
-    """As _attention, with two tiles of scores in registers. Of two stages the second is loaded only after the first is used up: the loop waits for it."""
+    """As _attention, with two tiles of scores in registers. Of two stages the second is loaded only after the
+    first is used up: the loop waits for it."""
     if where.backend == "cpu":
         return [_queries_and_keys(32, 32, 4, 1)]
     if itemsize == 4:
@@ -146,11 +171,14 @@ def _attention_dq(where: Target, dim: int, itemsize: int, descriptors: bool) -> 
         return [_queries_and_keys(64, 32, 8, 1)]
     if not descriptors:
         return [_queries_and_keys(128, 32, 8, 1), _queries_and_keys(64, 32, 4, 1)]
-    return [_queries_and_keys(128, 64, 8, 3), _queries_and_keys(128, 64, 8, 2)] + [_queries_and_keys(128, 128, 8, 2)] * (dim <= 64)
+    return [_queries_and_keys(128, 64, 8, 3), _queries_and_keys(128, 64, 8, 2)] + [
+        _queries_and_keys(128, 128, 8, 2)
+    ] * (dim <= 64)
 
 
 def _attention_dkdv(where: Target, dim: int, itemsize: int, descriptors: bool, grouped: bool) -> list[Config]:
-    """Tiles of keys that walk over queries. Two sums [BLOCK_N, D] in registers leave room for 64 queries, at D = 128 for 32 in groups."""
+    """Tiles of keys that walk over queries. Two sums [BLOCK_N, D] in registers leave room for 64 queries, at
+    D = 128 for 32 in groups."""
     if where.backend == "cpu":
         return [_queries_and_keys(16, 32, 4, 1)]
     if itemsize == 4:
@@ -158,9 +186,19 @@ def _attention_dkdv(where: Target, dim: int, itemsize: int, descriptors: bool, g
     if dim > 128:
         return [_queries_and_keys(32, 64 if descriptors else 32, 8, 1)]
     if not descriptors:
-        return [_queries_and_keys(64, 64, 4, 1) if dim <= 64 else _queries_and_keys(16, 64, 4, 1) if dim <= 96 else _queries_and_keys(32, 64, 8, 1)]
+        return [
+            _queries_and_keys(64, 64, 4, 1)
+            if dim <= 64
+            else _queries_and_keys(16, 64, 4, 1)
+            if dim <= 96
+            else _queries_and_keys(32, 64, 8, 1)
+        ]
     queries = 32 if grouped and dim > 96 else 64
-    return [_queries_and_keys(queries, 128, 8, 3), _queries_and_keys(queries, 128, 8, 2), _queries_and_keys(queries, 64, 4, 2)]
+    return [
+        _queries_and_keys(queries, 128, 8, 3),
+        _queries_and_keys(queries, 128, 8, 2),
+        _queries_and_keys(queries, 64, 4, 2),
+    ]
 
 
 def _whole_rows(elements, width):
@@ -170,20 +208,27 @@ def _whole_rows(elements, width):
 
 
 def _rms_norm(where: Target, width: int, itemsize: int) -> list[Config]:
-    """Memory-bound: 8 KiB of each input in flight per program, 64 bytes a thread; a wide row gets more threads."""
+    """Memory-bound: 8 KiB of each input in flight per program, 64 bytes a thread; a wide row gets more
+    threads."""
     if where.backend == "cpu":
         return [Config({**_whole_rows(1, width), "BLOCK_R": 4})]
     found = [_whole_rows(elements, width) for elements in (8192 // itemsize, 4096 // itemsize)]
-    return [Config(blocks, min(16, max(4, blocks["BLOCK_R"] * blocks["BLOCK_D"] // 1024))) for blocks in found]
+    return [
+        Config(blocks, min(16, max(4, blocks["BLOCK_R"] * blocks["BLOCK_D"] // 1024))) for blocks in found
+    ]
 
 
 def _rms_norm_backward(where: Target, width: int, itemsize: int) -> list[Config]:
-    """Up to three inputs of 4 KiB in flight per program, four programs of 4 warps on a processor; the sum for dw is in registers."""
+    """Up to three inputs of 4 KiB in flight per program, four programs of 4 warps on a processor; the sum for
+    dw is in registers."""
+
     def config(elements):
         blocks = _whole_rows(elements, width)
         warps = min(16, max(4, blocks["BLOCK_R"] * blocks["BLOCK_D"] // 512))
         together = blocks["BLOCK_D"] * itemsize <= 32768  # beyond, registers do not hold the row and the sum
-        return Config({**blocks, "SUM": together}, warps if together else 32, per_processor=max(1, 16 // warps))
+        return Config(
+            {**blocks, "SUM": together}, warps if together else 32, per_processor=max(1, 16 // warps)
+        )
 
     if where.backend == "cpu":
         return [Config({**_whole_rows(1, width), "BLOCK_R": 4, "SUM": width < 500})]
@@ -195,11 +240,16 @@ def _rotary(where: Target, dim: int, itemsize: int) -> list[Config]:
     if where.backend == "cpu":
         return [Config({"BLOCK_T": 16, "BLOCK_H": 3})]
     tokens = max(8, 1024 // (1 << (dim // 2 - 1).bit_length()))  # eight pairs a thread: 16 bytes per access
-    return [Config({"BLOCK_T": tokens, "BLOCK_H": 8}), Config({"BLOCK_T": 2 * tokens, "BLOCK_H": 8}), Config({"BLOCK_T": tokens, "BLOCK_H": 16})]
+    return [
+        Config({"BLOCK_T": tokens, "BLOCK_H": 8}),
+        Config({"BLOCK_T": 2 * tokens, "BLOCK_H": 8}),
+        Config({"BLOCK_T": tokens, "BLOCK_H": 16}),
+    ]
 
 
 def _swiglu(where: Target, itemsize: int) -> list[Config]:
-    """Memory-bound: tiles of 512-byte pieces of rows, several 16-byte accesses a thread and tensor; 256 divides most widths well."""
+    """Memory-bound: tiles of 512-byte pieces of rows, several 16-byte accesses a thread and tensor; 256
+    divides most widths well."""
     if where.backend == "cpu":
         return [Config({"BLOCK_R": 4, "BLOCK_F": 64})]
     return [Config({"BLOCK_R": rows, "BLOCK_F": 256}) for rows in ((16, 8) if itemsize == 2 else (4,))]

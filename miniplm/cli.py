@@ -1,7 +1,7 @@
 """The command line: `miniplm COMMAND --flags`.
 
-Exit codes: 0 done; 2 a user's mistake, in one plain line on stderr; 1 anything else that failed; 128 + n stopped by signal
-n, with what was done kept. Tracebacks only with --debug.
+Exit codes: 0 done; 2 a user's mistake, in one plain line on stderr; 1 anything else that failed; 128 + n
+stopped by signal n, with what was done kept. Tracebacks only with --debug.
 """
 
 import importlib
@@ -14,7 +14,8 @@ import sys
 from . import __version__, config
 from .runtime.errors import UserError
 
-# command → (its settings, the module whose function has the command's name); a module is imported only when its command runs
+# command → (its settings, the module whose function has the command's name); a module is imported only when
+# its command runs
 COMMANDS = {
     **{name: (settings, f"stages.{name}") for name, settings in config.STAGES.items()},
     "run": (config.RunConfig, "pipeline"),
@@ -24,11 +25,19 @@ COMMANDS = {
 
 def _overview() -> str:
     lines = [f"  {name:9} {settings.__doc__}" for name, (settings, _) in COMMANDS.items()]
-    return "\n".join([
-        "usage: miniplm COMMAND [--flags]", "",
-        "Pre-train a small language model on what a large one finds worth learning (MiniPLM, arXiv 2410.17215).", "",
-        "commands, in the order of the pipeline:", *lines, "",
-        "miniplm COMMAND --help lists the flags of a command; --debug shows the traceback of a failure."])
+    return "\n".join(
+        [
+            "usage: miniplm COMMAND [--flags]",
+            "",
+            "Pre-train a small language model on what a large one finds worth learning (MiniPLM, arXiv "
+            "2410.17215).",
+            "",
+            "commands, in the order of the pipeline:",
+            *lines,
+            "",
+            "miniplm COMMAND --help lists the flags of a command; --debug shows the traceback of a failure.",
+        ]
+    )
 
 
 def main(arguments=None) -> int:
@@ -45,7 +54,8 @@ def main(arguments=None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0 if arguments else 2
-    # Threads of OpenMP that wait for one another spin for long by default: beside another busy process that is ten times slower on two cores.
+    # Threads of OpenMP that wait for one another spin for long by default: beside another busy process that
+    # is ten times slower on two cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries end in one line of ours
     try:

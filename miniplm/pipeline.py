@@ -11,9 +11,9 @@ A pipeline file lists the stages in order, each under a name of its own:
       data: ${corpus}
       …
 
-Every other key is a setting of that stage's command. A stage writes to OUTPUT/<name> (evaluate: to OUTPUT/<name>.json), and
-`${name}` in a later stage is that place. All settings are checked before the first stage runs. A stage that is complete is
-skipped; one that was killed continues.
+Every other key is a setting of that stage's command. A stage writes to OUTPUT/<name> (evaluate: to
+OUTPUT/<name>.json), and `${name}` in a later stage is that place. All settings are checked before the first
+stage runs. A stage that is complete is skipped; one that was killed continues.
 """
 
 import importlib
@@ -26,7 +26,8 @@ from .runtime.files import read_json
 
 
 def run(settings: config.RunConfig):
-    """Run all stages of a pipeline file. UserError before anything runs when the file asks for something that does not exist."""
+    """Run all stages of a pipeline file. UserError before anything runs when the file asks for something that
+    does not exist."""
     run_stages(read_stages(settings.config), settings.output)
 
 
@@ -38,8 +39,14 @@ def read_stages(path) -> dict:
         stages = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"pipeline file {path} is not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(stages, dict) or not stages or not all(isinstance(values, dict) for values in stages.values()):
-        raise UserError(f"pipeline file {path} must map stage names to settings (see configs/quickstart.yaml)")
+    if (
+        not isinstance(stages, dict)
+        or not stages
+        or not all(isinstance(values, dict) for values in stages.values())
+    ):
+        raise UserError(
+            f"pipeline file {path} must map stage names to settings (see configs/quickstart.yaml)"
+        )
     return stages
 
 
@@ -71,7 +78,9 @@ def plan_stages(stages: dict, output, stage_outputs: dict | None = None) -> list
                 raise UserError(f"stage {name!r}: leave out `output`, the stage writes to {output / name}")
             values["output"] = str(output / (f"{name}.json" if kind == "evaluate" else name))
         try:
-            planned.append((name, kind, config.from_dict(config.STAGES[kind], _resolve(values, stage_outputs))))
+            planned.append(
+                (name, kind, config.from_dict(config.STAGES[kind], _resolve(values, stage_outputs)))
+            )
         except ValueError as error:
             raise UserError(f"stage {name!r}: {error}") from None
         if kind != "generate":
@@ -85,9 +94,14 @@ def _resolve(value, stage_outputs: dict):
         try:
             return _Template(value).substitute(stage_outputs)
         except KeyError as error:
-            raise ValueError(f"${{{error.args[0]}}} is no stage before this one; those are {', '.join(stage_outputs) or 'none'}") from None
+            raise ValueError(
+                f"${{{error.args[0]}}} is no stage before this one; those are "
+                f"{', '.join(stage_outputs) or 'none'}"
+            ) from None
         except ValueError:
-            raise ValueError(f"{value!r}: write ${{name}} for the place of a stage and $$ for a dollar sign") from None
+            raise ValueError(
+                f"{value!r}: write ${{name}} for the place of a stage and $$ for a dollar sign"
+            ) from None
     if isinstance(value, dict):
         return {key: _resolve(inner, stage_outputs) for key, inner in value.items()}
     if isinstance(value, list):
@@ -100,7 +114,8 @@ class _Template(string.Template):
 
 
 def demo(settings: config.DemoConfig):
-    """Text, tokenizer, teacher, reference, scores, selection, two students, evaluation, export: on this machine, offline, seeded."""
+    """Text, tokenizer, teacher, reference, scores, selection, two students, evaluation, export: on this
+    machine, offline, seeded."""
     from .demo.text import train_tokenizer, write_text
 
     output = Path(settings.output)
@@ -118,7 +133,12 @@ def _print_result(output: Path):
     from rich.table import Table
     from rich.text import Text
 
-    models = {"teacher": "teacher", "reference": "reference", "student": "student (refined)", "control": "student (random)"}
+    models = {
+        "teacher": "teacher",
+        "reference": "reference",
+        "student": "student (refined)",
+        "control": "student (random)",
+    }
     losses = {name: read_json(output / f"{name}-loss.json") for name in models}
     domains = list(losses["student"]["domains"])
     table = Table(title="Held-out loss, nats per token (students of equal size and equal training FLOPs)")
@@ -132,5 +152,13 @@ def _print_result(output: Path):
     console.print(table)
     student, control = losses["student"]["loss"], losses["control"]["loss"]
     if student is not None and control is not None:
-        console.print(f"The student's held-out loss: {student:.4f} trained on the refined corpus, {control:.4f} on a random one of the same size.")
-    console.print(Text(f"The student as a Hugging Face model: {output / 'model'}  (AutoModelForCausalLM.from_pretrained opens it)"))
+        console.print(
+            f"The student's held-out loss: {student:.4f} trained on the refined corpus, {control:.4f} on a "
+            f"random one of the same size."
+        )
+    console.print(
+        Text(
+            f"The student as a Hugging Face model: {output / 'model'}  "
+            f"(AutoModelForCausalLM.from_pretrained opens it)"
+        )
+    )

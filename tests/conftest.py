@@ -1,4 +1,5 @@
-"""Shared fixtures: a tiny tokenizer, tiny random models and a tiny corpus, all made here, offline and seeded."""
+"""Shared fixtures: a tiny tokenizer, tiny random models and a tiny corpus, all made here, offline and
+seeded."""
 
 import os
 
@@ -15,7 +16,9 @@ import torch
 from texts import make_text
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before the package is imported
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read when a kernel is defined, so before the package is imported
 
 
 def pytest_runtest_setup(item):
@@ -24,7 +27,8 @@ def pytest_runtest_setup(item):
 
 
 def pytest_runtest_logreport(report):
-    """With FAILURES_AT_ONCE a failure is printed as it comes: a run that is cut would not come to the end, where pytest prints them."""
+    """With FAILURES_AT_ONCE a failure is printed as it comes: a run that is cut would not come to the end,
+    where pytest prints them."""
     if report.failed and os.environ.get("FAILURES_AT_ONCE") and not os.environ.get("PYTEST_XDIST_WORKER"):
         print(f"\n{report.nodeid}\n{report.longreprtext}", file=sys.__stderr__, flush=True)
 
@@ -38,10 +42,16 @@ def tiny_tokenizer(tmp_path_factory) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<|endoftext|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     rng = random.Random(0)
-    tokenizer.train_from_iterator((make_text(rng, 60) + " " + "".join(rng.choices("abcdefghij", k=400)) for _ in range(200)), trainer)
+    tokenizer.train_from_iterator(
+        (make_text(rng, 60) + " " + "".join(rng.choices("abcdefghij", k=400)) for _ in range(200)), trainer
+    )
     folder = tmp_path_factory.mktemp("tokenizer")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
     return str(folder)
@@ -49,13 +59,25 @@ def tiny_tokenizer(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_tokenizer):
-    """tiny_model(folder, seed=0, config_class=Qwen2Config, **config) writes a random model with the tiny tokenizer, as transformers would."""
+    """tiny_model(folder, seed=0, config_class=Qwen2Config, **config) writes a random model with the tiny
+    tokenizer, as transformers would."""
 
     def make(folder, seed=0, config_class=None, **overrides) -> str:
         from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-        settings = dict(vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                        max_position_embeddings=2048, initializer_range=0.3, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)
+        settings = dict(
+            vocab_size=500,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            initializer_range=0.3,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config((config_class or Qwen2Config)(**{**settings, **overrides}))
         model.save_pretrained(folder)
@@ -67,7 +89,8 @@ def tiny_model(tiny_tokenizer):
 
 @pytest.fixture(scope="session")
 def tiny_corpus(tiny_tokenizer, tmp_path_factory) -> str:
-    """Folder of a complete corpus: 2 domains, chunks of at most 65 ids, some with EOS inside, one of a single id."""
+    """Folder of a complete corpus: 2 domains, chunks of at most 65 ids, some with EOS inside, one of a single
+    id."""
     import pyarrow as pa
     from transformers import AutoTokenizer
 
@@ -86,18 +109,34 @@ def tiny_corpus(tiny_tokenizer, tmp_path_factory) -> str:
         chunks.append([tokenizer.eos_token_id] if row == 17 else ids[:65])
         domains.append("books" if row % 3 else "code")
     open_output(folder, "prepare", {"made": "for the tests"})
-    columns = {"input_ids": pa.array(chunks, pa.list_(pa.int32())), "domain": pa.array(domains),
-               "num_tokens": pa.array([len(ids) for ids in chunks], pa.int32())}
-    content = storage.write_dataset_files(folder, [storage.write_shard(folder, 0, columns)], with_scores=False)
+    columns = {
+        "input_ids": pa.array(chunks, pa.list_(pa.int32())),
+        "domain": pa.array(domains),
+        "num_tokens": pa.array([len(ids) for ids in chunks], pa.int32()),
+    }
+    content = storage.write_dataset_files(
+        folder, [storage.write_shard(folder, 0, columns)], with_scores=False
+    )
     tokenizer.save_pretrained(folder / "tokenizer")
     per_domain = {name: {"documents": 0, "rows": 0, "tokens": 0} for name in sorted(set(domains))}
     for ids, name in zip(chunks, domains, strict=True):
         per_domain[name]["rows"] += 1
         per_domain[name]["tokens"] += len(ids)
         per_domain[name]["documents"] += ids.count(tokenizer.eos_token_id)
-    complete_output(folder, {
-        "fingerprint": content, "rows": len(chunks), "tokens": sum(map(len, chunks)),
-        "predictions": sum(token != tokenizer.eos_token_id for ids in chunks for token in ids[:-1]), "domains": per_domain, "bad_records": 0,
-        "eos_token_id": tokenizer.eos_token_id, "vocab_size": len(tokenizer), "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "max_length": 64, "source": "tiny.jsonl"})
+    complete_output(
+        folder,
+        {
+            "fingerprint": content,
+            "rows": len(chunks),
+            "tokens": sum(map(len, chunks)),
+            "predictions": sum(token != tokenizer.eos_token_id for ids in chunks for token in ids[:-1]),
+            "domains": per_domain,
+            "bad_records": 0,
+            "eos_token_id": tokenizer.eos_token_id,
+            "vocab_size": len(tokenizer),
+            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+            "max_length": 64,
+            "source": "tiny.jsonl",
+        },
+    )
     return str(folder)

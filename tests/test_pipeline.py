@@ -7,7 +7,9 @@ from miniplm.runtime.errors import UserError
 
 
 def test_places_are_filled_in_everywhere_and_unknown_ones_refused():
-    resolved = _resolve({"a": "${x-1}/checkpoints", "b": ["${y}", 3], "c": "$$5"}, {"x-1": "/o/x", "y": "/o/y"})
+    resolved = _resolve(
+        {"a": "${x-1}/checkpoints", "b": ["${y}", 3], "c": "$$5"}, {"x-1": "/o/x", "y": "/o/y"}
+    )
     assert resolved == {"a": "/o/x/checkpoints", "b": ["/o/y", 3], "c": "$5"}
     with pytest.raises(ValueError, match=r"\$\{z\} is no stage before this one; those are y"):
         _resolve("${z}", {"y": "/o/y"})
@@ -15,16 +17,31 @@ def test_places_are_filled_in_everywhere_and_unknown_ones_refused():
         _resolve("5 $", {})
 
 
-@pytest.mark.parametrize(("stages", "message"), [
-    ({"a": {"stage": "bake"}}, "choose from prepare"),
-    ({"a": {"data": "x"}}, "`stage` is None"),
-    ({"a": {"stage": "prepare", "data": "x", "tokenizer": "t", "output": "o"}}, "leave out `output`"),
-    ({"a/b": {"stage": "prepare", "data": "x", "tokenizer": "t"}}, "letters, digits"),
-    ({"a": {"stage": "prepare", "data": "x"}}, "tokenizer"),
-    ({"a": {"stage": "prepare", "data": "x", "tokenizer": "t", "flavour": 1}}, "flavour"),
-    ({"a": {"stage": "prepare", "data": "${b}", "tokenizer": "t"}, "b": {"stage": "prepare", "data": "x", "tokenizer": "t"}}, "no stage before this one"),
-    ({"a": {"stage": "prepare", "data": "x", "tokenizer": "t"}, "b": {"stage": "select", "data": "${a}", "scores": ["${a}"], "ratio": 2}}, "ratio must be"),
-])
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ({"a": {"stage": "bake"}}, "choose from prepare"),
+        ({"a": {"data": "x"}}, "`stage` is None"),
+        ({"a": {"stage": "prepare", "data": "x", "tokenizer": "t", "output": "o"}}, "leave out `output`"),
+        ({"a/b": {"stage": "prepare", "data": "x", "tokenizer": "t"}}, "letters, digits"),
+        ({"a": {"stage": "prepare", "data": "x"}}, "tokenizer"),
+        ({"a": {"stage": "prepare", "data": "x", "tokenizer": "t", "flavour": 1}}, "flavour"),
+        (
+            {
+                "a": {"stage": "prepare", "data": "${b}", "tokenizer": "t"},
+                "b": {"stage": "prepare", "data": "x", "tokenizer": "t"},
+            },
+            "no stage before this one",
+        ),
+        (
+            {
+                "a": {"stage": "prepare", "data": "x", "tokenizer": "t"},
+                "b": {"stage": "select", "data": "${a}", "scores": ["${a}"], "ratio": 2},
+            },
+            "ratio must be",
+        ),
+    ],
+)
 def test_a_wrong_file_is_refused_before_anything_runs(stages, message, tmp_path):
     with pytest.raises(UserError, match=message):
         run_stages(stages, tmp_path / "out")
@@ -42,7 +59,14 @@ def test_a_file_that_is_no_pipeline(text, tmp_path):
 def test_shipped_pipelines_are_right():
     root = Path(__file__).parents[1]
     assert len(plan_stages(read_stages(root / "configs" / "quickstart.yaml"), "out")) == 9
-    assert len(plan_stages(read_stages(root / "miniplm" / "demo.yaml"), "out", {"text": "t.jsonl", "tokenizer": "t"})) == 16
+    assert (
+        len(
+            plan_stages(
+                read_stages(root / "miniplm" / "demo.yaml"), "out", {"text": "t.jsonl", "tokenizer": "t"}
+            )
+        )
+        == 16
+    )
 
 
 TINY = """
@@ -78,8 +102,11 @@ sample: {stage: generate, model: "${model}", prompt: "the teacher", max_new_toke
 
 def contents(folder):
     """Every file under a folder but TensorBoard's (its names and bytes hold the time)."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and "tensorboard" not in path.parts}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "tensorboard" not in path.parts
+    }
 
 
 def test_text_to_model_then_skipped_when_complete(tiny_tokenizer, tmp_path, capsys):
@@ -94,17 +121,27 @@ def test_text_to_model_then_skipped_when_complete(tiny_tokenizer, tmp_path, caps
 
     rng = random.Random(5)
     text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": make_text(rng, rng.randrange(60)), "domain": rng.choice("ab")}) + "\n" for _ in range(150)))
+    text.write_text(
+        "".join(
+            json.dumps({"text": make_text(rng, rng.randrange(60)), "domain": rng.choice("ab")}) + "\n"
+            for _ in range(150)
+        )
+    )
     pipeline = tmp_path / "pipeline.yaml"
     pipeline.write_text(TINY.replace("TEXT", str(text)).replace("TOKENIZER", tiny_tokenizer))
     settings = RunConfig(config=str(pipeline), output=str(tmp_path / "out"))
     run(settings)
     first = contents(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
-    assert model.config.hidden_size == 16 and AutoTokenizer.from_pretrained(tmp_path / "out" / "model").eos_token == "<|endoftext|>"
+    assert (
+        model.config.hidden_size == 16
+        and AutoTokenizer.from_pretrained(tmp_path / "out" / "model").eos_token == "<|endoftext|>"
+    )
     selected = json.loads(first["refined/manifest.json"])
     assert selected["rows"] == int(0.4 * json.loads(first["pool/manifest.json"])["rows"])
-    assert "the share of 0.4" in first["model/README.md"].decode() and json.loads(first["loss.json"])["loss"] > 0
+    assert (
+        "the share of 0.4" in first["model/README.md"].decode() and json.loads(first["loss.json"])["loss"] > 0
+    )
     capsys.readouterr()
     run(settings)
     assert capsys.readouterr().out.count("nothing to do") == 9  # every stage but generate

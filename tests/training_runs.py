@@ -14,27 +14,49 @@ from miniplm.runtime.artifacts import complete_output, open_output
 from miniplm.runtime.files import read_json
 from miniplm.stages import train as training
 
-STUDENT = StudentConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+STUDENT = StudentConfig(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+)
 EOS = 0  # of the tiny tokenizer
 
 
 def make_config(data, output) -> TrainConfig:
-    """26 steps of some 200 tokens in about four micro-batches. Lines at 4, 8, …; checkpoints at 6, 12, …; evaluations at 9, 18 and the end."""
-    return TrainConfig(data=data, output=str(output), model=STUDENT, steps=26, batch_tokens=200, micro_batch_tokens=70,
-                       optimizer=OptimizerConfig(lr=1e-2, warmup_steps=5), eval_data=data, eval_interval=9, eval_rows=6,
-                       checkpoint_interval=6, log_interval=4, device="cpu", peak_tflops=0.1)
+    """26 steps of some 200 tokens in about four micro-batches. Lines at 4, 8, …; checkpoints at 6, 12, …;
+    evaluations at 9, 18 and the end."""
+    return TrainConfig(
+        data=data,
+        output=str(output),
+        model=STUDENT,
+        steps=26,
+        batch_tokens=200,
+        micro_batch_tokens=70,
+        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=5),
+        eval_data=data,
+        eval_interval=9,
+        eval_rows=6,
+        checkpoint_interval=6,
+        log_interval=4,
+        device="cpu",
+        peak_tflops=0.1,
+    )
 
 
 def metrics(output) -> list[dict]:
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("tokens_per_second", "mfu")} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in ("tokens_per_second", "mfu")}
+        for line in lines
+    ]
 
 
 def files(folder) -> dict[str, bytes]:
     """All files under a folder, but for tensorboard's (their names carry the time) and the metrics."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*")
-            if path.is_file() and "tensorboard" not in path.parts and path.name != "metrics.jsonl"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in Path(folder).rglob("*")
+        if path.is_file() and "tensorboard" not in path.parts and path.name != "metrics.jsonl"
+    }
 
 
 def check_equal_runs(output, other):
@@ -69,17 +91,32 @@ def write_corpus(folder, chunks, like) -> str:
 
     manifest = read_json(Path(like) / "manifest.json")
     open_output(folder, "prepare", {})
-    columns = {"input_ids": pa.array(chunks, pa.list_(pa.int32())), "domain": pa.array(["default"] * len(chunks)),
-               "num_tokens": pa.array([len(ids) for ids in chunks], pa.int32())}
-    content = storage.write_dataset_files(folder, [storage.write_shard(folder, 0, columns)], with_scores=False)
+    columns = {
+        "input_ids": pa.array(chunks, pa.list_(pa.int32())),
+        "domain": pa.array(["default"] * len(chunks)),
+        "num_tokens": pa.array([len(ids) for ids in chunks], pa.int32()),
+    }
+    content = storage.write_dataset_files(
+        folder, [storage.write_shard(folder, 0, columns)], with_scores=False
+    )
     shutil.copytree(Path(like) / "tokenizer", Path(folder) / "tokenizer")
     predictions = sum(token != EOS for ids in chunks for token in ids[:-1])
-    complete_output(folder, {**manifest, "fingerprint": content, "rows": len(chunks), "tokens": sum(map(len, chunks)), "predictions": predictions})
+    complete_output(
+        folder,
+        {
+            **manifest,
+            "fingerprint": content,
+            "rows": len(chunks),
+            "tokens": sum(map(len, chunks)),
+            "predictions": predictions,
+        },
+    )
     return str(folder)
 
 
 def plain_loss(model, rows):
-    """Mean −log p over all positions whose input is not EOS, from transformers' own logits, one chunk at a time."""
+    """Mean −log p over all positions whose input is not EOS, from transformers' own logits, one chunk at a
+    time."""
     losses = []
     for row in rows:
         ids = torch.tensor(row, dtype=torch.int64)

@@ -1,6 +1,7 @@
 """What each stage can be told: one frozen dataclass per stage, a doc string for each field, validated once.
 
-The command line, YAML files and Python callers all build these. A wrong value raises ValueError naming the field.
+The command line, YAML files and Python callers all build these. A wrong value raises ValueError naming the
+field.
 """
 
 from .arguments import from_arguments, from_dict
@@ -20,6 +21,18 @@ STAGES = {
 }
 
 __all__ = [
-    "STAGES", "DemoConfig", "EvaluateConfig", "ExportConfig", "GenerateConfig", "OptimizerConfig", "PrepareConfig", "RunConfig", "ScoreConfig",
-    "SelectConfig", "StudentConfig", "TrainConfig", "from_arguments", "from_dict",
+    "STAGES",
+    "DemoConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "GenerateConfig",
+    "OptimizerConfig",
+    "PrepareConfig",
+    "RunConfig",
+    "ScoreConfig",
+    "SelectConfig",
+    "StudentConfig",
+    "TrainConfig",
+    "from_arguments",
+    "from_dict",
 ]

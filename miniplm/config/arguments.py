@@ -12,18 +12,25 @@ def _parser(config_class, **options):
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(exit_on_error=False, description=config_class.__doc__, **options)
     if "config" not in {field.name for field in fields(config_class)}:
-        parser.add_argument("--config", action="config", help="A YAML file with any of these settings; flags after it win.")
+        parser.add_argument(
+            "--config", action="config", help="A YAML file with any of these settings; flags after it win."
+        )
     parser.add_class_arguments(config_class)
     return parser
 
 
 def _build(parser, config_class, namespace):
-    values = {name: value for name, value in vars(parser.instantiate(namespace)).items() if name in {field.name for field in fields(config_class)}}
+    values = {
+        name: value
+        for name, value in vars(parser.instantiate(namespace)).items()
+        if name in {field.name for field in fields(config_class)}
+    }
     return config_class(**values)
 
 
 def from_dict(config_class, values: dict):
-    """Build a config from plain values as YAML holds them, nested ones too. ValueError on an unknown key or a wrong type."""
+    """Build a config from plain values as YAML holds them, nested ones too. ValueError on an unknown key or a
+    wrong type."""
     from jsonargparse import ArgumentError
 
     parser = _parser(config_class)
@@ -34,8 +41,9 @@ def from_dict(config_class, values: dict):
 
 
 def from_arguments(config_class, arguments: list, prog: str):
-    """Build a config from command-line flags (--some-name or --some_name, lists by repetition or as "a b") and --config YAML.
-    ValueError on an unknown flag or a wrong value; exits after --help and --print_config."""
+    """Build a config from command-line flags (--some-name or --some_name, lists by repetition or as "a b")
+    and --config YAML. ValueError on an unknown flag or a wrong value; exits after --help and
+    --print_config."""
     from jsonargparse import ArgumentError
 
     parser = _parser(config_class, prog=prog)
@@ -46,7 +54,8 @@ def from_arguments(config_class, arguments: list, prog: str):
 
 
 def _normalize(config_class, arguments: list) -> list:
-    """Spell the flags as jsonargparse wants them: underscores, booleans with a value, lists as one JSON value."""
+    """Spell the flags as jsonargparse wants them: underscores, booleans with a value, lists as one JSON
+    value."""
     kinds, result, lists = get_type_hints(config_class), [], {}
     position = 0
     while position < len(arguments):
@@ -71,7 +80,9 @@ def _normalize(config_class, arguments: list) -> list:
             result.extend([flag, *values])
     for flag, values in lists.items():
         kind = get_args(kinds[flag[2:]])[0]
-        result.append(f"{flag}={json.dumps([value if kind is str else json.loads(value) for value in values])}")
+        result.append(
+            f"{flag}={json.dumps([value if kind is str else json.loads(value) for value in values])}"
+        )
     return result
 
 
@@ -79,7 +90,11 @@ def _one_line(error) -> str:
     """jsonargparse's message without its structure of several lines."""
     text = " ".join(str(error).split())
     key, value = re.search(r'Parser key "([^"]*)"', text), re.search(r"Given value: (.*)$", text)
-    kinds = [kind for kind in dict.fromkeys(re.findall(r"<class '(\w+)'>", text.partition("Given value type")[0])) if kind != "NoneType"]
+    kinds = [
+        kind
+        for kind in dict.fromkeys(re.findall(r"<class '(\w+)'>", text.partition("Given value type")[0]))
+        if kind != "NoneType"
+    ]
     if key and value and kinds:
         return f"{key[1]}: expected {' or '.join(kinds)}, got {value[1]!r}"
     return text

@@ -11,4 +11,7 @@ def _require(holds: bool, rule: str):
 
 
 def _require_trace(profile: Optional[str]):
-    _require(profile is None or profile.endswith((".json", ".json.gz")), f"profile must be a .json or .json.gz file, got {profile}")
+    _require(
+        profile is None or profile.endswith((".json", ".json.gz")),
+        f"profile must be a .json or .json.gz file, got {profile}",
+    )

@@ -11,8 +11,8 @@ class PrepareConfig:
     """Turn text into a corpus of token chunks."""
 
     data: str
-    """A .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .txt file (one .txt file is one document), a folder of those, or a
-    Hugging Face dataset id (streamed)."""
+    """A .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .txt file (one .txt file is one document), a folder of
+    those, or a Hugging Face dataset id (streamed)."""
     tokenizer: str
     """A tokenizer: Hugging Face id, local folder, or .gguf file."""
     output: str
@@ -20,14 +20,16 @@ class PrepareConfig:
     text_column: str = "text"
     """The column that holds the text."""
     domain_column: Optional[str] = None
-    """The column that names a document's domain; without one all documents are of the domain "default". Documents of different domains never share a chunk."""
+    """The column that names a document's domain; without one all documents are of the domain "default".
+    Documents of different domains never share a chunk."""
     max_length: int = 1024
     """Predictions per chunk: a chunk holds at most max_length + 1 token ids."""
     take: Tuple[float, float] = (0.0, 1.0)
-    """The share of the documents to take, as a range of a hash of their text: [0, 0.05] and [0.05, 1] are disjoint random
-    splits, equal texts fall into the same one."""
+    """The share of the documents to take, as a range of a hash of their text: [0, 0.05] and [0.05, 1] are
+    disjoint random splits, equal texts fall into the same one."""
     max_bad_fraction: float = 0.0
-    """The largest share of unreadable records (bad JSON, missing column, not UTF-8, null) to skip; past it the run stops."""
+    """The largest share of unreadable records (bad JSON, missing column, not UTF-8, null) to skip; past it
+    the run stops."""
     eos_token: Optional[str] = None
     """The token that ends a document, where the tokenizer names none."""
     subset: Optional[str] = None
@@ -41,8 +43,14 @@ class PrepareConfig:
 
     def __post_init__(self):
         _require(self.max_length >= 1, f"max_length must be at least 1, got {self.max_length}")
-        _require(0 <= self.take[0] < self.take[1] <= 1, f"take must be two numbers 0 <= from < to <= 1, got {list(self.take)}")
-        _require(0 <= self.max_bad_fraction <= 1, f"max_bad_fraction must be between 0 and 1, got {self.max_bad_fraction}")
+        _require(
+            0 <= self.take[0] < self.take[1] <= 1,
+            f"take must be two numbers 0 <= from < to <= 1, got {list(self.take)}",
+        )
+        _require(
+            0 <= self.max_bad_fraction <= 1,
+            f"max_bad_fraction must be between 0 and 1, got {self.max_bad_fraction}",
+        )
         _require(self.workers is None or self.workers >= 1, f"workers must be at least 1, got {self.workers}")
         _require(self.shard_tokens >= 1, f"shard_tokens must be at least 1, got {self.shard_tokens}")
 
@@ -64,17 +72,18 @@ class ScoreConfig:
     dtype: Dtype = "auto"
     """The models' dtype; auto: bfloat16 on a GPU, float32 on the CPU."""
     precision: Optional[Literal["fp8"]] = None
-    """fp8: the layers' matrix products in float8, with a scale per row; how well the ranks of up to 1,024 chunks agree with those without
-    is told at the end. Default: all in dtype."""
+    """fp8: the layers' matrix products in float8, with a scale per row; how well the ranks of up to 1,024
+    chunks agree with those without is told at the end. Default: all in dtype."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, …"""
     batch_tokens: Optional[int] = None
     """Tokens per packed batch; default 2,048 on the CPU, 65,536 on a GPU."""
     shard_rows: Optional[int] = None
-    """Chunks per score file; default 256 on the CPU, 16,384 on a GPU. A killed run continues after the last whole file."""
+    """Chunks per score file; default 256 on the CPU, 16,384 on a GPU. A killed run continues after the last
+    whole file."""
     vocab_size: Optional[int] = None
-    """Softmax over the first so many ids; default: the lower head of the two models (one model alone: its own). Needed only
-    when models with heads of unequal height are scored one at a time."""
+    """Softmax over the first so many ids; default: the lower head of the two models (one model alone: its
+    own). Needed only when models with heads of unequal height are scored one at a time."""
     trust_remote_code: bool = False
     """Run code that comes with a model. Only for models that you trust."""
     profile: Optional[str] = None
@@ -107,16 +116,32 @@ class SelectConfig:
     per_domain: bool = False
     """Apply the ratio, or the domain's share of the token budget, to each domain on its own."""
     random_seed: Optional[int] = None
-    """Choose at random with this seed instead of by score: the control experiment. Chunks without a finite score are left out here too."""
+    """Choose at random with this seed instead of by score: the control experiment. Chunks without a finite
+    score are left out here too."""
 
     def __post_init__(self):
         rules = [name for name in ("ratio", "token_budget", "threshold") if getattr(self, name) is not None]
         _require(len(rules) <= 1, f"give one of ratio, token_budget and threshold, got {' and '.join(rules)}")
         if not rules:
             object.__setattr__(self, "ratio", 0.5)
-        _require(self.ratio is None or 0 < self.ratio <= 1, f"ratio must be above 0 and at most 1, got {self.ratio}")
-        _require(self.token_budget is None or self.token_budget >= 1, f"token_budget must be at least 1, got {self.token_budget}")
-        _require(not (self.threshold is not None and self.per_domain), "per_domain changes nothing with threshold: leave one out")
-        _require(not (self.threshold is not None and self.random_seed is not None), "random_seed needs ratio or token_budget, not threshold")
-        _require(self.random_seed is None or self.random_seed >= 0, f"random_seed must not be negative, got {self.random_seed}")
+        _require(
+            self.ratio is None or 0 < self.ratio <= 1,
+            f"ratio must be above 0 and at most 1, got {self.ratio}",
+        )
+        _require(
+            self.token_budget is None or self.token_budget >= 1,
+            f"token_budget must be at least 1, got {self.token_budget}",
+        )
+        _require(
+            not (self.threshold is not None and self.per_domain),
+            "per_domain changes nothing with threshold: leave one out",
+        )
+        _require(
+            not (self.threshold is not None and self.random_seed is not None),
+            "random_seed needs ratio or token_budget, not threshold",
+        )
+        _require(
+            self.random_seed is None or self.random_seed >= 0,
+            f"random_seed must not be negative, got {self.random_seed}",
+        )
         _require(1 <= len(self.scores) <= 2, f"scores takes one or two folders, got {len(self.scores)}")

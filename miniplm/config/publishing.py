@@ -28,7 +28,10 @@ class EvaluateConfig:
     """Run code that comes with a model. Only for models that you trust."""
 
     def __post_init__(self):
-        _require(self.batch_tokens is None or self.batch_tokens >= 1, f"batch_tokens must be at least 1, got {self.batch_tokens}")
+        _require(
+            self.batch_tokens is None or self.batch_tokens >= 1,
+            f"batch_tokens must be at least 1, got {self.batch_tokens}",
+        )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from .checks import Dtype, _require, _require_trace
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """The architecture of a model that is trained from scratch; names as in transformers. Default: the 200M student."""
+    """The architecture of a model that is trained from scratch; names as in transformers. Default: the 200M
+    student."""
 
     model_type: Literal["qwen2", "llama", "qwen3"] = "qwen2"
     """The architecture."""
@@ -38,11 +39,17 @@ class StudentConfig:
     """Standard deviation of the initial weights."""
 
     def __post_init__(self):
-        _require(self.head_dim is not None or self.hidden_size % self.num_attention_heads == 0,
-                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}: change one or set head_dim")
+        _require(
+            self.head_dim is not None or self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+            f"{self.num_attention_heads}: change one or set head_dim",
+        )
         kv_heads = self.num_key_value_heads or self.num_attention_heads
-        _require(self.num_attention_heads % kv_heads == 0,
-                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {kv_heads}")
+        _require(
+            self.num_attention_heads % kv_heads == 0,
+            f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+            f"{kv_heads}",
+        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,9 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _require(self.lr > 0, f"lr must be above 0, got {self.lr}")
-        _require(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio must be between 0 and 1, got {self.min_lr_ratio}")
+        _require(
+            0 <= self.min_lr_ratio <= 1, f"min_lr_ratio must be between 0 and 1, got {self.min_lr_ratio}"
+        )
         _require(self.warmup_steps >= 0, f"warmup_steps must not be negative, got {self.warmup_steps}")
         _require(self.max_grad_norm > 0, f"max_grad_norm must be above 0, got {self.max_grad_norm}")
 
@@ -86,11 +95,13 @@ class TrainConfig:
     model_config: Optional[str] = None
     """Take the architecture from a transformers config.json instead (from scratch)."""
     teacher: Optional[str] = None
-    """Vanilla KD: learn from this model's predictions too: Hugging Face id, local folder (a training output too), or .gguf file."""
+    """Vanilla KD: learn from this model's predictions too: Hugging Face id, local folder (a training output
+    too), or .gguf file."""
     alpha: float = 0.5
     """With a teacher: the loss is (1 - alpha) * cross-entropy + alpha * KL divergence from the teacher."""
     temperature: float = 1.0
-    """With a teacher: both models' logits are divided by this in the KL divergence, which is not multiplied by its square."""
+    """With a teacher: both models' logits are divided by this in the KL divergence, which is not multiplied
+    by its square."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimiser and schedule."""
     steps: Optional[int] = None
@@ -98,9 +109,11 @@ class TrainConfig:
     batch_tokens: int = 524_288
     """Tokens per optimiser step (the global batch)."""
     micro_batch_tokens: Optional[int] = None
-    """Tokens per forward and backward pass; default 4,096 on the CPU, on a GPU what fits, up to 65,536. Does not change the mathematics."""
+    """Tokens per forward and backward pass; default 4,096 on the CPU, on a GPU what fits, up to 65,536. Does
+    not change the mathematics."""
     activation_checkpointing: bool = False
-    """Keep only the layers' inputs and compute each layer anew in the backward pass: less memory, a third more of the layers' FLOPs."""
+    """Keep only the layers' inputs and compute each layer anew in the backward pass: less memory, a third
+    more of the layers' FLOPs."""
     shuffle: bool = True
     """Visit the chunks in a new random order in every epoch; false: in corpus order, as published."""
     seed: int = 10
@@ -131,16 +144,34 @@ class TrainConfig:
     """Write a Chrome trace of three steps near the start to this file (.json or .json.gz)."""
 
     def __post_init__(self):
-        for name in ("batch_tokens", "eval_interval", "eval_rows", "checkpoint_interval", "keep_checkpoints", "log_interval", "max_skipped_steps"):
+        for name in (
+            "batch_tokens",
+            "eval_interval",
+            "eval_rows",
+            "checkpoint_interval",
+            "keep_checkpoints",
+            "log_interval",
+            "max_skipped_steps",
+        ):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _require(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
-        _require(self.micro_batch_tokens is None or self.micro_batch_tokens >= 1, f"micro_batch_tokens must be at least 1, got {self.micro_batch_tokens}")
+        _require(
+            self.micro_batch_tokens is None or self.micro_batch_tokens >= 1,
+            f"micro_batch_tokens must be at least 1, got {self.micro_batch_tokens}",
+        )
         _require(not (self.init_from and self.model_config), "give init_from or model_config, not both")
-        _require(self.model == StudentConfig() or not (self.init_from or self.model_config),
-                 "model.* has no say beside init_from or model_config: leave it out")
+        _require(
+            self.model == StudentConfig() or not (self.init_from or self.model_config),
+            "model.* has no say beside init_from or model_config: leave it out",
+        )
         _require(0 <= self.alpha <= 1, f"alpha must be between 0 and 1, got {self.alpha}")
         _require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}")
-        _require(bool(self.teacher) or (self.alpha, self.temperature) == (0.5, 1.0), "alpha and temperature have no say without teacher: leave them out")
+        _require(
+            bool(self.teacher) or (self.alpha, self.temperature) == (0.5, 1.0),
+            "alpha and temperature have no say without teacher: leave them out",
+        )
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         _require_trace(self.profile)
-        _require(self.dtype != "float16", "float16 needs loss scaling, which is not built: use bfloat16 or float32")
+        _require(
+            self.dtype != "float16", "float16 needs loss scaling, which is not built: use bfloat16 or float32"
+        )

@@ -1,7 +1,8 @@
 """Corpus rows → packed batches.
 
-A chunk of n ids gives n − 1 predictions: position i has input id i and predicts id i + 1. A position whose input is EOS
-predicts the first token of an unrelated document, so its target is IGNORE_INDEX: it is neither scored nor trained.
+A chunk of n ids gives n − 1 predictions: position i has input id i and predicts id i + 1. A position whose
+input is EOS predicts the first token of an unrelated document, so its target is IGNORE_INDEX: it is neither
+scored nor trained.
 """
 
 import queue
@@ -18,9 +19,9 @@ IGNORE_INDEX = -100
 class Batch:
     """Packed rows without padding.
 
-    input_ids [T] int64; targets [T] int64, IGNORE_INDEX where nothing is predicted; cu_seqlens [B+1] int32, the bounds within
-    which attention stays; max_seqlen, the longest of those; row_cu_seqlens [R+1] int32, the bounds of the corpus rows
-    (equal to cu_seqlens unless attention stays within documents).
+    input_ids [T] int64; targets [T] int64, IGNORE_INDEX where nothing is predicted; cu_seqlens [B+1] int32,
+    the bounds within which attention stays; max_seqlen, the longest of those; row_cu_seqlens [R+1] int32, the
+    bounds of the corpus rows (equal to cu_seqlens unless attention stays within documents).
     """
 
     input_ids: torch.Tensor
@@ -40,11 +41,18 @@ class Batch:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, change) -> "Batch":
-        return Batch(change(self.input_ids), change(self.targets), change(self.cu_seqlens), self.max_seqlen, change(self.row_cu_seqlens))
+        return Batch(
+            change(self.input_ids),
+            change(self.targets),
+            change(self.cu_seqlens),
+            self.max_seqlen,
+            change(self.row_cu_seqlens),
+        )
 
 
 def pinned(batches, device: torch.device):
-    """Iterate over the batches, in pinned memory if they go to a GPU. Made where the batches are made: in the background."""
+    """Iterate over the batches, in pinned memory if they go to a GPU. Made where the batches are made: in the
+    background."""
     for batch in batches:
         yield batch.pin_memory() if device.type == "cuda" else batch
 
@@ -66,12 +74,18 @@ def pack(rows, eos_token_id: int, document_mask: bool = False) -> Batch:
     if document_mask:
         bounds = np.union1d(row_bounds, np.flatnonzero(after_eos) + 1)
     longest = int(np.diff(bounds).max(initial=0))
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(bounds.astype(np.int32)), longest,
-                 torch.from_numpy(row_bounds.astype(np.int32)))
+    return Batch(
+        torch.from_numpy(inputs),
+        torch.from_numpy(targets),
+        torch.from_numpy(bounds.astype(np.int32)),
+        longest,
+        torch.from_numpy(row_bounds.astype(np.int32)),
+    )
 
 
 def split_by_tokens(num_tokens, batch_tokens: int) -> list[slice]:
-    """Cut consecutive rows into groups whose positions (num_tokens − 1 each) fit into batch_tokens, one row at least.
+    """Cut consecutive rows into groups whose positions (num_tokens − 1 each) fit into batch_tokens, one row
+    at least.
 
     A pure function of the row lengths: the same rows always give the same groups.
     """
@@ -87,7 +101,8 @@ def split_by_tokens(num_tokens, batch_tokens: int) -> list[slice]:
 
 
 def prefetch(items, depth: int = 2):
-    """Iterate over `items` while a background thread makes the next `depth`. An exception there is raised here."""
+    """Iterate over `items` while a background thread makes the next `depth`. An exception there is raised
+    here."""
     ready, stop, end = queue.Queue(depth), threading.Event(), object()
 
     def put(entry):

@@ -1,8 +1,9 @@
 """Corpus folders on disk: what prepare and select write, and what every other stage reads.
 
-A corpus is a folder that `datasets.load_from_disk` opens: Arrow files `data-00000.arrow`, … with the columns `input_ids`
-(int32 list), `domain` (string), `num_tokens` (int32, the length of input_ids) and, once selected, `teacher_log_prob`,
-`reference_log_prob`, `score` (float32); beside them `manifest.json` and the tokenizer in `tokenizer/`.
+A corpus is a folder that `datasets.load_from_disk` opens: Arrow files `data-00000.arrow`, … with the columns
+`input_ids` (int32 list), `domain` (string), `num_tokens` (int32, the length of input_ids) and, once selected,
+`teacher_log_prob`, `reference_log_prob`, `score` (float32); beside them `manifest.json` and the tokenizer in
+`tokenizer/`.
 """
 
 from functools import cached_property
@@ -36,9 +37,14 @@ class Corpus:
             self.table = datasets.load_from_disk(str(folder)).data.table
             self._ids = self.table.column("input_ids")
         except Exception as error:  # pyarrow and datasets raise many kinds
-            raise UserError(f"corpus {folder} cannot be read ({str(error).splitlines()[0]}): write it again") from error
+            raise UserError(
+                f"corpus {folder} cannot be read ({str(error).splitlines()[0]}): write it again"
+            ) from error
         if self.table.num_rows != self.manifest["rows"]:
-            raise UserError(f"corpus {folder} has {self.table.num_rows} rows, its manifest says {self.manifest['rows']}: write it again")
+            raise UserError(
+                f"corpus {folder} has {self.table.num_rows} rows, its manifest says "
+                f"{self.manifest['rows']}: write it again"
+            )
         self._starts = np.cumsum([0, *(len(chunk) for chunk in self._ids.chunks)])
 
     def __len__(self):
@@ -67,13 +73,16 @@ class Corpus:
         return (pa.concat_arrays(codes).to_numpy() if codes else np.zeros(0, np.int32)), names
 
     def rows(self, indices) -> list[np.ndarray]:
-        """The chunks at `indices` (any order, repeats allowed), each int32 [num_tokens], views of the mapped files."""
+        """The chunks at `indices` (any order, repeats allowed), each int32 [num_tokens], views of the mapped
+        files."""
         indices = np.asarray(indices, dtype=np.int64)
         result = []
-        for index, block in zip(indices, np.searchsorted(self._starts, indices, side="right") - 1, strict=True):
+        for index, block in zip(
+            indices, np.searchsorted(self._starts, indices, side="right") - 1, strict=True
+        ):
             offsets, values = self._block(int(block))
             row = index - self._starts[block]
-            result.append(values[offsets[row]:offsets[row + 1]])
+            result.append(values[offsets[row] : offsets[row + 1]])
         return result
 
     def _block(self, number: int):
@@ -111,23 +120,41 @@ def write_shard(folder, number: int, columns: dict) -> str:
     schema = _features("score" in columns).arrow_schema
     table = pa.table([columns[name] for name in schema.names], schema=schema)
     path = Path(folder) / shard_name(number)
-    with atomic_write(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+    with (
+        atomic_write(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_stream(sink, schema) as writer,
+    ):
         writer.write_table(table, max_chunksize=ROWS_PER_RECORD_BATCH)
     return hash_files([path])
 
 
 def write_dataset_files(folder, hashes: list[str], with_scores: bool) -> str:
-    """Write `dataset_info.json` and `state.json`, which make the folder one that `datasets.load_from_disk` opens, and
-    return the fingerprint of the corpus' content.
+    """Write `dataset_info.json` and `state.json`, which make the folder one that `datasets.load_from_disk`
+    opens, and return the fingerprint of the corpus' content.
 
     Args:
         hashes: what write_shard returned, for the files 0, 1, …
     """
     content = fingerprint(hashes)
-    info = {"citation": "", "description": "", "features": _features(with_scores).to_dict(), "homepage": "", "license": ""}
+    info = {
+        "citation": "",
+        "description": "",
+        "features": _features(with_scores).to_dict(),
+        "homepage": "",
+        "license": "",
+    }
     write_json(Path(folder) / "dataset_info.json", info)
-    write_json(Path(folder) / "state.json", {
-        "_data_files": [{"filename": shard_name(number)} for number in range(len(hashes))],
-        "_fingerprint": content, "_format_columns": None, "_format_kwargs": {}, "_format_type": None,
-        "_output_all_columns": False, "_split": None})
+    write_json(
+        Path(folder) / "state.json",
+        {
+            "_data_files": [{"filename": shard_name(number)} for number in range(len(hashes))],
+            "_fingerprint": content,
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": None,
+        },
+    )
     return content

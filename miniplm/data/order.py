@@ -1,4 +1,5 @@
-"""Which rows of a corpus make up which training step, a function of (row lengths, batch size, seed, step) alone, and its micro-batches."""
+"""Which rows of a corpus make up which training step, a function of (row lengths, batch size, seed, step)
+alone, and its micro-batches."""
 
 import numpy as np
 
@@ -9,12 +10,14 @@ from ..runtime.errors import UserError
 class DataOrder:
     """Which rows of a corpus make up which step.
 
-    The rows follow one another in epochs without end, each epoch in an order of its own (a permutation seeded with (seed,
-    epoch)) or all in corpus order. Step k takes the rows whose first prediction is among the predictions k·B … (k+1)·B − 1
-    of that stream: every row once per epoch, and after k steps of any corpus k·B predictions, to within one row.
+    The rows follow one another in epochs without end, each epoch in an order of its own (a permutation seeded
+    with (seed, epoch)) or all in corpus order. Step k takes the rows whose first prediction is among the
+    predictions k·B … (k+1)·B − 1 of that stream: every row once per epoch, and after k steps of any corpus
+    k·B predictions, to within one row.
 
     Args:
-        num_tokens: int [rows], ids per row; a row of n ids counts n − 1 predictions. Rows without any are left out.
+        num_tokens: int [rows], ids per row; a row of n ids counts n − 1 predictions. Rows without any are
+            left out.
         batch_tokens: B.
     Raises:
         UserError: there is nothing to predict, or a row is longer than B, which would leave steps empty.
@@ -27,7 +30,10 @@ class DataOrder:
         if not self.epoch_tokens:
             raise UserError("the corpus holds no token to predict: train on another one")
         if (longest := int(num_tokens.max()) - 1) > batch_tokens:
-            raise UserError(f"batch_tokens {batch_tokens} is below the longest chunk of the corpus, {longest} predictions: raise it")
+            raise UserError(
+                f"batch_tokens {batch_tokens} is below the longest chunk of the corpus, {longest} "
+                f"predictions: raise it"
+            )
         self._cached = None
 
     @property
@@ -41,19 +47,32 @@ class DataOrder:
         parts = []
         for epoch in range(start // self.epoch_tokens, (stop - 1) // self.epoch_tokens + 1):
             rows, starts = self._epoch(epoch)
-            first, last = np.searchsorted(starts, [start - epoch * self.epoch_tokens, stop - epoch * self.epoch_tokens])
+            first, last = np.searchsorted(
+                starts, [start - epoch * self.epoch_tokens, stop - epoch * self.epoch_tokens]
+            )
             parts.append(rows[first:last])
         return np.concatenate(parts)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(rows, the predictions before each) of an epoch; the latest one is kept, since steps come in order."""
+        """(rows, the predictions before each) of an epoch; the latest one is kept, since steps come in
+        order."""
         if self._cached is None or self._cached[0] != epoch:
-            rows = np.random.default_rng([self.seed, epoch]).permutation(self.rows) if self.shuffle else self.rows
+            rows = (
+                np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+                if self.shuffle
+                else self.rows
+            )
             lengths = self.num_tokens[rows] - 1
             self._cached = epoch, rows, np.cumsum(lengths) - lengths
         return self._cached[1:]
 
 
-def global_batch(rows, eos_token_id: int, micro_batch_tokens: int, document_mask: bool = False) -> list[Batch]:
-    """Pack rows (int arrays of ids) into micro-batches of at most micro_batch_tokens predictions; a longer row stands alone."""
-    return [pack(rows[group], eos_token_id, document_mask) for group in split_by_tokens([len(row) for row in rows], micro_batch_tokens)]
+def global_batch(
+    rows, eos_token_id: int, micro_batch_tokens: int, document_mask: bool = False
+) -> list[Batch]:
+    """Pack rows (int arrays of ids) into micro-batches of at most micro_batch_tokens predictions; a longer
+    row stands alone."""
+    return [
+        pack(rows[group], eos_token_id, document_mask)
+        for group in split_by_tokens([len(row) for row in rows], micro_batch_tokens)
+    ]

@@ -1,8 +1,9 @@
 """Text sources → blocks of records.
 
-A source is a file, a folder of files, or a Hugging Face dataset. Its records come in blocks of about BLOCK_BYTES, in order;
-each block knows the position after it, and reading on from there gives the same blocks as reading from the start: a
-stopped run can continue. What is in a record is only found out by read_record, in the process that gets the block.
+A source is a file, a folder of files, or a Hugging Face dataset. Its records come in blocks of about
+BLOCK_BYTES, in order; each block knows the position after it, and reading on from there gives the same blocks
+as reading from the start: a stopped run can continue. What is in a record is only found out by read_record,
+in the process that gets the block.
 """
 
 import codecs
@@ -26,9 +27,10 @@ START = (0, 0, 0)
 class Block:
     """Consecutive records of one file or dataset.
 
-    records: lines of a .jsonl (bytes), else dicts with the values of the wanted columns, as far as there are such columns;
-    columns: the names of all columns there are (None for lines: each has its own); name, separator, first: say where a
-    record is (`where`); next: the position after the block; size: bytes of the source that it stands for.
+    records: lines of a .jsonl (bytes), else dicts with the values of the wanted columns, as far as there are
+    such columns; columns: the names of all columns there are (None for lines: each has its own); name,
+    separator, first: say where a record is (`where`); next: the position after the block; size: bytes of the
+    source that it stands for.
     """
 
     records: list
@@ -52,8 +54,9 @@ def open_source(data: str, columns: list[str], subset: str | None = None, split:
         subset, split: of a Hugging Face dataset.
 
     Returns:
-        An object with `name` (base name or id), `identity` (JSON-able, differs when the source does), `size` (bytes, None if
-        unknown) and `blocks(position)`, which yields the Blocks from `position` on (START: all).
+        An object with `name` (base name or id), `identity` (JSON-able, differs when the source does), `size`
+        (bytes, None if unknown) and `blocks(position)`, which yields the Blocks from `position` on (START:
+        all).
 
     Raises:
         UserError: nothing there, or nothing usable; while reading: a file or dataset that cannot be read.
@@ -62,12 +65,15 @@ def open_source(data: str, columns: list[str], subset: str | None = None, split:
     if path.exists():
         return Files(path, columns)
     if data.endswith(SUFFIXES) or path.is_absolute() or data.startswith((".", "~")) or len(path.parts) > 2:
-        raise UserError(f"data {data} does not exist: give a file, a folder or the id of a Hugging Face dataset")
+        raise UserError(
+            f"data {data} does not exist: give a file, a folder or the id of a Hugging Face dataset"
+        )
     return HubDataset(data, columns, subset, split)
 
 
 def read_record(record, columns, text_column: str, domain_column: str | None) -> tuple[str, str]:
-    """The text and the domain ("default" without a domain column) of a record of a Block that has these columns.
+    """The text and the domain ("default" without a domain column) of a record of a Block that has these
+    columns.
 
     Raises:
         ValueError: the reason why it is a bad record.
@@ -132,13 +138,21 @@ class Files:
         self.name = os.path.basename(os.path.abspath(path))
         if path.is_file():
             if not _usable(path):
-                raise UserError(f"data {path} is of no known type: give {', '.join(SUFFIXES)}, or a folder of those")
+                raise UserError(
+                    f"data {path} is of no known type: give {', '.join(SUFFIXES)}, or a folder of those"
+                )
             names = {path.name: path}
         else:
             names = {found.relative_to(path).as_posix(): found for found in path.rglob("*") if _usable(found)}
-            names = {name: names[name] for name in sorted(names) if not any(part.startswith(".") for part in Path(name).parts)}
+            names = {
+                name: names[name]
+                for name in sorted(names)
+                if not any(part.startswith(".") for part in Path(name).parts)
+            }
             if not names:
-                raise UserError(f"data folder {path} holds no file that can be read: give {', '.join(SUFFIXES)}")
+                raise UserError(
+                    f"data folder {path} holds no file that can be read: give {', '.join(SUFFIXES)}"
+                )
         self.paths = list(names.values())
         try:
             files = [[name, found.stat().st_size, _hash_ends(found)] for name, found in names.items()]
@@ -161,7 +175,9 @@ class Files:
                     first, number = number + 1, number + len(records)
                     yield Block(records, columns, str(path), separator, first, (index, done, number), size)
             except (OSError, pyarrow.ArrowException) as error:
-                raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}): restore it or leave it out") from error
+                raise UserError(
+                    f"{path} cannot be read ({' '.join(str(error).split())}): restore it or leave it out"
+                ) from error
             offset = number = 0
 
 
@@ -185,8 +201,11 @@ class HubDataset:
                 first, number = number + 1, number + len(records)
                 yield Block(records, names, self.name, ", record ", first, (0, 0, number), size)
         except Exception as error:  # datasets and the network raise many kinds
-            raise UserError(f"dataset {self.name} cannot be read ({' '.join(str(error).split())[:300]}): give an existing file or folder, or an id, "
-                            "--subset and --split that exist, and see that the Hub can be reached") from error
+            raise UserError(
+                f"dataset {self.name} cannot be read ({' '.join(str(error).split())[:300]}): give an "
+                f"existing file or folder, or an id, "
+                "--subset and --split that exist, and see that the Hub can be reached"
+            ) from error
 
     def _wanted(self, rows, names: list[str]):
         for row in rows:
@@ -199,7 +218,8 @@ def _usable(path: Path) -> bool:
 
 
 def _hash_ends(path: Path) -> str:
-    """A hash of the first and the last 64 KiB: with the size, enough to notice another file without reading 100 GB."""
+    """A hash of the first and the last 64 KiB: with the size, enough to notice another file without reading
+    100 GB."""
     with open(path, "rb") as file:
         digest = hashlib.sha256(file.read(1 << 16))
         file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 16)))
@@ -208,7 +228,8 @@ def _hash_ends(path: Path) -> str:
 
 
 # Each reader takes (path, wanted columns, uncompressed bytes and records to skip) and yields
-# (records, names of the columns, uncompressed bytes read so far, bytes of the file that the records stand for).
+# (records, names of the columns, uncompressed bytes read so far, bytes of the file that the records stand
+# for).
 
 
 def _read_lines(path: Path, wanted, offset: int, number: int):
@@ -216,8 +237,12 @@ def _read_lines(path: Path, wanted, offset: int, number: int):
 
     with open(path, "rb") as raw:
         file = raw
-        if path.suffix != ".jsonl":  # Arrow reads on across members, and reports a truncated file, which zstandard does not
-            file = io.BufferedReader(pyarrow.CompressedInputStream(raw, {".gz": "gzip", ".zst": "zstd"}[path.suffix]), BLOCK_BYTES)
+        if (
+            path.suffix != ".jsonl"
+        ):  # Arrow reads on across members, and reports a truncated file, which zstandard does not
+            file = io.BufferedReader(
+                pyarrow.CompressedInputStream(raw, {".gz": "gzip", ".zst": "zstd"}[path.suffix]), BLOCK_BYTES
+            )
             for start in range(0, offset, BLOCK_BYTES):
                 file.read(min(BLOCK_BYTES, offset - start))
         else:

@@ -21,7 +21,12 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     import transformers
 
     path = Path(name).expanduser()
-    if not path.exists() and (path.suffix == ".gguf" or path.is_absolute() or str(name).startswith((".", "~")) or len(path.parts) > 2):
+    if not path.exists() and (
+        path.suffix == ".gguf"
+        or path.is_absolute()
+        or str(name).startswith((".", "~"))
+        or len(path.parts) > 2
+    ):
         raise UserError(f"tokenizer {name} does not exist: {REMEDY}")
     if path.is_file() and path.suffix != ".gguf":
         raise UserError(f"tokenizer {name} is neither a folder nor a .gguf file: {REMEDY}")
@@ -30,19 +35,28 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         if (path / "tokenizer.json").exists():
-            # It says it all. AutoTokenizer goes by the model's type instead: to a qwen2 model it gives Qwen2's way of cutting text into words.
+            # It says it all. AutoTokenizer goes by the model's type instead: to a qwen2 model it gives
+            # Qwen2's way of cutting text into words.
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(**source)
         else:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=trust_remote_code)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                **source, trust_remote_code=trust_remote_code
+            )
     except Exception as error:  # transformers raises many kinds, some over many lines
-        raise UserError(f"tokenizer {name} cannot be loaded ({' '.join(str(error).split())[:200]}): {REMEDY}") from error
+        raise UserError(
+            f"tokenizer {name} cannot be loaded ({' '.join(str(error).split())[:200]}): {REMEDY}"
+        ) from error
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"tokenizer {name} is a slow one ({type(tokenizer).__name__}): convert it to a tokenizer.json first")
+        raise UserError(
+            f"tokenizer {name} is a slow one ({type(tokenizer).__name__}): convert it to a tokenizer.json "
+            f"first"
+        )
     return tokenizer
 
 
 def save_tokenizer(tokenizer, folder):
-    """Write the tokenizer's files into `folder`. A disk that is full is an OSError here too; the tokenizers library has its own kind."""
+    """Write the tokenizer's files into `folder`. A disk that is full is an OSError here too; the tokenizers
+    library has its own kind."""
     try:
         tokenizer.save_pretrained(folder)
     except OSError:
@@ -57,12 +71,21 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 
 def check_same_tokens(corpus_tokenizer, tokenizer, name: str):
-    """Raise UserError, naming the first token that differs, unless every token of the corpus's tokenizer has the same id in
-    `tokenizer`, which is called `name`. Further tokens in the latter are fine: the corpus does not hold them."""
+    """Raise UserError, naming the first token that differs, unless every token of the corpus's tokenizer has
+    the same id in `tokenizer`, which is called `name`. Further tokens in the latter are fine: the corpus does
+    not hold them."""
     vocabulary = tokenizer.get_vocab()
-    differing = [(index, token) for token, index in corpus_tokenizer.get_vocab().items() if vocabulary.get(token) != index]
+    differing = [
+        (index, token)
+        for token, index in corpus_tokenizer.get_vocab().items()
+        if vocabulary.get(token) != index
+    ]
     if differing:
         index, token = min(differing)
         found = f"id {vocabulary[token]}" if token in vocabulary else "missing"
-        raise UserError(f"the tokenizer of {name} is not the corpus's: token {token!r} has id {index} in the corpus, is {found} there "
-                        f"({len(differing):,} differ): use a model with the corpus's tokenizer, or prepare the corpus with this one")
+        raise UserError(
+            f"the tokenizer of {name} is not the corpus's: token {token!r} has id {index} in the corpus, is "
+            f"{found} there "
+            f"({len(differing):,} differ): use a model with the corpus's tokenizer, or prepare the corpus "
+            f"with this one"
+        )

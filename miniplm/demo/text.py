@@ -1,8 +1,9 @@
 """The demo's corpus and tokenizer, from the text that every Python carries. No network.
 
-Four domains: the language reference (`pydoc_data`), the docstrings and the sources of the standard library (a source file
-stands without its docstrings, so that no text is in two domains), and the data files of Python's own tests, which are
-noisy: number tables, mail fragments, broken HTML. Where a Python comes without its tests that domain is left out.
+Four domains: the language reference (`pydoc_data`), the docstrings and the sources of the standard library (a
+source file stands without its docstrings, so that no text is in two domains), and the data files of Python's
+own tests, which are noisy: number tables, mail fragments, broken HTML. Where a Python comes without its tests
+that domain is left out.
 """
 
 import ast
@@ -16,7 +17,9 @@ from ..runtime.artifacts import complete_output, open_output
 from ..runtime.errors import UserError
 from ..runtime.files import atomic_folder, atomic_write, fingerprint
 
-DOMAIN_BYTES = 1_200_000  # at most so much text per domain: enough to learn from, few enough for minutes on two cores
+DOMAIN_BYTES = (
+    1_200_000  # at most so much text per domain: enough to learn from, few enough for minutes on two cores
+)
 TEST_DATA_BYTES = 400_000  # numbers mostly, of a token per digit: more would fill half of the corpus
 TEST_DATA = {".txt", ".html", ".xml", ".json", ".toml", ".decTest"}
 VOCABULARY = 2048
@@ -41,10 +44,14 @@ def _collect() -> dict:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise UserError("this Python has no pydoc_data: install the full standard library of Python") from None
+        raise UserError(
+            "this Python has no pydoc_data: install the full standard library of Python"
+        ) from None
     reference.extend(topics[name] for name in sorted(topics))
     for path in sorted(library.rglob("*.py")):
-        if {"site-packages", "dist-packages", "pydoc_data", "test", "tests", "idle_test"} & set(path.relative_to(library).parts):
+        if {"site-packages", "dist-packages", "pydoc_data", "test", "tests", "idle_test"} & set(
+            path.relative_to(library).parts
+        ):
             continue
         try:
             text = path.read_text(encoding="utf-8")
@@ -54,10 +61,23 @@ def _collect() -> dict:
         if found:
             docstrings.append(found)
         sources.append(rest)
-    tests = [path.read_bytes() for path in sorted((library / "test").rglob("*")) if path.suffix in TEST_DATA and path.is_file()]
+    tests = [
+        path.read_bytes()
+        for path in sorted((library / "test").rglob("*"))
+        if path.suffix in TEST_DATA and path.is_file()
+    ]
     data = [text for text in (_decode(content) for content in tests) if text]
-    domains = {"language reference": reference, "docstrings": docstrings, "sources": sources, "test data": data}
-    return {name: _capped(texts, TEST_DATA_BYTES if texts is data else DOMAIN_BYTES) for name, texts in domains.items() if texts}
+    domains = {
+        "language reference": reference,
+        "docstrings": docstrings,
+        "sources": sources,
+        "test data": data,
+    }
+    return {
+        name: _capped(texts, TEST_DATA_BYTES if texts is data else DOMAIN_BYTES)
+        for name, texts in domains.items()
+        if texts
+    }
 
 
 def _decode(content: bytes):
@@ -68,8 +88,9 @@ def _decode(content: bytes):
 
 
 def _capped(texts: list, limit: int) -> list:
-    """A seeded random choice of the texts, `limit` bytes long at most; one text gives a tenth of that at most."""
-    texts = [text[:limit // 10] for text in texts]
+    """A seeded random choice of the texts, `limit` bytes long at most; one text gives a tenth of that at
+    most."""
+    texts = [text[: limit // 10] for text in texts]
     random.Random(SEED).shuffle(texts)
     kept, size = [], 0
     for text in texts:
@@ -85,7 +106,9 @@ def _split_docstrings(text: str) -> tuple[str, str]:
     lines = text.splitlines(keepends=True)
     found = []
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (docstring := ast.get_docstring(node)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (
+            docstring := ast.get_docstring(node)
+        ):
             found.append(f"{getattr(node, 'name', 'module')}\n\n{docstring}\n")
             statement = node.body[0]
             for number in range(statement.lineno - 1, statement.end_lineno):
@@ -94,13 +117,16 @@ def _split_docstrings(text: str) -> tuple[str, str]:
 
 
 def train_tokenizer(text: Path, folder: Path) -> Path:
-    """Train Qwen2's byte-level BPE on a jsonl's text column, save it to `folder` as a Hugging Face tokenizer, return the folder."""
+    """Train Qwen2's byte-level BPE on a jsonl's text column, save it to `folder` as a Hugging Face tokenizer,
+    return the folder."""
     if folder.exists():
         return folder  # written whole by atomic_folder, and a pure function of the text beside it
     from transformers import Qwen2Tokenizer
 
     with open(text, encoding="utf-8") as file:
-        tokenizer = Qwen2Tokenizer().train_new_from_iterator((json.loads(line)["text"] for line in file), VOCABULARY, show_progress=False)
+        tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+            (json.loads(line)["text"] for line in file), VOCABULARY, show_progress=False
+        )
     with atomic_folder(folder) as temporary:
         save_tokenizer(tokenizer, temporary)
     return folder

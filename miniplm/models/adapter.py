@@ -15,23 +15,31 @@ class TransformersLM(LanguageModel):
     """Any other causal LM of transformers: packed outside, right-padded inside.
 
     Args:
-        model: the AutoModelForCausalLM. UserError where its logits are not a multiple of hidden @ head_weight.T.
+        model: the AutoModelForCausalLM. UserError where its logits are not a multiple of hidden @
+            head_weight.T.
         name: what the user calls it, for messages.
     """
 
     def __init__(self, model, name: str):
         super().__init__()
         self.wrapped, self.config, self.scale = model.eval(), model.config, 1.0
-        # Past these lengths position tables end, and some rotary embeddings change with the longest text of a batch.
+        # Past these lengths position tables end, and some rotary embeddings change with the longest text of a
+        # batch.
         rope = getattr(model.config, "rope_parameters", None) or {}
-        limits = [getattr(model.config, "max_position_embeddings", None), rope.get("rope_type") == "longrope" and rope["original_max_position_embeddings"]]
+        limits = [
+            getattr(model.config, "max_position_embeddings", None),
+            rope.get("rope_type") == "longrope" and rope["original_max_position_embeddings"],
+        ]
         self.context = min(filter(None, limits), default=math.inf)
         try:
             self._check(f"{name} ({model.config.model_type}) cannot be used")
         except UserError:
             raise
         except Exception as error:  # whatever a foreign model's code raises
-            raise UserError(f"{name} ({model.config.model_type}) cannot be used: it does not compute plain text ({one_line(error)})") from error
+            raise UserError(
+                f"{name} ({model.config.model_type}) cannot be used: it does not compute plain text "
+                f"({one_line(error)})"
+            ) from error
 
     @property
     def head_weight(self) -> Tensor:
@@ -42,17 +50,25 @@ class TransformersLM(LanguageModel):
         documents = sorted(itertools.pairwise(bounds), key=lambda bound: bound[0] - bound[1])  # longest first
         documents = [(start, end) for start, end in documents if end > start]
         if documents and documents[0][1] - documents[0][0] > self.context:
-            raise UserError(f"a document of {documents[0][1] - documents[0][0]} tokens does not fit into the model's context of {self.context} "
-                            f"({self.config.model_type}): prepare the corpus with a smaller max_length")
+            raise UserError(
+                f"a document of {documents[0][1] - documents[0][0]} tokens does not fit into the model's "
+                f"context of {self.context} "
+                f"({self.config.model_type}): prepare the corpus with a smaller max_length"
+            )
         hidden, places = [], []
         while documents:
             longest = documents[0][1] - documents[0][0]
-            # A batch takes documents down to three quarters of its longest: padding is at most a quarter of it.
+            # A batch takes documents down to three quarters of its longest: padding is at most a quarter of
+            # it.
             group = [bound for bound in documents if 4 * (bound[1] - bound[0]) >= 3 * longest]
-            documents = documents[len(group):]
+            documents = documents[len(group) :]
             starts, ends = torch.tensor(group, device=input_ids.device).T[..., None]
-            index = starts + torch.arange(longest, device=input_ids.device)  # [documents of the group, longest]
-            ids = input_ids[torch.minimum(index, ends - 1)]  # the padding repeats the last token; no token sees it, see _check
+            index = starts + torch.arange(
+                longest, device=input_ids.device
+            )  # [documents of the group, longest]
+            ids = input_ids[
+                torch.minimum(index, ends - 1)
+            ]  # the padding repeats the last token; no token sees it, see _check
             output = self.wrapped.base_model(input_ids=ids, use_cache=False).last_hidden_state
             hidden.append(output[index < ends])
             places.append(index[index < ends])
@@ -63,14 +79,17 @@ class TransformersLM(LanguageModel):
 
     @torch.no_grad()
     def _check(self, refusal: str):
-        """Find the factor between hidden @ head_weight.T and the model's own logits; refuse a model that has none."""
+        """Find the factor between hidden @ head_weight.T and the model's own logits; refuse a model that has
+        none."""
         head = self.wrapped.get_output_embeddings()
         no_product = f"{refusal}: its logits are not hidden × head"
         if not isinstance(getattr(head, "weight", None), Tensor):
             raise UserError(f"{no_product} (it has no head)")
         if getattr(head, "bias", None) is not None:
             raise UserError(f"{no_product} (the head has a bias)")
-        if getattr(self.config, "final_logit_softcapping", None):  # invisible in the small logits of an untrained model
+        if getattr(
+            self.config, "final_logit_softcapping", None
+        ):  # invisible in the small logits of an untrained model
             raise UserError(f"{no_product} (they are soft-capped)")
         ids = 1 + torch.arange(9, device=head.weight.device) * ((len(head.weight) - 1) // 9)
         lengths = [9, 5, 0, 1]  # all begin alike
@@ -85,15 +104,22 @@ class TransformersLM(LanguageModel):
             raise UserError(f"{no_product} (they differ by more than a factor)")
         if not (_close(hidden[9:14], hidden[:5], tolerance) and _close(hidden[14:], hidden[:1], tolerance)):
             raise UserError(f"{refusal}: its hidden states depend on later tokens or on padding")
-        if abs(factor - 1) > (1e-4 if precise else 1e-2):  # in half precision the logits' rounding averages out in the factor
+        if abs(factor - 1) > (
+            1e-4 if precise else 1e-2
+        ):  # in half precision the logits' rounding averages out in the factor
             self.scale = factor
 
     def flops_per_token(self, context: int) -> int:
-        """Forward FLOPs per token, estimated: 2 per parameter, embeddings only where they are the head, and causal attention if any."""
+        """Forward FLOPs per token, estimated: 2 per parameter, embeddings only where they are the head, and
+        causal attention if any."""
         embedding = self.wrapped.get_input_embeddings().weight
         looked_up = 0 if embedding is self.head_weight else embedding.numel()
         text = self.config.get_text_config()
-        attention = 2 * text.num_hidden_layers * text.hidden_size * (context + 1) if hasattr(text, "num_attention_heads") else 0
+        attention = (
+            2 * text.num_hidden_layers * text.hidden_size * (context + 1)
+            if hasattr(text, "num_attention_heads")
+            else 0
+        )
         return 2 * (self.num_parameters() - looked_up) + attention
 
     def save_pretrained(self, folder):

@@ -1,8 +1,8 @@
-"""The decoder on the project's own ops: the Qwen2, Llama and Qwen3 architectures under transformers' parameter names.
+"""The decoder on the project's own ops: the Qwen2, Llama and Qwen3 architectures under transformers'
+parameter names.
 
 So a Hugging Face checkpoint is its state dict as it is, and its state dict is one (see loading.py).
 """
-
 
 import copy
 
@@ -36,17 +36,20 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual), the pair that the next residual block needs; no residual: that of x."""
+        """(norm(x + residual), x + residual), the pair that the next residual block needs; no residual: that
+        of x."""
         if residual is None:
             return rms_norm(x, self.weight, self.eps), x
         return add_rms_norm(x, residual, self.weight, self.eps)
 
 
 def fused_linear(x: Tensor, *layers: nn.Linear) -> Tensor:
-    """[T, Σ out]: the results of linear layers for x [T, in], joined: one matrix product, and one for each gradient in the backward pass.
+    """[T, Σ out]: the results of linear layers for x [T, in], joined: one matrix product, and one for each
+    gradient in the backward pass.
 
-    The layers keep their own parameters, under transformers' names, each with its own gradient and optimiser state; what is joined is a
-    copy, made at each call (under autocast in its dtype, as the layers would make one too). Of weights and results the smaller are joined.
+    The layers keep their own parameters, under transformers' names, each with its own gradient and optimiser
+    state; what is joined is a copy, made at each call (under autocast in its dtype, as the layers would make
+    one too). Of weights and results the smaller are joined.
     """
     in_float8 = [isinstance(layer, float8.Float8Linear) for layer in layers]
     if all(in_float8):
@@ -54,7 +57,9 @@ def fused_linear(x: Tensor, *layers: nn.Linear) -> Tensor:
     if any(in_float8) or len(x) < x.shape[-1]:  # a layer of odd sizes is not in float8
         return torch.cat([layer(x) for layer in layers], -1)
     weight = torch.cat([layer.weight.to(x.dtype) for layer in layers])
-    return F.linear(x, weight, None if layers[0].bias is None else torch.cat([layer.bias.to(x.dtype) for layer in layers]))
+    return F.linear(
+        x, weight, None if layers[0].bias is None else torch.cat([layer.bias.to(x.dtype) for layer in layers])
+    )
 
 
 class Attention(nn.Module):
@@ -66,16 +71,22 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(d, heads * self.head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(d, kv_heads * self.head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(d, kv_heads * self.head_dim, bias=qkv_bias)
-        self.o_proj = nn.Linear(heads * self.head_dim, d, bias=config.model_type != "qwen2" and config.attention_bias)
+        self.o_proj = nn.Linear(
+            heads * self.head_dim, d, bias=config.model_type != "qwen2" and config.attention_bias
+        )
         if config.model_type == "qwen3":
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         else:
             self.q_norm = self.k_norm = None
 
-    def forward(self, x: Tensor, positions: Tensor, inv_freq: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, inv_freq: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
+    ) -> Tensor:
         qkv = fused_linear(x, self.q_proj, self.k_proj, self.v_proj).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split([layer.out_features // self.head_dim for layer in (self.q_proj, self.k_proj, self.v_proj)], -2)  # views [T, H, D]
+        q, k, v = qkv.split(
+            [layer.out_features // self.head_dim for layer in (self.q_proj, self.k_proj, self.v_proj)], -2
+        )  # views [T, H, D]
         if self.q_norm is not None:
             q, k = self.q_norm(q)[0], self.k_norm(k)[0]
         q, k = apply_rotary(q, k, positions, inv_freq)
@@ -103,22 +114,25 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, hidden: Tensor, residual: Tensor | None, *attention_inputs) -> tuple[Tensor, Tensor]:
-        # The sum that ends a block is left to the norm that opens the next one: one pass over the memory instead of two.
+        # The sum that ends a block is left to the norm that opens the next one: one pass over the memory
+        # instead of two.
         normed, residual = self.input_layernorm(hidden, residual)
         normed, residual = self.post_attention_layernorm(self.self_attn(normed, *attention_inputs), residual)
         return self.mlp(normed), residual
 
 
 class Decoder(LanguageModel):
-    """The Qwen2, Llama and Qwen3 architectures, randomly initialised (normal, config.initializer_range, torch's global RNG).
+    """The Qwen2, Llama and Qwen3 architectures, randomly initialised (normal, config.initializer_range,
+    torch's global RNG).
 
     Args:
-        config: a Qwen2Config, LlamaConfig or Qwen3Config for which `unsupported_reason(config)` is None; it is copied.
-            Dropout is not applied, and the embedding of pad_token_id is trained like any other.
+        config: a Qwen2Config, LlamaConfig or Qwen3Config for which `unsupported_reason(config)` is None; it
+            is copied. Dropout is not applied, and the embedding of pad_token_id is trained like any other.
 
-    Under autocast the residual stream stays in the parameters' float32, as in transformers. Nothing waits for the GPU, and shapes depend on
-    those of the arguments alone: `torch.compile(fullgraph=True)` takes it.
-    activation_checkpointing: set to True, the backward pass computes each layer anew and only the layers' inputs are kept.
+    Under autocast the residual stream stays in the parameters' float32, as in transformers. Nothing waits for
+    the GPU, and shapes depend on those of the arguments alone: `torch.compile(fullgraph=True)` takes it.
+    activation_checkpointing: set to True, the backward pass computes each layer anew and only the layers'
+    inputs are kept.
     """
 
     activation_checkpointing = False
@@ -131,11 +145,13 @@ class Decoder(LanguageModel):
         self.inv_freq, attention_scaling = _rope(config)
         # transformers multiplies cos and sin by attention_scaling: the scores q·k then carry its square.
         scale = attention_scaling**2 / _head_dim(config) ** 0.5
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Layer(config, scale) for _ in range(config.num_hidden_layers)),
-            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-        })
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(Layer(config, scale) for _ in range(config.num_hidden_layers)),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
@@ -145,7 +161,8 @@ class Decoder(LanguageModel):
                 nn.init.zeros_(module.bias)
 
     def _apply(self, fn, recurse=True):
-        # The frequencies follow the parameters to another device, but stay float32 when those become bfloat16.
+        # The frequencies follow the parameters to another device, but stay float32 when those become
+        # bfloat16.
         super()._apply(fn, recurse)
         if self.head_weight.device.type != "meta":
             self.inv_freq = self.inv_freq.to(self.head_weight.device)
@@ -163,7 +180,9 @@ class Decoder(LanguageModel):
         for layer in self.model.layers:
             inputs = hidden, residual, positions, self.inv_freq, cu_seqlens, max_seqlen
             if self.activation_checkpointing:
-                hidden, residual = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is random here
+                hidden, residual = checkpoint(
+                    layer, *inputs, use_reentrant=False, preserve_rng_state=False
+                )  # nothing is random here
             else:
                 hidden, residual = layer(*inputs)
         return self.model.norm(hidden, residual)[0]
@@ -172,14 +191,22 @@ class Decoder(LanguageModel):
         """Forward FLOPs per token in documents of `context` tokens; training takes three times as many.
 
         2 · (weights of all matrices in the layers) + 2·d·V for the head + layers · 4·H·D · (context + 1)/2: a
-        query meets (context + 1)/2 keys on average, and q·k and p·v take 2·D each. Norms, rotary and the like do not count.
+        query meets (context + 1)/2 keys on average, and q·k and p·v take 2·D each. Norms, rotary and the like
+        do not count.
         """
-        matrices = sum(module.weight.numel() for module in self.model.layers.modules() if isinstance(module, nn.Linear))
+        matrices = sum(
+            module.weight.numel() for module in self.model.layers.modules() if isinstance(module, nn.Linear)
+        )
         width = self.config.num_attention_heads * _head_dim(self.config)
-        return 2 * matrices + 2 * self.head_weight.numel() + 2 * self.config.num_hidden_layers * width * (context + 1)
+        return (
+            2 * matrices
+            + 2 * self.head_weight.numel()
+            + 2 * self.config.num_hidden_layers * width * (context + 1)
+        )
 
     def save_pretrained(self, folder):
-        """Write config.json, generation_config.json and model.safetensors (shards and an index above 5 GB) for transformers."""
+        """Write config.json, generation_config.json and model.safetensors (shards and an index above 5 GB)
+        for transformers."""
         from huggingface_hub import save_torch_state_dict
         from transformers import GenerationConfig
 
@@ -187,7 +214,11 @@ class Decoder(LanguageModel):
         config.architectures = [ARCHITECTURES[config.model_type]]
         config.dtype = self.head_weight.dtype
         config.save_pretrained(folder)
-        GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id).save_pretrained(folder)
+        GenerationConfig(
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+        ).save_pretrained(folder)
         save_torch_state_dict(self.state_dict(), folder, max_shard_size=MAX_SHARD_SIZE)
 
 
@@ -237,16 +268,34 @@ def student_config(config: StudentConfig, vocab_size: int, eos_token_id: int):
 
     rows = config.vocab_size or vocab_size
     if rows < vocab_size:
-        raise UserError(f"model.vocab_size {rows} is below the tokenizer's {vocab_size}: leave it out or raise it")
-    settings = {name: getattr(config, name) for name in (
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings", "rms_norm_eps",
-        "max_position_embeddings", "initializer_range")}
+        raise UserError(
+            f"model.vocab_size {rows} is below the tokenizer's {vocab_size}: leave it out or raise it"
+        )
+    settings = {
+        name: getattr(config, name)
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "tie_word_embeddings",
+            "rms_norm_eps",
+            "max_position_embeddings",
+            "initializer_range",
+        )
+    }
     if config.head_dim or config.model_type == "qwen3":  # whose default is 128
         settings["head_dim"] = config.head_dim or config.hidden_size // config.num_attention_heads
     try:
         return AutoConfig.for_model(
-            config.model_type, **settings, vocab_size=rows, num_key_value_heads=config.num_key_value_heads or config.num_attention_heads,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta}, bos_token_id=eos_token_id, eos_token_id=eos_token_id,
-            dtype=torch.float32)
+            config.model_type,
+            **settings,
+            vocab_size=rows,
+            num_key_value_heads=config.num_key_value_heads or config.num_attention_heads,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            bos_token_id=eos_token_id,
+            eos_token_id=eos_token_id,
+            dtype=torch.float32,
+        )
     except Exception as error:  # transformers' own rules
         raise UserError(f"transformers refuses this model: {' '.join(str(error).split())[:300]}") from error

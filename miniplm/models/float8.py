@@ -1,8 +1,10 @@
-"""Linear layers in float8 for scoring: weights and inputs in e4m3, each row with a scale of its own, products in torch's scaled matmul.
+"""Linear layers in float8 for scoring: weights and inputs in e4m3, each row with a scale of its own, products
+in torch's scaled matmul.
 
-A row's scale is its largest magnitude over 448, the largest number of e4m3 (Micikevicius et al. 2022, arXiv 2209.05433). Embeddings, norms
-and the head stay as they are. The products add up in the matrix units' own, shorter float32 ("fast accumulation"): with these scales torch's
-kernels for the exact sum can take twice as long (github.com/pytorch/pytorch/issues/147971), and e4m3's rounding is far coarser.
+A row's scale is its largest magnitude over 448, the largest number of e4m3 (Micikevicius et al. 2022, arXiv
+2209.05433). Embeddings, norms and the head stay as they are. The products add up in the matrix units' own,
+shorter float32 ("fast accumulation"): with these scales torch's kernels for the exact sum can take twice as
+long (github.com/pytorch/pytorch/issues/147971), and e4m3's rounding is far coarser.
 """
 
 import torch
@@ -34,29 +36,47 @@ def fused_linear(x: Tensor, layers: list[Float8Linear]) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., in] in float8 times weight [out, in] float8, scaled by [1, out], plus bias [out]: [..., out] in x's dtype."""
+    """x [..., in] in float8 times weight [out, in] float8, scaled by [1, out], plus bias [out]: [..., out] in
+    x's dtype."""
     rows, row_scale = quantize_rows(x.reshape(-1, x.shape[-1]))
-    result = torch._scaled_mm(rows, weight.T, scale_a=row_scale, scale_b=scale, bias=bias, out_dtype=x.dtype, use_fast_accum=True)
+    result = torch._scaled_mm(
+        rows, weight.T, scale_a=row_scale, scale_b=scale, bias=bias, out_dtype=x.dtype, use_fast_accum=True
+    )
     return result.unflatten(0, x.shape[:-1])
 
 
 def to_float8(model: nn.Module) -> nn.Module:
-    """Replace the linear layers of a model in bfloat16 (on the CPU also float32), in place; sizes that are no multiples of 16 stay.
+    """Replace the linear layers of a model in bfloat16 (on the CPU also float32), in place; sizes that are no
+    multiples of 16 stay.
 
     Raises:
         UserError: this device or torch has no such products.
     """
-    head = getattr(model, "lm_head", None) or (model.wrapped.get_output_embeddings() if hasattr(model, "wrapped") else None)
+    head = getattr(model, "lm_head", None) or (
+        model.wrapped.get_output_embeddings() if hasattr(model, "wrapped") else None
+    )
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
-            if type(layer) is nn.Linear and layer is not head and layer.in_features % 16 == 0 and layer.out_features % 16 == 0:
+            if (
+                type(layer) is nn.Linear
+                and layer is not head
+                and layer.in_features % 16 == 0
+                and layer.out_features % 16 == 0
+            ):
                 setattr(module, name, Float8Linear(layer))
     for layer in model.modules():
         if isinstance(layer, Float8Linear):  # one small product shows what the device can do
             try:
-                layer(torch.zeros(16, layer.in_features, dtype=model.head_weight.dtype, device=layer.weight.device))
+                layer(
+                    torch.zeros(
+                        16, layer.in_features, dtype=model.head_weight.dtype, device=layer.weight.device
+                    )
+                )
             except (RuntimeError, NotImplementedError, ValueError) as error:
-                raise UserError(f"precision fp8 does not run here ({' '.join(str(error).split())[:150]}): it needs bfloat16 and an NVIDIA GPU of "
-                                "compute capability 8.9 or higher; leave --precision out") from error
+                raise UserError(
+                    f"precision fp8 does not run here ({' '.join(str(error).split())[:150]}): it needs "
+                    f"bfloat16 and an NVIDIA GPU of "
+                    "compute capability 8.9 or higher; leave --precision out"
+                ) from error
             break
     return model

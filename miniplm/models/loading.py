@@ -1,9 +1,9 @@
 """The models: Hugging Face ids, folders and .gguf files in, one interface out.
 
-`load_model` gives a LanguageModel: packed token ids in, hidden states after the final norm out, and the head's weight.
-Qwen2, Llama and Qwen3 become a Decoder; `TransformersLM` puts any other `AutoModelForCausalLM` behind the same interface.
+`load_model` gives a LanguageModel: packed token ids in, hidden states after the final norm out, and the
+head's weight. Qwen2, Llama and Qwen3 become a Decoder; `TransformersLM` puts any other `AutoModelForCausalLM`
+behind the same interface.
 """
-
 
 import importlib.util
 from pathlib import Path
@@ -20,7 +20,9 @@ from .decoder import Decoder, unsupported_reason
 MISSING, UNKNOWN, OTHER_SHAPE = "missing", "not of this architecture", "of another shape"
 
 
-def load_model(name, dtype: torch.dtype = torch.float32, device="cpu", trust_remote_code: bool = False) -> LanguageModel:
+def load_model(
+    name, dtype: torch.dtype = torch.float32, device="cpu", trust_remote_code: bool = False
+) -> LanguageModel:
     """Load a model for computing, in evaluation mode.
 
     Args:
@@ -32,16 +34,23 @@ def load_model(name, dtype: torch.dtype = torch.float32, device="cpu", trust_rem
     path = _locate(name)
     if path.suffix == ".gguf":
         wrapped = load_with_transformers(path, dtype)
-        model = TransformersLM(wrapped.to(device), str(name)) if unsupported_reason(wrapped.config) else _fill_decoder(wrapped.config, wrapped.state_dict(), path)
+        model = (
+            TransformersLM(wrapped.to(device), str(name))
+            if unsupported_reason(wrapped.config)
+            else _fill_decoder(wrapped.config, wrapped.state_dict(), path)
+        )
         return model.to(device).eval()
     config, files = _read_config(path, trust_remote_code), weight_files(path)
     if unsupported_reason(config):
-        return TransformersLM(load_with_transformers(path, dtype, trust_remote_code).to(device), str(name)).eval()
+        return TransformersLM(
+            load_with_transformers(path, dtype, trust_remote_code).to(device), str(name)
+        ).eval()
     return _fill_decoder(config, _read_tensors(files, dtype, device), path).to(device).eval()
 
 
 def model_hash(name) -> str:
-    """The identity of a model: its weights, and its config.json where it has one (the same weights with another RoPE base are another model)."""
+    """The identity of a model: its weights, and its config.json where it has one (the same weights with
+    another RoPE base are another model)."""
     files = weight_files(name)
     config = files[0].with_name("config.json")
     return hash_files([*files, config] if config.exists() and files[0].suffix != ".gguf" else files)
@@ -56,8 +65,11 @@ def weight_files(name) -> list[Path]:
     if (path / "model.safetensors").exists():
         return [path / "model.safetensors"]
     if not index.exists():
-        raise UserError(f"{path} holds no model.safetensors; .bin files are not read, they can carry code: convert them to safetensors "
-                        "(load them with transformers, then save_pretrained)")
+        raise UserError(
+            f"{path} holds no model.safetensors; .bin files are not read, they can carry code: convert them "
+            f"to safetensors "
+            "(load them with transformers, then save_pretrained)"
+        )
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index} has no weight_map: download the model again")
@@ -77,19 +89,24 @@ def _read_tensors(files, dtype: torch.dtype, device) -> dict[str, Tensor]:
             with safe_open(file, framework="pt") as opened:
                 names = opened.keys()
             for name in names:
-                # Tensors of an open file are the file itself: a copy is not changed by whoever overwrites it. Opening it
-                # for each tensor keeps what has been copied from staying in memory a second time.
+                # Tensors of an open file are the file itself: a copy is not changed by whoever overwrites it.
+                # Opening it for each tensor keeps what has been copied from staying in memory a second time.
                 with safe_open(file, framework="pt") as opened:
                     tensors[name] = opened.get_tensor(name).to(device, dtype, copy=True)
         except SafetensorError as error:
-            raise UserError(f"{file} is not a whole safetensors file ({one_line(error)}): copy or download it again") from None
+            raise UserError(
+                f"{file} is not a whole safetensors file ({one_line(error)}): copy or download it again"
+            ) from None
     return tensors
 
 
 def _fill_decoder(config, tensors: dict[str, Tensor], path: Path) -> Decoder:
-    """A Decoder whose parameters are the tensors themselves; UserError unless names and shapes are exactly its own."""
+    """A Decoder whose parameters are the tensors themselves; UserError unless names and shapes are exactly
+    its own."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if config.tie_word_embeddings and head in tensors:  # as transformers has it: a file with two different ones means two
+    if (
+        config.tie_word_embeddings and head in tensors
+    ):  # as transformers has it: a file with two different ones means two
         if embedding not in tensors:
             tensors[embedding] = tensors.pop(head)
         elif torch.equal(tensors[head], tensors[embedding]):
@@ -99,10 +116,17 @@ def _fill_decoder(config, tensors: dict[str, Tensor], path: Path) -> Decoder:
     with torch.device("meta"):
         model = Decoder(config)
     expected = model.state_dict()
-    found = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}  # in old files
-    for problem, names in [(MISSING, [name for name in expected if name not in found]),
-                           (UNKNOWN, [name for name in found if name not in expected]),
-                           (OTHER_SHAPE, [name for name in expected if name in found and expected[name].shape != found[name].shape])]:
+    found = {
+        name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")
+    }  # in old files
+    for problem, names in [
+        (MISSING, [name for name in expected if name not in found]),
+        (UNKNOWN, [name for name in found if name not in expected]),
+        (
+            OTHER_SHAPE,
+            [name for name in expected if name in found and expected[name].shape != found[name].shape],
+        ),
+    ]:
         _refuse_tensors(path, problem, names)
     model.load_state_dict(found, assign=True)
     return model
@@ -110,26 +134,40 @@ def _fill_decoder(config, tensors: dict[str, Tensor], path: Path) -> Decoder:
 
 def _refuse_tensors(path: Path, problem: str, names):
     if names:
-        raise UserError(f"the weights in {path} do not fit its config: {len(names)} {problem} ({', '.join(names[:3])}{', …' * (len(names) > 3)}): "
-                        "download or save the model again")
+        raise UserError(
+            f"the weights in {path} do not fit its config: {len(names)} {problem} "
+            f"({', '.join(names[:3])}{', …' * (len(names) > 3)}): "
+            "download or save the model again"
+        )
 
 
 def load_with_transformers(name, dtype: torch.dtype, trust_remote_code: bool = False):
-    """transformers' own model, on the CPU in evaluation mode; .gguf weights dequantised. Arguments and errors as in load_model."""
+    """transformers' own model, on the CPU in evaluation mode; .gguf weights dequantised. Arguments and errors
+    as in load_model."""
     import transformers
 
     path, options = _locate(name), {}
     if path.suffix == ".gguf":
-        if missing := [package for package in ("gguf", "accelerate") if not importlib.util.find_spec(package)]:
+        if missing := [
+            package for package in ("gguf", "accelerate") if not importlib.util.find_spec(package)
+        ]:
             raise UserError(f"{path} needs the package {missing[0]}: pip install miniplm[gguf]")
         options["gguf_file"] = path.name
-        if hasattr(transformers, "GgufConfig"):  # newer versions would otherwise keep them quantised where they have a kernel for it
+        if hasattr(
+            transformers, "GgufConfig"
+        ):  # newer versions would otherwise keep them quantised where they have a kernel for it
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         with quiet_transformers():
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                path if path.is_dir() else path.parent, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True,
-                ignore_mismatched_sizes=True, output_loading_info=True, **options)
+                path if path.is_dir() else path.parent,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **options,
+            )
     except Exception as error:  # transformers raises anything, from KeyError to OSError
         raise UserError(f"transformers cannot load {path}: {one_line(error)}") from error
     _refuse_tensors(path, MISSING, sorted(info["missing_keys"]))
@@ -138,13 +176,19 @@ def load_with_transformers(name, dtype: torch.dtype, trust_remote_code: bool = F
 
 
 def _locate(name) -> Path:
-    """The folder or .gguf file that a model's name stands for; a Hugging Face id is downloaded (or found in the cache)."""
+    """The folder or .gguf file that a model's name stands for; a Hugging Face id is downloaded (or found in
+    the cache)."""
     path = Path(name)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists():
         raise UserError(f"model {name} is a file: give a folder, a .gguf file or a Hugging Face id")
-    if path.suffix == ".gguf" or path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+    if (
+        path.suffix == ".gguf"
+        or path.is_absolute()
+        or str(name).startswith((".", "~"))
+        or str(name).count("/") > 1
+    ):
         raise UserError(f"model {name} does not exist")
     return _download(str(name))
 
@@ -155,10 +199,18 @@ def _download(name: str) -> Path:
 
     try:
         # Weights lie at the top of a repository; below are copies in other formats.
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"],
-                                      ignore_patterns=["*/*", "consolidated*"]))
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"],
+                ignore_patterns=["*/*", "consolidated*"],
+            )
+        )
     except (HTTPError, LocalEntryNotFoundError, HFValidationError, ConnectionError) as error:
-        raise UserError(f"model {name} is neither a local folder nor a Hugging Face model that can be reached: {one_line(error)}") from error
+        raise UserError(
+            f"model {name} is neither a local folder nor a Hugging Face model that can be reached: "
+            f"{one_line(error)}"
+        ) from error
 
 
 def _read_config(folder: Path, trust_remote_code: bool):

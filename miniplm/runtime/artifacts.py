@@ -1,11 +1,11 @@
 """What an output folder is: its identity, its manifest, and when it is complete.
 
-Every stage writes into an output folder with a `manifest.json`. The manifest holds the stage's *identity* (all that
-determines its result), `complete` (false until the last byte is on disk) and what came out. A run into a folder with
-another identity is refused; one with the same identity continues; one that is complete is left alone. Manifests carry
-no times and no paths of this machine's making, so that two equal runs write equal bytes.
+Every stage writes into an output folder with a `manifest.json`. The manifest holds the stage's *identity*
+(all that determines its result), `complete` (false until the last byte is on disk) and what came out. A run
+into a folder with another identity is refused; one with the same identity continues; one that is complete is
+left alone. Manifests carry no times and no paths of this machine's making, so that two equal runs write equal
+bytes.
 """
-
 
 import contextlib
 import json
@@ -19,7 +19,8 @@ MANIFEST = "manifest.json"
 
 
 def open_output(folder, stage: str, identity: dict) -> bool:
-    """Claim `folder` for a run of `stage`. True when an equal run has completed there; False to start or to continue.
+    """Claim `folder` for a run of `stage`. True when an equal run has completed there; False to start or to
+    continue.
 
     Args:
         folder: made if missing. A non-empty folder without a manifest is refused: it is somebody's.
@@ -34,21 +35,31 @@ def open_output(folder, stage: str, identity: dict) -> bool:
     path = folder / MANIFEST
     if not path.exists():
         if leftovers := sorted(found.name for found in folder.iterdir() if not found.name.endswith(".tmp")):
-            raise UserError(f"output folder {folder} is not empty and holds no manifest ({leftovers[0]}, …): choose another --output")
+            raise UserError(
+                f"output folder {folder} is not empty and holds no manifest ({leftovers[0]}, …): choose "
+                f"another --output"
+            )
         write_json(path, {"stage": stage, "complete": False, "identity": identity})
         return False
     found = read_json(path)
     if found.get("stage") != stage:
-        raise UserError(f"output folder {folder} holds a {found.get('stage')!r} run, not a {stage!r} run: choose another --output")
+        raise UserError(
+            f"output folder {folder} holds a {found.get('stage')!r} run, not a {stage!r} run: choose "
+            f"another --output"
+        )
     if found.get("identity") != identity:
-        raise UserError(f"output folder {folder} holds another {stage} run ({_difference(found.get('identity'), identity)}): "
-                        "choose another --output or delete it")
+        raise UserError(
+            f"output folder {folder} holds another {stage} run "
+            f"({_difference(found.get('identity'), identity)}): "
+            "choose another --output or delete it"
+        )
     return bool(found.get("complete"))
 
 
 @contextlib.contextmanager
 def exclusive(folder):
-    """Keep other processes out of an output folder while the block runs; UserError if one is in it. A kill ends it too."""
+    """Keep other processes out of an output folder while the block runs; UserError if one is in it. A kill
+    ends it too."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -59,7 +70,9 @@ def exclusive(folder):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is writing to {folder}: wait for it, stop it, or choose another --output") from None
+            raise UserError(
+                f"another process is writing to {folder}: wait for it, stop it, or choose another --output"
+            ) from None
         except OSError:  # a file system without locks
             pass
         yield
@@ -83,7 +96,8 @@ def complete_output(folder, results: dict):
 
 
 def read_manifest(folder, *stages: str, what: str = "folder") -> dict:
-    """The manifest of a complete output; UserError when missing, incomplete, or of none of `stages` (any if none are given)."""
+    """The manifest of a complete output; UserError when missing, incomplete, or of none of `stages` (any if
+    none are given)."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{what} {folder} does not exist")
@@ -91,7 +105,13 @@ def read_manifest(folder, *stages: str, what: str = "folder") -> dict:
         raise UserError(f"{what} {folder} has no {MANIFEST}: give a folder that miniplm wrote")
     manifest = read_json(folder / MANIFEST)
     if stages and manifest.get("stage") not in stages:
-        raise UserError(f"{what} {folder} holds the output of {manifest.get('stage')!r}; expected that of {' or '.join(map(repr, stages))}")
+        raise UserError(
+            f"{what} {folder} holds the output of {manifest.get('stage')!r}; expected that of "
+            f"{' or '.join(map(repr, stages))}"
+        )
     if not manifest.get("complete"):
-        raise UserError(f"{what} {folder} is not complete: run its {manifest.get('stage')!r} command again, it continues where it stopped")
+        raise UserError(
+            f"{what} {folder} is not complete: run its {manifest.get('stage')!r} command again, it "
+            f"continues where it stopped"
+        )
     return manifest

@@ -9,7 +9,7 @@ from .errors import UserError
 
 
 def choose_device(device: str) -> torch.device:
-    """"auto" is the GPU if there is one; UserError for a device that is not there."""
+    """ "auto" is the GPU if there is one; UserError for a device that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -17,19 +17,23 @@ def choose_device(device: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"device {device!r} is not known: give auto, cpu, cuda or cuda:1") from None
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {device!r} is not there, torch sees {torch.cuda.device_count()} GPUs: give --device cpu or another")
+        raise UserError(
+            f"device {device!r} is not there, torch sees {torch.cuda.device_count()} GPUs: give --device "
+            f"cpu or another"
+        )
     return chosen
 
 
 def choose_dtype(dtype: str, device) -> torch.dtype:
-    """"auto" is bfloat16 on a GPU and float32 on the CPU."""
+    """ "auto" is bfloat16 on a GPU and float32 on the CPU."""
     if dtype == "auto":
         return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     return getattr(torch, dtype)
 
 
 def peak_flops(device: torch.device) -> float:
-    """FLOP/s of a square matrix product, the best of ten: 8192 in bfloat16 on a GPU, 1024 in float32 on the CPU."""
+    """FLOP/s of a square matrix product, the best of ten: 8192 in bfloat16 on a GPU, 1024 in float32 on the
+    CPU."""
     size, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
     matrix, best = torch.rand(size, size, dtype=dtype, device=device), math.inf
     for _ in range(10):

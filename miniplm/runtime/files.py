@@ -20,7 +20,11 @@ def hash_files(paths) -> str:
     total = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest() if hasattr(hashlib, "file_digest") else _digest(file))
+            total.update(
+                hashlib.file_digest(file, "sha256").digest()
+                if hasattr(hashlib, "file_digest")
+                else _digest(file)
+            )
     return total.hexdigest()[:16]
 
 
@@ -45,7 +49,8 @@ def _temporary(path: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yield a temporary path beside `path`; when the block ends well it is fsynced and renamed to `path`, else removed."""
+    """Yield a temporary path beside `path`; when the block ends well it is fsynced and renamed to `path`,
+    else removed."""
     path = Path(path)
     temporary = _temporary(path)
     try:
@@ -60,8 +65,9 @@ def atomic_write(path):
 
 @contextlib.contextmanager
 def atomic_folder(path):
-    """Yield a new temporary folder beside `path`; when the block ends well it is fsynced and renamed to `path`, which
-    must not exist, else removed. What an earlier kill left of the temporary folder is removed first."""
+    """Yield a new temporary folder beside `path`; when the block ends well it is fsynced and renamed to
+    `path`, which must not exist, else removed. What an earlier kill left of the temporary folder is removed
+    first."""
     path = Path(path)
     temporary = _temporary(path)
     path.parent.mkdir(parents=True, exist_ok=True)

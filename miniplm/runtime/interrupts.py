@@ -11,7 +11,8 @@ class Interrupted(SystemExit):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yield a raise_if_interrupted() that raises Interrupted once SIGTERM or SIGINT has come. A second signal ends the process at once.
+    """Yield a raise_if_interrupted() that raises Interrupted once SIGTERM or SIGINT has come. A second signal
+    ends the process at once.
 
     Outside the main thread, where Python allows no handlers, raise_if_interrupted() never raises.
     """
@@ -27,7 +28,9 @@ def stop_signals():
             raise Interrupted(128 + received[0])
 
     if threading.current_thread() is threading.main_thread():
-        previous.update({signum: signal.signal(signum, receive) for signum in (signal.SIGTERM, signal.SIGINT)})
+        previous.update(
+            {signum: signal.signal(signum, receive) for signum in (signal.SIGTERM, signal.SIGINT)}
+        )
     try:
         yield raise_if_interrupted
     finally:

@@ -15,12 +15,15 @@ FIRST, STEPS = 3, 3  # steps before the trace (compiling, tuning; the profiler's
 def check_trace(path: str | None):
     """UserError if a trace cannot be written to `path`."""
     if path and not Path(path).resolve().parent.is_dir():
-        raise UserError(f"profile {path}: there is no folder {Path(path).resolve().parent}: make it, or give another file")
+        raise UserError(
+            f"profile {path}: there is no folder {Path(path).resolve().parent}: make it, or give another file"
+        )
 
 
 @contextlib.contextmanager
 def trace(path: str | None):
-    """Yield a function to call after each step. With a path (.json, .json.gz), STEPS steps are traced and written there, and the steps go on."""
+    """Yield a function to call after each step. With a path (.json, .json.gz), STEPS steps are traced and
+    written there, and the steps go on."""
     if not path:
         yield lambda: None
         return
@@ -28,7 +31,9 @@ def trace(path: str | None):
 
     def write(profiler):
         nonlocal written
-        aside = Path(path).with_name(f".{Path(path).name}")  # its name ends as path's, which decides on the compression
+        aside = Path(path).with_name(
+            f".{Path(path).name}"
+        )  # its name ends as path's, which decides on the compression
         try:
             profiler.export_chrome_trace(str(aside))
             os.replace(aside, path)

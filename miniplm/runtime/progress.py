@@ -14,10 +14,11 @@ def note(text: str):
 
 
 class Progress:
-    """Counts `unit`s up to `total`: a tqdm bar on a terminal, else a line on stderr every 30 s and one at the end.
+    """Counts `unit`s up to `total`: a tqdm bar on a terminal, else a line on stderr every 30 s and one at the
+    end.
 
-    Use as a context manager; `update(n)` counts n more, `note(text)` shows the latest figures beside the bar. `done` is
-    what an earlier run had finished (it does not count for the rate).
+    Use as a context manager; `update(n)` counts n more, `note(text)` shows the latest figures beside the bar.
+    `done` is what an earlier run had finished (it does not count for the rate).
     """
 
     def __init__(self, label: str, total: int | None, unit: str = "tokens", done: int = 0):
@@ -26,7 +27,9 @@ class Progress:
         self.logged = self.start
         self.bar = None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=done, desc=label, unit=f" {unit}", unit_scale=True, dynamic_ncols=True)
+            self.bar = tqdm(
+                total=total, initial=done, desc=label, unit=f" {unit}", unit_scale=True, dynamic_ncols=True
+            )
 
     def __enter__(self):
         return self
@@ -53,7 +56,11 @@ class Progress:
     def _line(self):
         seconds = max(time.monotonic() - self.start, 1e-9)
         rate = (self.done - self.first) / seconds
-        line = f"{self.label}: {self.done:,}" + (f" of {self.total:,}" if self.total is not None else "") + f" {self.unit}, {rate:,.0f}/s"
+        line = (
+            f"{self.label}: {self.done:,}"
+            + (f" of {self.total:,}" if self.total is not None else "")
+            + f" {self.unit}, {rate:,.0f}/s"
+        )
         if self.total is not None and rate > 0 and self.done < self.total:
             line += f", {tqdm.format_interval((self.total - self.done) / rate)} left"
         print(line + (f", {self.text}" if self.text else ""), file=sys.stderr, flush=True)

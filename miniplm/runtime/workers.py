@@ -20,10 +20,12 @@ def cores() -> int:
 
 
 def ordered_map(make, argument, items, workers: int):
-    """Yield function(item) for each of `items`, in their order, where function = make(argument) is made once in each worker.
+    """Yield function(item) for each of `items`, in their order, where function = make(argument) is made once
+    in each worker.
 
-    One worker is this process. More are started fresh (not forked: this process may have threads), leave Ctrl-C to this one, and end
-    with it, however it ends. At most UNDER_WAY items per worker are under way. Close the generator to stop early.
+    One worker is this process. More are started fresh (not forked: this process may have threads), leave
+    Ctrl-C to this one, and end with it, however it ends. At most UNDER_WAY items per worker are under way.
+    Close the generator to stop early.
 
     Raises:
         UserError: a worker died. What make and function raise is raised here.
@@ -44,8 +46,10 @@ def ordered_map(make, argument, items, workers: int):
             while under_way:
                 yield under_way.popleft().result()
         except BrokenProcessPool:
-            raise UserError("a worker process died (killed, or out of memory): run the same command again, "
-                            "with --workers 1 where memory is short") from None
+            raise UserError(
+                "a worker process died (killed, or out of memory): run the same command again, "
+                "with --workers 1 where memory is short"
+            ) from None
         except BaseException:
             hold.close()
             raise

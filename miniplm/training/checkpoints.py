@@ -1,9 +1,9 @@
 """What a training run keeps on disk: checkpoints to continue from, and metrics.
 
 A checkpoint is a folder that transformers opens (config.json, model.safetensors, the tokenizer's files) with
-optimizer.safetensors (`exp_avg.<parameter>`, `exp_avg_sq.<parameter>`) and trainer_state.json beside. It is written whole or
-not at all, and holds no time, so equal runs write equal bytes. torch.distributed.checkpoint is not used: its .metadata
-file is a pickle, and nothing here is unpickled.
+optimizer.safetensors (`exp_avg.<parameter>`, `exp_avg_sq.<parameter>`) and trainer_state.json beside. It is
+written whole or not at all, and holds no time, so equal runs write equal bytes. torch.distributed.checkpoint
+is not used: its .metadata file is a pickle, and nothing here is unpickled.
 """
 
 import dataclasses
@@ -31,8 +31,12 @@ class TrainState:
     tokens: int = 0  # predictions gone through
     skipped_in_a_row: int = 0
     grad_norm: float | None = None  # of the last step; None where it was not finite
-    losses: list[float] = dataclasses.field(default_factory=list)  # of the steps since the last line of metrics.jsonl
-    parts: list[list[float]] = dataclasses.field(default_factory=list)  # [cross-entropy, KL divergence] of those steps, with a teacher
+    losses: list[float] = dataclasses.field(
+        default_factory=list
+    )  # of the steps since the last line of metrics.jsonl
+    parts: list[list[float]] = dataclasses.field(
+        default_factory=list
+    )  # [cross-entropy, KL divergence] of those steps, with a teacher
     line_step: int = 0  # the step of that line
     micro_batch_tokens: int | None = None  # chosen by memory: a continued run adds up in the same order
 
@@ -56,14 +60,22 @@ def save_checkpoint(folder: Path, model, optimizer, state: TrainState, tokenizer
         moments = {}
         for name, parameter in model.named_parameters():
             for moment in MOMENTS:
-                moments[f"{moment}.{name}"] = optimizer.state[parameter][moment] if state.updates else torch.zeros_like(parameter)
+                moments[f"{moment}.{name}"] = (
+                    optimizer.state[parameter][moment] if state.updates else torch.zeros_like(parameter)
+                )
         try:
             model.save_pretrained(temporary)
             save_file(moments, temporary / "optimizer.safetensors")
         except SafetensorError as error:  # how the library reports a full disk
             raise OSError(f"cannot write checkpoint {folder}: {error}") from error
-        files = {str(file.relative_to(temporary)): hash_files([file]) for file in sorted(temporary.rglob("*")) if file.is_file()}
-        write_json(temporary / STATE, {"identity": identity, "state": dataclasses.asdict(state), "files": files})
+        files = {
+            str(file.relative_to(temporary)): hash_files([file])
+            for file in sorted(temporary.rglob("*"))
+            if file.is_file()
+        }
+        write_json(
+            temporary / STATE, {"identity": identity, "state": dataclasses.asdict(state), "files": files}
+        )
 
 
 def load_optimizer(optimizer, model, checkpoint: Path, updates: int):
@@ -74,14 +86,17 @@ def load_optimizer(optimizer, model, checkpoint: Path, updates: int):
     with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
         for index, (name, parameter) in enumerate(model.named_parameters()):
             # Copies, because the tensors of an open file are the file.
-            moments[index] = {moment: file.get_tensor(f"{moment}.{name}").to(parameter.device, copy=True) for moment in MOMENTS}
+            moments[index] = {
+                moment: file.get_tensor(f"{moment}.{name}").to(parameter.device, copy=True)
+                for moment in MOMENTS
+            }
             moments[index]["step"] = torch.tensor(float(updates))
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def find_checkpoint(output, identity: str) -> tuple[Path, TrainState] | None:
-    """The latest whole checkpoint of a run, None if there is none. Damaged later ones are removed, with a warning; so is what a
-    kill left of one that was being written.
+    """The latest whole checkpoint of a run, None if there is none. Damaged later ones are removed, with a
+    warning; so is what a kill left of one that was being written.
 
     Raises:
         UserError: all are damaged, or the latest whole one belongs to another run.
@@ -99,14 +114,22 @@ def find_checkpoint(output, identity: str) -> tuple[Path, TrainState] | None:
             damaged[checkpoint] = str(error)
             continue
         if found["identity"] != identity:
-            raise UserError(f"checkpoint {checkpoint} belongs to another run: remove it, or choose another --output")
+            raise UserError(
+                f"checkpoint {checkpoint} belongs to another run: remove it, or choose another --output"
+            )
         for path, reason in damaged.items():
-            print(f"checkpoint {path} is damaged ({reason}): removed, continuing from {checkpoint.name}", file=sys.stderr)
+            print(
+                f"checkpoint {path} is damaged ({reason}): removed, continuing from {checkpoint.name}",
+                file=sys.stderr,
+            )
             shutil.rmtree(path)
         return checkpoint, TrainState(**found["state"])
     if damaged:
         path, reason = next(iter(damaged.items()))
-        raise UserError(f"checkpoint {path} is damaged ({reason}) and there is no whole one before it: delete {output} to start again")
+        raise UserError(
+            f"checkpoint {path} is damaged ({reason}) and there is no whole one before it: delete {output} "
+            f"to start again"
+        )
     return None
 
 
@@ -119,8 +142,8 @@ def prune_checkpoints(output, keep: int):
 class Metrics:
     """metrics.jsonl, and the same figures for tensorboard.
 
-    What an earlier process wrote past `step`, where this one starts, is dropped: the file reads as that of one run.
-    `last` is the latest line, {"step": 0} before the first.
+    What an earlier process wrote past `step`, where this one starts, is dropped: the file reads as that of
+    one run. `last` is the latest line, {"step": 0} before the first.
     """
 
     def __init__(self, output, step: int):
@@ -144,7 +167,9 @@ class Metrics:
             print("tensorboard is not installed: the figures go to metrics.jsonl alone", file=sys.stderr)
             self.tensorboard = None
         else:
-            self.tensorboard = SummaryWriter(str(Path(output) / "tensorboard"), purge_step=self.last["step"] + 1)
+            self.tensorboard = SummaryWriter(
+                str(Path(output) / "tensorboard"), purge_step=self.last["step"] + 1
+            )
 
     def write(self, line: dict):
         self.file.write(json.dumps(line) + "\n")
@@ -166,6 +191,7 @@ class Metrics:
 
 
 def latest_checkpoint(name: str) -> str:
-    """The latest checkpoint folder where `name` is a training output, else `name` itself (a Hugging Face id, a folder, a file)."""
+    """The latest checkpoint folder where `name` is a training output, else `name` itself (a Hugging Face id,
+    a folder, a file)."""
     steps = sorted(Path(name).glob("checkpoints/step-*"))
     return str(steps[-1]) if steps else str(name)

@@ -1,5 +1,5 @@
-"""The op benchmarks and their harness: every file in benchmarks/ that defines `cases` runs at toy size on the CPU; a wrong, missing or
-failing contender and a cut run are seen for what they are."""
+"""The op benchmarks and their harness: every file in benchmarks/ that defines `cases` runs at toy size on the
+CPU; a wrong, missing or failing contender and a cut run are seen for what they are."""
 
 import importlib
 import json
@@ -16,7 +16,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if re.search(r"^def cases\(", path.read_text(), re.MULTILINE))
+BENCHMARKS = sorted(
+    path.stem
+    for path in (ROOT / "benchmarks").glob("*.py")
+    if re.search(r"^def cases\(", path.read_text(), re.MULTILINE)
+)
 PEERS = {"eager", "compile", "torch", "liger", "liger-cutedsl", "cut-cross-entropy", "quack"}
 CONTENDERS = {  # (benchmark, pass) → who must be there
     ("log_prob", "forward"): {"miniplm", "GEMM"} | PEERS,
@@ -25,7 +29,9 @@ CONTENDERS = {  # (benchmark, pass) → who must be there
     ("distillation", "forward"): {"miniplm", "GEMMs", "eager", "compile", "liger", "liger-chunked"},
     ("distillation", "both"): {"miniplm", "GEMMs", "eager", "compile", "liger", "liger-chunked"},
 }
-WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the benchmarks run at full size")
+WITHOUT_GPU = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="with a GPU the benchmarks run at full size"
+)
 
 
 @pytest.fixture
@@ -41,7 +47,13 @@ def harness(module):
 
 
 def command_line(*arguments, **environment):
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
 
 
 def test_the_head_benchmarks_are_found():
@@ -66,7 +78,10 @@ def test_a_benchmark_runs_at_toy_size(name, tmp_path):
         assert record["contender"] in done.stdout
         if "skipped" in record:
             assert len(record["skipped"]) > 10 and record["skipped"] in done.stdout
-            assert "miniplm" not in record["contender"] and record["contender"] not in ("eager", report["baseline"])
+            assert "miniplm" not in record["contender"] and record["contender"] not in (
+                "eager",
+                report["baseline"],
+            )
         else:
             assert 0 < record["ms_low"] <= record["ms"] <= record["ms_high"]
             assert record["percent_of_ceiling"] is record["extra_bytes"] is None
@@ -83,14 +98,17 @@ def test_a_benchmark_runs_at_toy_size(name, tmp_path):
 def test_a_checkout_need_not_be_installed(tmp_path):
     """-S: the packages that are installed are found, links to checkouts (editable installs) are not."""
     packages = os.pathsep.join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-    program = "import sys; sys.path.insert(0, 'benchmarks'); import harness, miniplm.kernels; print(miniplm.kernels.__file__)"
+    program = (
+        "import sys; sys.path.insert(0, 'benchmarks'); import harness, miniplm.kernels; "
+        "print(miniplm.kernels.__file__)"
+    )
     done = command_line("-S", "-c", program, PYTHONPATH=packages, PYTHONSAFEPATH="1")
     assert done.returncode == 0, done.stderr
     if not (Path(sysconfig.get_path("purelib")) / "miniplm").exists():
         assert done.stdout.strip() == str(ROOT / "kernels" / "__init__.py")
 
 
-# --- errors -------------------------------------------------------------------------------------------------------------------
+# --- errors ---
 
 
 def test_relative_error(harness):
@@ -108,22 +126,34 @@ def test_a_slightly_wrong_gradient_is_flagged(module, harness):
     def wrong(results):
         return lambda: lambda: results(*right()())
 
-    both = both._replace(contenders={
-        "miniplm": right,
-        "a thousandth off": wrong(lambda loss, hidden, weight: (loss, hidden, weight * 1.001)),
-        "NaN": wrong(lambda loss, hidden, weight: (loss, hidden / 0, weight)),
-        "another shape": wrong(lambda loss, hidden, weight: (loss, hidden, weight[1:])),
-    })
-    figures = {name: harness.contend(both, name, torch.float32, {"gemm_tflops": None, "copy_gb_per_s": None}) for name in both.contenders}
+    both = both._replace(
+        contenders={
+            "miniplm": right,
+            "a thousandth off": wrong(lambda loss, hidden, weight: (loss, hidden, weight * 1.001)),
+            "NaN": wrong(lambda loss, hidden, weight: (loss, hidden / 0, weight)),
+            "another shape": wrong(lambda loss, hidden, weight: (loss, hidden, weight[1:])),
+        }
+    )
+    figures = {
+        name: harness.contend(both, name, torch.float32, {"gemm_tflops": None, "copy_gb_per_s": None})
+        for name in both.contenders
+    }
     assert figures["miniplm"]["accurate"] is True and 0 < figures["miniplm"]["error"]["grad_weight"] < 1e-5
-    assert figures["a thousandth off"]["accurate"] is False and figures["a thousandth off"]["error"]["grad_weight"] == pytest.approx(1e-3, rel=0.01)
+    assert figures["a thousandth off"]["accurate"] is False and figures["a thousandth off"]["error"][
+        "grad_weight"
+    ] == pytest.approx(1e-3, rel=0.01)
     assert figures["NaN"]["accurate"] is False and figures["NaN"]["error"]["grad_hidden"] == "inf"
-    assert figures["another shape"]["accurate"] is False and figures["another shape"]["error"]["grad_weight"] == "inf"
+    assert (
+        figures["another shape"]["accurate"] is False
+        and figures["another shape"]["error"]["grad_weight"] == "inf"
+    )
 
 
 def test_the_truth_is_that_of_autograd(module):
     head, exact = module("log_prob").head, module("cross_entropy").exact
-    hidden, weight = (x.double().requires_grad_() for x in head(1030, 50, 8, "cpu", torch.float32))  # more than two chunks
+    hidden, weight = (
+        x.double().requires_grad_() for x in head(1030, 50, 8, "cpu", torch.float32)
+    )  # more than two chunks
     teacher, targets = head(1030, 50, 12, "cpu", torch.float64), torch.randint(50, (1030,))
     for alpha in (0.0, 0.3):
         log_p, r = (hidden @ weight.T).log_softmax(1), (teacher[0] @ teacher[1].T).softmax(1)
@@ -136,7 +166,7 @@ def test_the_truth_is_that_of_autograd(module):
             torch.testing.assert_close(value, want.detach())
 
 
-# --- a run --------------------------------------------------------------------------------------------------------------------
+# --- a run ---
 
 SHAPES = [{"T": 8, "d": 4}, {"T": 8, "d": 6}]
 
@@ -160,8 +190,12 @@ def one_case(harness, **contenders):
             return call
 
         named = {name: lambda make=make: make(x) for name, make in contenders.items()}
-        yield harness.Case("forward", {"copy": copy, **named}, bytes=2 * x.nbytes,
-                           errors=lambda out: {"out": harness.relative_error(out, x.double() + 1)})
+        yield harness.Case(
+            "forward",
+            {"copy": copy, **named},
+            bytes=2 * x.nbytes,
+            errors=lambda out: {"out": harness.relative_error(out, x.double() + 1)},
+        )
 
     return cases
 
@@ -176,24 +210,44 @@ def raising(problem):
 def test_contenders_that_cannot_run_are_recorded(harness, monkeypatch, tmp_path, capsys):
     file = tmp_path / "report.json"
     cases = one_case(
-        harness, miniplm=lambda x: lambda: x + 1, skips=raising(harness.Skip("needs a GPU with 900 GB")),
-        lacks=raising(ImportError("No module named 'peer'")), dies=lambda x: lambda: 1 / 0,
-        full=raising(torch.OutOfMemoryError("CUDA out of memory")))
+        harness,
+        miniplm=lambda x: lambda: x + 1,
+        skips=raising(harness.Skip("needs a GPU with 900 GB")),
+        lacks=raising(ImportError("No module named 'peer'")),
+        dies=lambda x: lambda: 1 / 0,
+        full=raising(torch.OutOfMemoryError("CUDA out of memory")),
+    )
     start(harness, monkeypatch, cases, "--json", file)
     records = json.loads(file.read_text())["records"]
-    assert [record["contender"] for record in records] == ["copy", "miniplm", "skips", "lacks", "dies", "full"] * len(SHAPES)
+    assert [record["contender"] for record in records] == [
+        "copy",
+        "miniplm",
+        "skips",
+        "lacks",
+        "dies",
+        "full",
+    ] * len(SHAPES)
     reasons = {record["contender"]: record.get("skipped") for record in records}
-    assert reasons == {"copy": None, "miniplm": None, "skips": "needs a GPU with 900 GB", "lacks": "ImportError: No module named 'peer'",
-                       "dies": "ZeroDivisionError: division by zero", "full": "OutOfMemoryError: CUDA out of memory"}
+    assert reasons == {
+        "copy": None,
+        "miniplm": None,
+        "skips": "needs a GPU with 900 GB",
+        "lacks": "ImportError: No module named 'peer'",
+        "dies": "ZeroDivisionError: division by zero",
+        "full": "OutOfMemoryError: CUDA out of memory",
+    }
     assert "skipped: needs a GPU with 900 GB" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("make", [
-    lambda x: lambda: x + 1.001,  # wrong
-    lambda x: lambda: None,  # nothing to compare
-    raising(RuntimeError("a broken kernel")),
-    raising(ImportError("no kernel")),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: lambda: x + 1.001,  # wrong
+        lambda x: lambda: None,  # nothing to compare
+        raising(RuntimeError("a broken kernel")),
+        raising(ImportError("no kernel")),
+    ],
+)
 def test_ours_must_run_and_be_right(harness, monkeypatch, tmp_path, make):
     with pytest.raises(SystemExit, match=r"inaccurate or not run: miniplm \(forward\)"):
         start(harness, monkeypatch, one_case(harness, miniplm=make), "--json", tmp_path / "report.json")
@@ -201,7 +255,9 @@ def test_ours_must_run_and_be_right(harness, monkeypatch, tmp_path, make):
 
 
 def test_a_peer_may_be_wrong_but_is_marked(harness, monkeypatch, capsys):
-    start(harness, monkeypatch, one_case(harness, miniplm=lambda x: lambda: x + 1, peer=lambda x: lambda: x + 2))
+    start(
+        harness, monkeypatch, one_case(harness, miniplm=lambda x: lambda: x + 1, peer=lambda x: lambda: x + 2)
+    )
     marked = [line for line in capsys.readouterr().out.splitlines() if line.endswith("inaccurate")]
     assert len(marked) == len(SHAPES) and all("peer" in line for line in marked)
 
@@ -210,7 +266,9 @@ def test_only(harness, monkeypatch, tmp_path):
     cases = one_case(harness, miniplm=lambda x: lambda: x + 1, peer=lambda x: lambda: x + 1)
     start(harness, monkeypatch, cases, "--only", "copy,miniplm", "--json", tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
-    assert {record["contender"] for record in report["records"]} == {"copy", "miniplm"} and report["only"] == ["copy", "miniplm"]
+    assert {record["contender"] for record in report["records"]} == {"copy", "miniplm"} and report[
+        "only"
+    ] == ["copy", "miniplm"]
     with pytest.raises(SystemExit, match="no contender per; there are copy, miniplm, peer"):
         start(harness, monkeypatch, cases, "--only", "miniplm,per")
 
@@ -226,7 +284,9 @@ def test_what_a_cut_run_leaves(harness, monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         start(harness, monkeypatch, cases, "--json", tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [record["shape"] for record in report["records"]] == [SHAPES[0]] * 2 and report["finished"] is False
+    assert [record["shape"] for record in report["records"]] == [SHAPES[0]] * 2 and report[
+        "finished"
+    ] is False
 
 
 def test_a_report_is_replaced_in_one_step(harness, monkeypatch, tmp_path):
@@ -248,7 +308,13 @@ def test_a_report_is_replaced_in_one_step(harness, monkeypatch, tmp_path):
 
 
 def test_plot(harness, monkeypatch, tmp_path, capsys):
-    start(harness, monkeypatch, one_case(harness, miniplm=lambda x: lambda: x + 1), "--plot", tmp_path / "plot.png")
+    start(
+        harness,
+        monkeypatch,
+        one_case(harness, miniplm=lambda x: lambda: x + 1),
+        "--plot",
+        tmp_path / "plot.png",
+    )
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -257,7 +323,7 @@ def test_plot(harness, monkeypatch, tmp_path, capsys):
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-# --- time and memory ----------------------------------------------------------------------------------------------------------
+# --- time and memory ---
 
 
 def test_times_on_the_cpu_are_milliseconds(harness, monkeypatch):
@@ -289,7 +355,7 @@ def test_time_on_a_gpu(harness):
     assert 10 < low <= median <= high < 250
 
 
-# --- tune ------------------------------------------------------------------------------------------------------------------------
+# --- tune ---
 
 
 @WITHOUT_GPU
@@ -299,7 +365,9 @@ def test_tune_times_every_kernel(module, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["finished"] and report["toy"] and all(timing["ms"] > 0 for timing in report["timings"])
-    assert {timing["kernel"] for timing in report["timings"]} == set(module("tune").tuning.CANDIDATES) - {"divergence"}  # that one hardly ever runs
+    assert {timing["kernel"] for timing in report["timings"]} == set(module("tune").tuning.CANDIDATES) - {
+        "divergence"
+    }  # that one hardly ever runs
 
 
 @WITHOUT_GPU
@@ -309,22 +377,46 @@ def test_tune_goes_on_after_a_failure(module, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("MINIPLM_KERNELS", "auto")
     monkeypatch.setattr(tune.tuning, "launch", tune.tuning.launch)  # main replaces it
     (good,) = tune.tuning.CANDIDATES["swiglu"](tune.tuning.INTERPRETER, itemsize=4)
-    monkeypatch.setitem(tune.tuning.CANDIDATES, "swiglu", lambda *_, **__: [good, good._replace(blocks={"BLOCK_R": 3, "BLOCK_F": 64})])  # no power of two
+    monkeypatch.setitem(
+        tune.tuning.CANDIDATES,
+        "swiglu",
+        lambda *_, **__: [good, good._replace(blocks={"BLOCK_R": 3, "BLOCK_F": 64})],
+    )  # no power of two
     monkeypatch.setattr(sys, "argv", ["tune.py", "--only", "swiglu", "--json", str(tmp_path / "report.json")])
     with pytest.raises(SystemExit, match="some configurations failed"):
         tune.main()
     one, other = json.loads((tmp_path / "report.json").read_text())["timings"]
-    assert one["blocks"] == good.blocks and one["ms"] > 0 and "ms" not in other and "power of 2" in other["failed"]
+    assert (
+        one["blocks"] == good.blocks
+        and one["ms"] > 0
+        and "ms" not in other
+        and "power of 2" in other["failed"]
+    )
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "swiglu: op=swiglu d=64 itemsize=4" and lines[2].endswith("(default)") and "1.000" in lines[2] and "failed: " in lines[3]
+    assert (
+        lines[1] == "swiglu: op=swiglu d=64 itemsize=4"
+        and lines[2].endswith("(default)")
+        and "1.000" in lines[2]
+        and "failed: " in lines[3]
+    )
 
 
 def test_tune_tries_configurations_near_the_candidates(module):
     tune = module("tune")
     config = tune.tuning.Config({"BLOCK_R": 4, "BLOCK_D": 64, "SUM": True}, num_warps=1, num_stages=1)
-    found = tune.configurations("rms_norm_backward", tune.tuning.INTERPRETER, {"width": 64, "itemsize": 4}, wide=True)
-    assert len(found) == len({str(config) for config in found}) and found[0] == tune.tuning.CANDIDATES["rms_norm_backward"](tune.tuning.INTERPRETER, 64, 4)[0]
+    found = tune.configurations(
+        "rms_norm_backward", tune.tuning.INTERPRETER, {"width": 64, "itemsize": 4}, wide=True
+    )
+    assert (
+        len(found) == len({str(config) for config in found})
+        and found[0] == tune.tuning.CANDIDATES["rms_norm_backward"](tune.tuning.INTERPRETER, 64, 4)[0]
+    )
     near = list(tune.near("rms_norm_backward", config, {"width": 64}))
-    assert {other.blocks["BLOCK_R"] for other in near} == {2, 4, 8} and {other.blocks["BLOCK_D"] for other in near} == {64}
-    assert {other.num_warps for other in near} == {1, 2} and {other.num_stages for other in near} == {1, 2} == {other.per_processor for other in near}
+    assert {other.blocks["BLOCK_R"] for other in near} == {2, 4, 8} and {
+        other.blocks["BLOCK_D"] for other in near
+    } == {64}
+    assert {other.num_warps for other in near} == {1, 2} and {other.num_stages for other in near} == {
+        1,
+        2,
+    } == {other.per_processor for other in near}
     assert {other.per_processor for other in tune.near("swiglu", config, {})} == {1}

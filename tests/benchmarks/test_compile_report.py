@@ -15,12 +15,19 @@ REPORT = Path(__file__).parents[2] / "benchmarks" / "compile_report.py"
 
 
 def run(*arguments, **options):
-    return subprocess.run([sys.executable, str(REPORT), *arguments], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+    return subprocess.run(
+        [sys.executable, str(REPORT), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
 
 
 @pytest.mark.slow
 def test_hopper(tmp_path):
-    """For sm_90: every kernel of the package compiles, in every configuration, without a spill, in 227 KB, and multiplies with wgmma."""
+    """For sm_90: every kernel of the package compiles, in every configuration, without a spill, in 227 KB,
+    and multiplies with wgmma."""
     file = tmp_path / "report.json"
     import triton
 
@@ -31,15 +38,23 @@ def test_hopper(tmp_path):
     assert {row["op"] for row in rows} == set(dispatch.TRITON)
     pinned = triton.__version__.startswith("3.6.")  # later versions spill a little here and there
     for row in rows:
-        assert row["spilled"] <= (0 if pinned else 64) and row["shared"] <= 227 * 1024 and row["broken"] in ([], ["spills"]), row
+        assert (
+            row["spilled"] <= (0 if pinned else 64)
+            and row["shared"] <= 227 * 1024
+            and row["broken"] in ([], ["spills"])
+        ), row
         assert f"{row['kernel']}  " in result.stdout
     assert result.returncode == any(row["broken"] for row in rows), result.stderr
-    heads = [row for row in rows if row["kernel"] == "logits._logits_kernel" and row["variant"]["dtype"] in ("bf16", "fp16")]
+    heads = [
+        row
+        for row in rows
+        if row["kernel"] == "logits._logits_kernel" and row["variant"]["dtype"] in ("bf16", "fp16")
+    ]
     assert heads and all(row["matrix"] > 0 for row in heads)
     assert any(row["tma"] > 0 for row in heads)
 
 
-BAD = '''
+BAD = """
 import torch, triton, triton.language as tl
 from miniplm.kernels import dispatch, log_prob, tuning
 
@@ -71,11 +86,12 @@ def swiglu(gate, up):
 @dispatch.triton("rms_norm", lambda make: [(make(4, 4),)])
 def rms_norm(x):
     raise RuntimeError("no such thing")
-'''
+"""
 
 
 def test_broken_limits(tmp_path):
-    """Spills, too much shared memory, a launcher that fails, and a kernel that nothing launches are all found."""
+    """Spills, too much shared memory, a launcher that fails, and a kernel that nothing launches are all
+    found."""
     (tmp_path / "bad.py").write_text(BAD)
     code = f"""
 import sys
@@ -88,8 +104,15 @@ print(sorted(name for name in compile_report.all_kernels() if name.startswith(("
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     broken, kernels = result.stdout.splitlines()
-    assert "spills" in broken and "shared memory above 232448" in broken and "RuntimeError: no such thing" in broken
-    assert kernels == "['bad._large_kernel', 'bad._lonely_kernel', 'bad._spill_kernel', 'log_prob._log_prob_kernel']"
+    assert (
+        "spills" in broken
+        and "shared memory above 232448" in broken
+        and "RuntimeError: no such thing" in broken
+    )
+    assert (
+        kernels
+        == "['bad._large_kernel', 'bad._lonely_kernel', 'bad._spill_kernel', 'log_prob._log_prob_kernel']"
+    )
 
 
 MEMORY = """
@@ -147,9 +170,12 @@ for d in (512, 1024, 2048):
 
 
 def test_memory_at_the_aims():
-    """At the shapes of the aims, with everything that a launcher allocates counted: scoring takes O(T) per split of the vocabulary,
-    the losses 1 GiB of logits, and the weight's gradient in float32 until it is rounded. (No value is looked at, so the host never waits.)"""
-    result = subprocess.run([sys.executable, "-c", MEMORY.format(folder=str(REPORT.parent))], capture_output=True, text=True)
+    """At the shapes of the aims, with everything that a launcher allocates counted: scoring takes O(T) per
+    split of the vocabulary, the losses 1 GiB of logits, and the weight's gradient in float32 until it is
+    rounded. (No value is looked at, so the host never waits.)"""
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY.format(folder=str(REPORT.parent))], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     tokens, vocabulary = 16_384, 151_936
     for line in result.stdout.splitlines():
@@ -198,8 +224,11 @@ for D, heads in ((16, 1), (2, 1)):
 
 
 def test_sizes_of_one():
-    """Triton makes a constant of an argument that is 1, which has not all the methods of a number; the interpreter does not."""
-    result = subprocess.run([sys.executable, "-c", ONES.format(folder=str(REPORT.parent))], capture_output=True, text=True)
+    """Triton makes a constant of an argument that is 1, which has not all the methods of a number; the
+    interpreter does not."""
+    result = subprocess.run(
+        [sys.executable, "-c", ONES.format(folder=str(REPORT.parent))], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert not result.stdout, result.stdout
 
@@ -241,8 +270,11 @@ for op in dispatch.TRITON:
 
 
 def test_batches_of_all_sizes_share_kernels():
-    """Another number of tokens or documents compiles nothing anew: training and scoring do not stop for the compiler at an odd batch."""
-    result = subprocess.run([sys.executable, "-c", BATCHES.format(folder=str(REPORT.parent))], capture_output=True, text=True)
+    """Another number of tokens or documents compiles nothing anew: training and scoring do not stop for the
+    compiler at an odd batch."""
+    result = subprocess.run(
+        [sys.executable, "-c", BATCHES.format(folder=str(REPORT.parent))], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     for line in result.stdout.splitlines():
         _, kernels, variants = line.split()
@@ -278,16 +310,36 @@ for op in sorted(dispatch.TRITON):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="builds a stand-in for NVIDIA's driver with gcc on Linux")
+@pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("gcc"),
+    reason="builds a stand-in for NVIDIA's driver with gcc on Linux",
+)
 def test_launches(tmp_path):
-    """Every launch of every example is one that Triton's launcher and NVIDIA's driver take: arguments, grids, tensor descriptors."""
+    """Every launch of every example is one that Triton's launcher and NVIDIA's driver take: arguments, grids,
+    tensor descriptors."""
     import triton
 
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     source = Path(__file__).parent / "cuda_stub.c"
-    subprocess.run(["gcc", "-shared", "-fPIC", f"-I{include}", "-o", tmp_path / "libcuda.so.1", source], check=True)
-    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_LIBCUDA_PATH": str(tmp_path), "LD_LIBRARY_PATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", LAUNCHES.format(folder=str(REPORT.parent))], capture_output=True, text=True, env=env)
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", f"-I{include}", "-o", tmp_path / "libcuda.so.1", source], check=True
+    )
+    env = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_LIBCUDA_PATH": str(tmp_path),
+        "LD_LIBRARY_PATH": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", LAUNCHES.format(folder=str(REPORT.parent))],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     launched = [tuple(map(int, line.split()[1:])) for line in result.stdout.splitlines()]
-    assert all(later[0] > earlier[0] for earlier, later in pairwise([(0, 0), *launched])) and launched[-1][1] > 100, result.stdout
+    assert (
+        all(later[0] > earlier[0] for earlier, later in pairwise([(0, 0), *launched]))
+        and launched[-1][1] > 100
+    ), result.stdout

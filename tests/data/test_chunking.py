@@ -1,4 +1,5 @@
-"""The chunking rule: against a naive oracle on streams made to break it, by hand, and for each family of tokenizers."""
+"""The chunking rule: against a naive oracle on streams made to break it, by hand, and for each family of
+tokenizers."""
 
 import json
 import random
@@ -23,13 +24,18 @@ def oracle_is_boundary(stream, i, texts, eos) -> bool:
     text = texts[stream[i]]
     while text and text[-1] in "\"'”’»)]}":
         text = text[:-1]
-    if text[-1:] not in (".", "!", "?", ";") or i + 1 == len(stream) or stream[i + 1] == eos or texts[stream[i + 1]][:1] != " ":
+    if (
+        text[-1:] not in (".", "!", "?", ";")
+        or i + 1 == len(stream)
+        or stream[i + 1] == eos
+        or texts[stream[i + 1]][:1] != " "
+    ):
         return False
     start = i
     while start > 0 and stream[start - 1] != eos and "\n" not in texts[stream[start - 1]]:
         start -= 1
     depth = 0
-    for token in stream[start:i + 1]:
+    for token in stream[start : i + 1]:
         for character in texts[token]:
             depth = depth + 1 if character in "([{" else max(0, depth - 1) if character in ")]}" else depth
     return depth == 0
@@ -49,24 +55,61 @@ def oracle_chunks(documents, texts, eos, size):
             end = end if end > start else start + size
             chunks.append((domain, stream[start:end]))
             start = starts[domain] = end
-    return chunks + [(domain, stream[starts[domain]:]) for domain, stream in streams.items()]
+    return chunks + [(domain, stream[starts[domain] :]) for domain, stream in streams.items()]
 
 
 def byte_level_texts(folder):
     """The texts of the tiny tokenizer's ids from its own alphabet, without a decoder."""
     alphabet = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    to_byte = {chr(byte): byte for byte in alphabet} | {chr(256 + i): byte for i, byte in enumerate(b for b in range(256) if b not in alphabet)}
+    to_byte = {chr(byte): byte for byte in alphabet} | {
+        chr(256 + i): byte for i, byte in enumerate(b for b in range(256) if b not in alphabet)
+    }
     vocabulary = json.loads(Path(folder, "tokenizer.json").read_text())["model"]["vocab"]
-    return {index: token if token == EOS else bytes(to_byte[c] for c in token).decode(errors="replace") for token, index in vocabulary.items()}
+    return {
+        index: token if token == EOS else bytes(to_byte[c] for c in token).decode(errors="replace")
+        for token, index in vocabulary.items()
+    }
 
 
 # A vocabulary made to break the rule: every text is one token, as it stands.
-TEXTS = [EOS, "a", " a", ".", " .", "!", "? ", ";", '."', ".)", ".’”", " (", "(", ")", "([{", "]", "}}", ")(", "(.)", ").", "\n", ".\n", "\n (", " ",
-         '"', "»", "…", "é.", "。", ""]
+TEXTS = [
+    EOS,
+    "a",
+    " a",
+    ".",
+    " .",
+    "!",
+    "? ",
+    ";",
+    '."',
+    ".)",
+    ".’”",
+    " (",
+    "(",
+    ")",
+    "([{",
+    "]",
+    "}}",
+    ")(",
+    "(.)",
+    ").",
+    "\n",
+    ".\n",
+    "\n (",
+    " ",
+    '"',
+    "»",
+    "…",
+    "é.",
+    "。",
+    "",
+]
 
 
 def toy_tokenizer() -> Tokenizer:
-    tokenizer = Tokenizer(models.WordLevel({text or "<nothing>": index for index, text in enumerate(TEXTS)}, unk_token="a"))
+    tokenizer = Tokenizer(
+        models.WordLevel({text or "<nothing>": index for index, text in enumerate(TEXTS)}, unk_token="a")
+    )
     tokenizer.decoder = decoders.Sequence([decoders.Replace("<nothing>", ""), decoders.Fuse()])
     return tokenizer
 
@@ -74,14 +117,17 @@ def toy_tokenizer() -> Tokenizer:
 def as_documents(batch, table, eos) -> Documents:
     ids = np.array([token for _, document in batch for token in [*document, eos]], np.int32)
     lengths = np.array([len(document) + 1 for _, document in batch], np.int64)
-    return Documents(ids, boundaries(ids, table), lengths, [domain for domain, _ in batch], len(batch), [], (0, 0, 0), 0)
+    return Documents(
+        ids, boundaries(ids, table), lengths, [domain for domain, _ in batch], len(batch), [], (0, 0, 0), 0
+    )
 
 
 def chunked(documents, table, eos, size, rng):
-    """The chunks that Chunker gives when the documents come in random batches, its state going through JSON now and then."""
+    """The chunks that Chunker gives when the documents come in random batches, its state going through JSON
+    now and then."""
     chunker, chunks = Chunker(size, eos), []
     while documents:
-        batch, documents = documents[:(count := rng.randrange(1, 6))], documents[count:]
+        batch, documents = documents[: (count := rng.randrange(1, 6))], documents[count:]
         chunks += chunker.add(as_documents(batch, table, eos))
         if rng.random() < 0.3:
             state, chunker = json.loads(json.dumps(chunker.state())), Chunker(size, eos)
@@ -94,32 +140,63 @@ def chunked(documents, table, eos, size, rng):
 def test_chunks_are_the_oracles(seed):
     rng = random.Random(seed)
     table = boundary_table(toy_tokenizer(), 0)
-    common = rng.sample(range(len(TEXTS)), rng.randrange(1, len(TEXTS)))  # EOS may be among them: a token as any other, and a boundary
-    domains = "xyz"[:rng.randrange(1, 4)]
-    documents = [(rng.choice(domains), rng.choices(common, k=rng.choice([0, 0, 1, 2, 7, 40]))) for _ in range(rng.randrange(1, 30))]
+    common = rng.sample(
+        range(len(TEXTS)), rng.randrange(1, len(TEXTS))
+    )  # EOS may be among them: a token as any other, and a boundary
+    domains = "xyz"[: rng.randrange(1, 4)]
+    documents = [
+        (rng.choice(domains), rng.choices(common, k=rng.choice([0, 0, 1, 2, 7, 40])))
+        for _ in range(rng.randrange(1, 30))
+    ]
     for size in (2, 3, 5, 17, 64):
         chunks, chunker = chunked(documents, table, 0, size, rng)
         assert chunks == oracle_chunks(documents, TEXTS, 0, size)
         for domain in {domain for domain, _ in documents}:
             ids = [ids for name, ids in chunks if name == domain]
             own = [document for name, document in documents if name == domain]
-            assert [token for chunk in ids for token in chunk] == [token for document in own for token in [*document, 0]]
-            assert chunker.domains[domain] == {"documents": len(own), "rows": len(ids), "tokens": sum(map(len, ids))}
+            assert [token for chunk in ids for token in chunk] == [
+                token for document in own for token in [*document, 0]
+            ]
+            assert chunker.domains[domain] == {
+                "documents": len(own),
+                "rows": len(ids),
+                "tokens": sum(map(len, ids)),
+            }
         assert chunker.predictions == sum(token != 0 for _, ids in chunks for token in ids[:-1])
 
 
-@pytest.mark.parametrize("tokens, expected", [
-    (["a", ".", " a"], [0, 1, 0]), (["a", ".", "a"], [0, 0, 0]), (["a", "."], [0, 0]), ([" a", "? ", " a"], [0, 0, 0]),
-    (['."', " a"], [1, 0]), ([".)", " a"], [1, 0]), ([".’”", " ."], [1, 0]), ([")", " a"], [0, 0]), ([".", '"', " a"], [0, 0, 0]),
-    ([" (", ".", " a", ")", ".", " a"], [0, 0, 0, 0, 1, 0]), (["([{", "}}", ".", " a", ").", " a"], [0, 0, 0, 0, 1, 0]),
-    ([")", "(", ".", " a"], [0, 0, 0, 0]), ([")(", ".", " a"], [0, 0, 0]), (["(.)", ".", " a"], [0, 1, 0]),
-    (["(", "\n", ".", " a"], [0, 1, 1, 0]), (["\n (", ".", " a"], [1, 1, 0]), (["(", EOS, ".", " a"], [0, 1, 1, 0]),
-    ([".", EOS, " a"], [0, 1, 0]), (["。", " a"], [0, 0]), ([".", " "], [1, 0]),
-], ids=str)
+@pytest.mark.parametrize(
+    "tokens, expected",
+    [
+        (["a", ".", " a"], [0, 1, 0]),
+        (["a", ".", "a"], [0, 0, 0]),
+        (["a", "."], [0, 0]),
+        ([" a", "? ", " a"], [0, 0, 0]),
+        (['."', " a"], [1, 0]),
+        ([".)", " a"], [1, 0]),
+        ([".’”", " ."], [1, 0]),
+        ([")", " a"], [0, 0]),
+        ([".", '"', " a"], [0, 0, 0]),
+        ([" (", ".", " a", ")", ".", " a"], [0, 0, 0, 0, 1, 0]),
+        (["([{", "}}", ".", " a", ").", " a"], [0, 0, 0, 0, 1, 0]),
+        ([")", "(", ".", " a"], [0, 0, 0, 0]),
+        ([")(", ".", " a"], [0, 0, 0]),
+        (["(.)", ".", " a"], [0, 1, 0]),
+        (["(", "\n", ".", " a"], [0, 1, 1, 0]),
+        (["\n (", ".", " a"], [1, 1, 0]),
+        (["(", EOS, ".", " a"], [0, 1, 1, 0]),
+        ([".", EOS, " a"], [0, 1, 0]),
+        (["。", " a"], [0, 0]),
+        ([".", " "], [1, 0]),
+    ],
+    ids=str,
+)
 def test_boundaries_by_hand(tokens, expected):
     ids = np.array([TEXTS.index(token) for token in tokens], np.int32)
     assert boundaries(ids, boundary_table(toy_tokenizer(), 0)).tolist() == [bool(value) for value in expected]
-    assert [oracle_is_boundary(ids.tolist(), i, TEXTS, 0) for i in range(len(ids))] == [bool(value) for value in expected]
+    assert [oracle_is_boundary(ids.tolist(), i, TEXTS, 0) for i in range(len(ids))] == [
+        bool(value) for value in expected
+    ]
 
 
 def test_cut():
@@ -127,7 +204,12 @@ def test_cut():
         return chunk_ends(np.array([character == "|" for character in pattern]), size)
 
     assert ends("", 3) == ends("...", 3) == ends("|||", 3) == []
-    assert ends("....", 3) == [3] and ends("|...", 3) == [1] and ends(".|.|....", 4) == [4] and ends(".|.......", 4) == [2, 6]
+    assert (
+        ends("....", 3) == [3]
+        and ends("|...", 3) == [1]
+        and ends(".|.|....", 4) == [4]
+        and ends(".|.......", 4) == [2, 6]
+    )
     assert ends("|" * 7, 3) == [3, 6] and ends("..|..|..|.", 5) == [3, 6]
 
 
@@ -150,16 +232,37 @@ def test_token_texts_byte_level(tiny_tokenizer):
 
 
 def test_token_texts_sentencepiece():
-    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdeT.(", "▁T", "ab", "▁ab"]
-    model = models.BPE({piece: index for index, piece in enumerate(pieces)}, [("▁", "T"), ("a", "b"), ("▁", "ab")],
-                       unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    pieces = [
+        "<unk>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"abcdeT.(",
+        "▁T",
+        "ab",
+        "▁ab",
+    ]
+    model = models.BPE(
+        {piece: index for index, piece in enumerate(pieces)},
+        [("▁", "T"), ("a", "b"), ("▁", "ab")],
+        unk_token="<unk>",
+        byte_fallback=True,
+        fuse_unk=True,
+    )
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     assert added_texts(tokenizer, "ab ab.\nT (d") == [" ab", " ab", ".", "\n", "T", " ", "(", "d"]
     ids = np.array([*tokenizer.encode("ab (c. ab) ab. Tab\nab. ab").ids, 1], np.int32)
     found = boundaries(ids, boundary_table(tokenizer, 1))
-    assert [tokenizer.id_to_token(index) for index in ids[found]] == [".", "<0x0A>", ".", "</s>"] and not found[:4].any()
+    assert [tokenizer.id_to_token(index) for index in ids[found]] == [
+        ".",
+        "<0x0A>",
+        ".",
+        "</s>",
+    ] and not found[:4].any()
 
 
 def test_token_texts_unigram():
@@ -170,12 +273,17 @@ def test_token_texts_unigram():
 
 
 def test_token_texts_wordpiece():
-    vocabulary = {token: index for index, token in enumerate(["[UNK]", "[SEP]", "a", "##b", "c", ".", "(", ")"])}
+    vocabulary = {
+        token: index for index, token in enumerate(["[UNK]", "[SEP]", "a", "##b", "c", ".", "(", ")"])
+    }
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
     assert added_texts(tokenizer, "ab c. (c)") == [" a", "b", " c", ".", " (", " c", " )"]
     ids = np.array([*tokenizer.encode("ab. c (ab. c) c.").ids, 1], np.int32)
-    assert np.flatnonzero(boundaries(ids, boundary_table(tokenizer, 1))).tolist() == [2, len(ids) - 1]  # the last . is followed by EOS
+    assert np.flatnonzero(boundaries(ids, boundary_table(tokenizer, 1))).tolist() == [
+        2,
+        len(ids) - 1,
+    ]  # the last . is followed by EOS
 
 
 def test_token_texts_with_holes():

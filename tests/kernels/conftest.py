@@ -4,9 +4,13 @@ import torch
 
 @pytest.fixture(autouse=True)
 def strict_torch():
-    """New memory is full of NaN (integers: the largest), operations that may differ from run to run raise, and the seed is fixed."""
+    """New memory is full of NaN (integers: the largest), operations that may differ from run to run raise,
+    and the seed is fixed."""
     torch.use_deterministic_algorithms(True)
-    filled, torch.utils.deterministic.fill_uninitialized_memory = torch.utils.deterministic.fill_uninitialized_memory, True
+    filled, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        True,
+    )
     assert torch.empty(3).isnan().all()
     torch.manual_seed(0)
     yield
@@ -28,8 +32,8 @@ def triton_ops(monkeypatch):
 
 @pytest.fixture
 def far_apart(device, tmp_path):
-    """far_apart(rows, width): a random float16 matrix whose rows are 2³⁰ elements apart, so that the third lies beyond int32's offsets.
-    On the CPU a file of holes stands for the memory between them."""
+    """far_apart(rows, width): a random float16 matrix whose rows are 2³⁰ elements apart, so that the third
+    lies beyond int32's offsets. On the CPU a file of holes stands for the memory between them."""
 
     def make(rows, width):
         size, step = (rows - 1 << 30) + width, 1 << 30

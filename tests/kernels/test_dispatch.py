@@ -28,7 +28,14 @@ def arguments(dtype=torch.float32):
     teacher = tensor(T, 5).detach(), tensor(V + 2, 5).detach()
     return {
         "rms_norm": (tensor(T, D), tensor(D), 1e-6, dtype),
-        "rms_norm_backward": (tensor(T, D), tensor(T, D), tensor(D), torch.rand(T, 1, dtype=statistic), tensor(T, D), torch.float16),
+        "rms_norm_backward": (
+            tensor(T, D),
+            tensor(T, D),
+            tensor(D),
+            torch.rand(T, 1, dtype=statistic),
+            tensor(T, D),
+            torch.float16,
+        ),
         "add_rms_norm": (tensor(T, D), tensor(T, D), tensor(D), 1e-6, dtype),
         "rotary": (q, k, torch.arange(T), torch.rand(D // 2), False),
         "swiglu": (tensor(T, D), tensor(T, D)),
@@ -37,8 +44,28 @@ def arguments(dtype=torch.float32):
         "flash_attention_backward": (torch.randn_like(q), q, k, v, out, lse, cu_seqlens, None, 0.3),
         "quantize_rows": (tensor(T, D).detach(),),
         "linear_log_prob": (tensor(T, D), tensor(V, D), targets, -100, 1 << 20),
-        "linear_cross_entropy": (tensor(T, D), tensor(V, D), targets, torch.rand(T, dtype=statistic), -100, True, True, 1 << 20),
-        "linear_distillation_loss": (tensor(T, D), tensor(V, D), *teacher, targets, 0.5, 1.0, -100, True, True, 1 << 20),
+        "linear_cross_entropy": (
+            tensor(T, D),
+            tensor(V, D),
+            targets,
+            torch.rand(T, dtype=statistic),
+            -100,
+            True,
+            True,
+            1 << 20,
+        ),
+        "linear_distillation_loss": (
+            tensor(T, D),
+            tensor(V, D),
+            *teacher,
+            targets,
+            0.5,
+            1.0,
+            -100,
+            True,
+            True,
+            1 << 20,
+        ),
         "difference_score": (tensor(T, D).detach(), tensor(V, D).detach(), *teacher, targets, cu_seqlens),
     }
 
@@ -47,7 +74,11 @@ OPS = list(arguments())
 
 
 def test_every_op_is_here():
-    assert sorted(OPS) == sorted(schema.name.removeprefix("miniplm::") for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("miniplm::"))
+    assert sorted(OPS) == sorted(
+        schema.name.removeprefix("miniplm::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("miniplm::")
+    )
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -88,12 +119,21 @@ def model(x, norm, head, qkv, targets, cu_seqlens):
         kernels.linear_log_prob(hidden, head, targets).sum(),
         kernels.linear_distillation_loss(hidden, head, *teacher, targets).loss,
     ]
-    return sum(losses), kernels.difference_score(*teacher, hidden.detach(), head.detach(), targets, cu_seqlens).score
+    return sum(losses), kernels.difference_score(
+        *teacher, hidden.detach(), head.detach(), targets, cu_seqlens
+    ).score
 
 
 def model_arguments(tokens):
     cu_seqlens = torch.tensor([0, 3, 3, tokens], dtype=torch.int32)
-    return parameter(tokens, D), parameter(D), parameter(V, D), parameter(D, 4 * D), torch.randint(0, V, (tokens,)), cu_seqlens
+    return (
+        parameter(tokens, D),
+        parameter(D),
+        parameter(V, D),
+        parameter(D, 4 * D),
+        torch.randint(0, V, (tokens,)),
+        cu_seqlens,
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -106,7 +146,9 @@ def test_compile_in_one_graph(dynamic):
         parameters = example[:4]
         (found, score), (expected, expected_score) = compiled(*example), model(*example)
         torch.testing.assert_close((found, score), (expected, expected_score), rtol=0, atol=0, equal_nan=True)
-        for one, two in zip(torch.autograd.grad(found, parameters), torch.autograd.grad(expected, parameters), strict=True):
+        for one, two in zip(
+            torch.autograd.grad(found, parameters), torch.autograd.grad(expected, parameters), strict=True
+        ):
             assert torch.equal(one, two)
         with torch.no_grad():
             assert torch.equal(compiled(*example)[0], model(*example)[0])
@@ -122,11 +164,13 @@ def test_autocast():
         inside = torch.ops.miniplm.linear_cross_entropy(hidden, head, targets, *others)
     assert loss.dtype == score.dtype == torch.float32
     assert all(gradient.dtype == torch.float32 for gradient in torch.autograd.grad(loss, example[:4]))
-    for one, two in zip(inside, torch.ops.miniplm.linear_cross_entropy(hidden, head, targets, *others), strict=True):
+    for one, two in zip(
+        inside, torch.ops.miniplm.linear_cross_entropy(hidden, head, targets, *others), strict=True
+    ):
         assert torch.equal(one, two)
 
 
-# --- the choice ------------------------------------------------------------------------------------------------------
+# --- the choice ---
 
 
 @pytest.fixture

@@ -13,7 +13,9 @@ def plain_log_prob(hidden, weight, targets):
     """From the whole matrix of logits, the softmax in float32 at least."""
     logits = hidden @ weight.T
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    return torch.where(targets == IGNORE_INDEX, 0.0, log_probs.gather(1, targets.clamp(min=0)[:, None]).squeeze(1))
+    return torch.where(
+        targets == IGNORE_INDEX, 0.0, log_probs.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+    )
 
 
 def random_head(tokens, vocabulary, width=24, scale=0.5):
@@ -27,11 +29,22 @@ def random_head(tokens, vocabulary, width=24, scale=0.5):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens, vocabulary", [(1, 5), (3, 1000), (127, 5), (129, 2 * 1187 + 1), (507, 1000), (1037, 4099), (9, 151_936)])
+@pytest.mark.parametrize(
+    "tokens, vocabulary",
+    [(1, 5), (3, 1000), (127, 5), (129, 2 * 1187 + 1), (507, 1000), (1037, 4099), (9, 151_936)],
+)
 def test_accuracy(tokens, vocabulary, dtype):
     hidden, weight, targets = random_head(tokens, vocabulary)
-    targets[0] = (weight @ hidden[0]).argmin()  # unlikely: a log-probability near 0 is a difference of logits, and all of it rounding
-    assert_accurate_everywhere(linear_log_prob, plain_log_prob, [hidden, weight, targets], [torch.randn(tokens, dtype=torch.float64)], dtype)
+    targets[0] = (
+        weight @ hidden[0]
+    ).argmin()  # unlikely: a log-probability near 0 is a difference of logits, and all of it rounding
+    assert_accurate_everywhere(
+        linear_log_prob,
+        plain_log_prob,
+        [hidden, weight, targets],
+        [torch.randn(tokens, dtype=torch.float64)],
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("tile", [4, 64, 1000, 10_000])
@@ -43,8 +56,10 @@ def test_any_tile(tile, monkeypatch):
     for tokens in (1, 7, 512):
         monkeypatch.setattr(reference, "CHUNK_TOKENS", tokens)
         torch.testing.assert_close(linear_log_prob(hidden, weight, targets), expected)
-        torch.testing.assert_close(linear_log_prob(hidden.bfloat16(), weight.bfloat16(), targets),
-                                   plain_log_prob(hidden.bfloat16().float(), weight.bfloat16().float(), targets))
+        torch.testing.assert_close(
+            linear_log_prob(hidden.bfloat16(), weight.bfloat16(), targets),
+            plain_log_prob(hidden.bfloat16().float(), weight.bfloat16().float(), targets),
+        )
 
 
 def test_large_logits():
@@ -54,8 +69,11 @@ def test_large_logits():
     weight[[5, 17]] = -1e37 * hidden.sign()[0]
     for rows in (weight, weight.flip(0)):
         result = linear_log_prob(hidden.float(), rows.float(), targets)
-        assert_accurate(result, plain_log_prob(hidden.float(), rows.float(), targets),
-                        plain_log_prob(hidden.float().double(), rows.float().double(), targets))
+        assert_accurate(
+            result,
+            plain_log_prob(hidden.float(), rows.float(), targets),
+            plain_log_prob(hidden.float().double(), rows.float().double(), targets),
+        )
         assert (result <= 0).all()
 
 
@@ -81,59 +99,102 @@ def test_strided():
     hidden, weight, targets = (x.float() if x.is_floating_point() else x for x in random_head(33, 301))
     expected = linear_log_prob(hidden, weight, targets)
     for change in (strided, lambda x: x.T.contiguous().T):
-        torch.testing.assert_close(linear_log_prob(change(hidden), change(weight), strided(targets)), expected)
+        torch.testing.assert_close(
+            linear_log_prob(change(hidden), change(weight), strided(targets)), expected
+        )
 
 
 def test_inference_mode():
     hidden, weight, targets = random_head(9, 30)
     with torch.inference_mode():
-        torch.testing.assert_close(linear_log_prob(hidden, weight, targets), plain_log_prob(hidden, weight, targets))
+        torch.testing.assert_close(
+            linear_log_prob(hidden, weight, targets), plain_log_prob(hidden, weight, targets)
+        )
 
 
-RIGHT = {"hidden": torch.randn(3, 4), "weight": torch.randn(5, 4), "targets": torch.tensor([0, 4, IGNORE_INDEX])}
+RIGHT = {
+    "hidden": torch.randn(3, 4),
+    "weight": torch.randn(5, 4),
+    "targets": torch.tensor([0, 4, IGNORE_INDEX]),
+}
 
 
-@pytest.mark.parametrize("argument, change", [
-    ("hidden", {"hidden": torch.randn(3, 1, 4)}), ("hidden", {"hidden": torch.zeros(3, 4).long()}), ("hidden", {"hidden": torch.randn(2, 4)}),
-    ("weight", {"weight": torch.randn(5, 3)}), ("weight", {"weight": torch.randn(5, 4).half()}), ("weight", {"weight": torch.randn(5, 4, device="meta")}),
-    ("targets", {"targets": torch.zeros(3, 1).long()}), ("targets", {"targets": torch.zeros(3)}), ("targets", {"targets": torch.zeros(3).int()}),
-    ("targets", {"targets": torch.tensor([0, 5, 1])}), ("targets", {"targets": torch.tensor([0, -1, 1])}), ("targets", {"targets": torch.tensor([-101, 0, 0])}),
-])
+@pytest.mark.parametrize(
+    "argument, change",
+    [
+        ("hidden", {"hidden": torch.randn(3, 1, 4)}),
+        ("hidden", {"hidden": torch.zeros(3, 4).long()}),
+        ("hidden", {"hidden": torch.randn(2, 4)}),
+        ("weight", {"weight": torch.randn(5, 3)}),
+        ("weight", {"weight": torch.randn(5, 4).half()}),
+        ("weight", {"weight": torch.randn(5, 4, device="meta")}),
+        ("targets", {"targets": torch.zeros(3, 1).long()}),
+        ("targets", {"targets": torch.zeros(3)}),
+        ("targets", {"targets": torch.zeros(3).int()}),
+        ("targets", {"targets": torch.tensor([0, 5, 1])}),
+        ("targets", {"targets": torch.tensor([0, -1, 1])}),
+        ("targets", {"targets": torch.tensor([-101, 0, 0])}),
+    ],
+)
 def test_wrong_arguments(argument, change):
     linear_log_prob(**RIGHT)
     with pytest.raises(ValueError, match=f"^{argument} (has|is|must)"):
         linear_log_prob(**{**RIGHT, **change})
 
 
-# --- difference_score ------------------------------------------------------------------------------------------------
+# --- difference_score ---
 
 
 def random_pair(lengths, teacher_vocabulary, reference_vocabulary, dtype=torch.float64):
     teacher_hidden, teacher_weight, _ = random_head(sum(lengths), teacher_vocabulary, 24)
-    reference_hidden, reference_weight, targets = random_head(sum(lengths), min(teacher_vocabulary, reference_vocabulary), 8)
+    reference_hidden, reference_weight, targets = random_head(
+        sum(lengths), min(teacher_vocabulary, reference_vocabulary), 8
+    )
     extra = torch.randn(max(0, reference_vocabulary - teacher_vocabulary), 8, dtype=torch.float64)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     heads = (teacher_hidden, teacher_weight, reference_hidden, torch.cat((reference_weight, extra)))
     return [x.to(dtype) for x in heads], targets, cu_seqlens
 
 
-def plain_difference_score(teacher_hidden, teacher_weight, reference_hidden, reference_weight, targets, lengths):
+def plain_difference_score(
+    teacher_hidden, teacher_weight, reference_hidden, reference_weight, targets, lengths
+):
     vocabulary = min(len(teacher_weight), len(reference_weight))
     result = []
     for hidden, weight in ((teacher_hidden, teacher_weight), (reference_hidden, reference_weight)):
         log_prob = plain_log_prob(hidden, weight[:vocabulary], targets)
-        result.append(torch.stack([part[counted != IGNORE_INDEX].mean() for part, counted in zip(log_prob.split(lengths), targets.split(lengths), strict=True)]))
+        result.append(
+            torch.stack(
+                [
+                    part[counted != IGNORE_INDEX].mean()
+                    for part, counted in zip(log_prob.split(lengths), targets.split(lengths), strict=True)
+                ]
+            )
+        )
     return result
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabularies", [(1000, 1000), (1000, 1003), (1003, 1000)])
 def test_difference_score(vocabularies, dtype):
-    lengths = [3, 0, 127, 1, 1, 255, 2]  # the first token of every five is ignored: the fifth document, one token, has nothing to score
+    lengths = [
+        3,
+        0,
+        127,
+        1,
+        1,
+        255,
+        2,
+    ]  # the first token of every five is ignored: the fifth document, one token, has nothing to score
     heads, targets, cu_seqlens = random_pair(lengths, *vocabularies, dtype)
     targets[131] = IGNORE_INDEX
     found = difference_score(*heads, targets, cu_seqlens)
-    assert isinstance(found, DifferenceScore) and found._fields == ("score", "teacher_log_prob", "reference_log_prob", "num_tokens")
+    assert isinstance(found, DifferenceScore) and found._fields == (
+        "score",
+        "teacher_log_prob",
+        "reference_log_prob",
+        "num_tokens",
+    )
     assert found.num_tokens.tolist() == [int((part != IGNORE_INDEX).sum()) for part in targets.split(lengths)]
     assert found.num_tokens[[1, 4]].tolist() == [0, 0]
     scored = found.num_tokens > 0
@@ -142,7 +203,9 @@ def test_difference_score(vocabularies, dtype):
     for one, two, three in zip((found.teacher_log_prob, found.reference_log_prob), plain, truth, strict=True):
         assert one.dtype == torch.float32 and one[~scored].isnan().all()
         assert_accurate(one[scored], two[scored], three[scored])
-    torch.testing.assert_close(found.score, found.teacher_log_prob - found.reference_log_prob, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        found.score, found.teacher_log_prob - found.reference_log_prob, rtol=0, atol=0, equal_nan=True
+    )
 
 
 def test_difference_score_of_a_broken_document():
@@ -162,7 +225,9 @@ def test_difference_score_of_a_broken_document():
 
 def test_difference_score_of_nothing():
     heads, targets, _ = random_pair([], 50, 50, torch.float32)
-    assert [len(x) for x in difference_score(*heads, targets, torch.tensor([0], dtype=torch.int32))] == [0] * 4
+    assert [len(x) for x in difference_score(*heads, targets, torch.tensor([0], dtype=torch.int32))] == [
+        0
+    ] * 4
     found = difference_score(*heads, targets, torch.tensor([0, 0], dtype=torch.int32))
     assert found.score.isnan().tolist() == [True] and found.num_tokens.tolist() == [0]
 
@@ -182,9 +247,15 @@ def test_difference_score_wrong_arguments():
     beyond = targets.clone()
     beyond[3] = 40  # in the teacher's vocabulary alone
     for argument, wrong in [
-        ("teacher_hidden", torch.randn(5, 24)), ("teacher_weight", torch.randn(50, 8)), ("reference_hidden", torch.randn(6, 24).int()),
-        ("reference_weight", torch.randn(40, 8).half()), ("targets", beyond), ("targets", targets.int()), ("cu_seqlens", cu_seqlens.long()),
-        ("cu_seqlens", torch.tensor([0, 3, 5], dtype=torch.int32)), ("cu_seqlens", torch.tensor([1, 3, 6], dtype=torch.int32)),
+        ("teacher_hidden", torch.randn(5, 24)),
+        ("teacher_weight", torch.randn(50, 8)),
+        ("reference_hidden", torch.randn(6, 24).int()),
+        ("reference_weight", torch.randn(40, 8).half()),
+        ("targets", beyond),
+        ("targets", targets.int()),
+        ("cu_seqlens", cu_seqlens.long()),
+        ("cu_seqlens", torch.tensor([0, 3, 5], dtype=torch.int32)),
+        ("cu_seqlens", torch.tensor([1, 3, 6], dtype=torch.int32)),
     ]:
         with pytest.raises(ValueError, match=rf"^{argument} (has|is|must)"):
             difference_score(**{**right, argument: wrong})

@@ -21,19 +21,44 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.bytes = max([self.bytes, *(x.untyped_storage().nbytes() for x in tree_leaves(result) if isinstance(x, torch.Tensor))])
+        self.bytes = max(
+            [
+                self.bytes,
+                *(x.untyped_storage().nbytes() for x in tree_leaves(result) if isinstance(x, torch.Tensor)),
+            ]
+        )
         return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_largest_tensor(dtype):
-    hidden, weight, targets = torch.randn(T, WIDTH, dtype=dtype), torch.randn(V, WIDTH, dtype=dtype), torch.randint(0, V, (T,))
+    hidden, weight, targets = (
+        torch.randn(T, WIDTH, dtype=dtype),
+        torch.randn(V, WIDTH, dtype=dtype),
+        torch.randint(0, V, (T,)),
+    )
     cu_seqlens, logits, max_logits_bytes = torch.tensor([0, 700, T], dtype=torch.int32), 4 * T * V, 1 << 20
     calls = {
-        "log_prob": (lambda: reference.linear_log_prob(hidden, weight, targets, -100, 1 << 30), reference.TILE_BYTES),
-        "score": (lambda: reference.difference_score(hidden, weight, hidden, weight, targets, cu_seqlens), reference.TILE_BYTES),
-        "loss": (lambda: reference.linear_cross_entropy(hidden, weight, targets, torch.ones(T), -100, True, True, max_logits_bytes), max_logits_bytes),
-        "distillation": (lambda: reference.linear_distillation_loss(hidden, weight, hidden, weight, targets, 0.5, 1.0, -100, True, True, max_logits_bytes), max_logits_bytes),
+        "log_prob": (
+            lambda: reference.linear_log_prob(hidden, weight, targets, -100, 1 << 30),
+            reference.TILE_BYTES,
+        ),
+        "score": (
+            lambda: reference.difference_score(hidden, weight, hidden, weight, targets, cu_seqlens),
+            reference.TILE_BYTES,
+        ),
+        "loss": (
+            lambda: reference.linear_cross_entropy(
+                hidden, weight, targets, torch.ones(T), -100, True, True, max_logits_bytes
+            ),
+            max_logits_bytes,
+        ),
+        "distillation": (
+            lambda: reference.linear_distillation_loss(
+                hidden, weight, hidden, weight, targets, 0.5, 1.0, -100, True, True, max_logits_bytes
+            ),
+            max_logits_bytes,
+        ),
     }
     for name, (call, bound) in calls.items():
         with LargestTensor() as largest:
@@ -69,4 +94,6 @@ def test_the_process():
     result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     peaks = {name: float(growth) for name, growth in map(str.split, result.stdout.splitlines())}
     assert peaks["log_prob"] < 24
-    assert max(peaks.values()) < 64 + 40, peaks  # max_logits_bytes, and both gradients (4.7 MiB each) a few times over
+    assert max(peaks.values()) < 64 + 40, (
+        peaks
+    )  # max_logits_bytes, and both gradients (4.7 MiB each) a few times over

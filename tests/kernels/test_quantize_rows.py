@@ -22,7 +22,9 @@ def magnitudes(rows, width, dtype):
 
 def nearest(x):
     """The number of e4m3 nearest to each of x, ties to an even mantissa, found among all of them."""
-    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()  # 0 … 448, in order; odd bytes have odd mantissas
+    numbers = (
+        torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    )  # 0 … 448, in order; odd bytes have odd mantissas
     above = torch.bucketize(x.abs().double(), numbers).clamp(1, 126)
     down, up = x.abs().double() - numbers[above - 1], numbers[above] - x.abs().double()
     return numbers[torch.where((down < up) | ((down == up) & (above % 2 == 1)), above - 1, above)] * x.sign()
@@ -37,13 +39,18 @@ def test_every_element_is_rounded_to_the_nearest(shape, dtype, device, kernels):
     assert scale.shape == (shape[0], 1) and scale.dtype == torch.float32
     largest = x.double().abs().amax(1, keepdim=True)
     torch.testing.assert_close(scale.double(), largest.clamp(min=1e-12) / 448, rtol=1e-6, atol=0)
-    assert torch.equal(rows.double(), nearest(x.float() * (448 / largest.float().clamp(min=1e-12))).to(rows.dtype).double())
+    assert torch.equal(
+        rows.double(), nearest(x.float() * (448 / largest.float().clamp(min=1e-12))).to(rows.dtype).double()
+    )
     back = rows.double() * scale
-    assert ((back - x.double()).abs() <= (x.double().abs() * 2**-4).maximum(scale * 2**-10) * (1 + 1e-6)).all()
+    assert (
+        (back - x.double()).abs() <= (x.double().abs() * 2**-4).maximum(scale * 2**-10) * (1 + 1e-6)
+    ).all()
 
 
 def test_ties_and_steps_below_the_smallest_normal(device, kernels):
-    """All numbers halfway between two of e4m3, and their neighbours in float32; 448 in the row keeps the scale at 1."""
+    """All numbers halfway between two of e4m3, and their neighbours in float32; 448 in the row keeps the
+    scale at 1."""
     numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     ties = (numbers[1:] + numbers[:-1]) / 2
     x = torch.cat([numbers, ties, ties.nextafter(torch.tensor(0.0)), ties.nextafter(torch.tensor(500.0))])
@@ -62,7 +69,15 @@ def test_not_finite(value, device, kernels):
     assert product.isfinite().flatten().tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("change", [strided, lambda x: x.T.contiguous().T, lambda x: torch.cat((x, x), 1)[:, :31], lambda x: x[:1].expand(9, -1)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        strided,
+        lambda x: x.T.contiguous().T,
+        lambda x: torch.cat((x, x), 1)[:, :31],
+        lambda x: x[:1].expand(9, -1),
+    ],
+)
 def test_layouts(change, device, kernels):
     x = change(torch.randn(9, 31, device=device))
     for found, wanted in zip(quantize_rows(x), quantize_rows(x.contiguous()), strict=True):
@@ -85,7 +100,9 @@ def test_autocast_changes_nothing(device, kernels):
     x = torch.randn(4, 32, device=device)
     plain = quantize_rows(x)
     with torch.autocast(device, torch.bfloat16):
-        assert all(torch.equal(one.float(), two.float()) for one, two in zip(plain, quantize_rows(x), strict=True))
+        assert all(
+            torch.equal(one.float(), two.float()) for one, two in zip(plain, quantize_rows(x), strict=True)
+        )
 
 
 def test_refusals(device):

@@ -17,7 +17,9 @@ def test_swiglu(shape, dtype):
 
 
 def test_gradcheck():
-    assert torch.autograd.gradcheck(swiglu, tuple(torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)))
+    assert torch.autograd.gradcheck(
+        swiglu, tuple(torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    )
 
 
 def test_extremes():
@@ -33,7 +35,9 @@ def test_strided():
     grad = torch.randn(9, 31)
     expected = run(swiglu, [gate.contiguous(), up.contiguous()], [grad])
     for change in (lambda x: x, strided, lambda x: x.T.contiguous().T):
-        for found, wanted in zip(run(swiglu, [change(gate), change(up)], [change(grad)]), expected, strict=True):
+        for found, wanted in zip(
+            run(swiglu, [change(gate), change(up)], [change(grad)]), expected, strict=True
+        ):
             for one, two in zip(found, wanted, strict=True):
                 torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
 
@@ -45,7 +49,10 @@ def test_side_by_side(dtype):
     (expected,), gradients = run(swiglu, [half.contiguous() for half in both.chunk(2, -1)], [grad])
     for change in (lambda x: x, strided):
         (found,), (gradient,) = run(swiglu, [change(both)], [change(grad)])
-        for one, two in ((found, expected), (gradient, torch.cat(gradients, -1))):  # PyTorch's exp differs in the last bit by layout
+        for one, two in (
+            (found, expected),
+            (gradient, torch.cat(gradients, -1)),
+        ):  # PyTorch's exp differs in the last bit by layout
             torch.testing.assert_close(one, two, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
         assert found.is_contiguous() and gradient.is_contiguous()
     both.requires_grad_()
@@ -58,13 +65,16 @@ def test_no_tokens():
     assert swiglu(torch.randn(0, 4), torch.randn(0, 4)).shape == (0, 4)
 
 
-@pytest.mark.parametrize("argument, gate, up", [
-    ("gate", torch.zeros(2, 3).long(), torch.randn(2, 3)),
-    ("up", torch.randn(2, 3), torch.randn(3, 2)),
-    ("up", torch.randn(2, 3), torch.randn(3)),
-    ("up", torch.randn(2, 3), torch.randn(2, 3).half()),
-    ("up", torch.randn(2, 3), torch.randn(2, 3, device="meta")),
-])
+@pytest.mark.parametrize(
+    "argument, gate, up",
+    [
+        ("gate", torch.zeros(2, 3).long(), torch.randn(2, 3)),
+        ("up", torch.randn(2, 3), torch.randn(3, 2)),
+        ("up", torch.randn(2, 3), torch.randn(3)),
+        ("up", torch.randn(2, 3), torch.randn(2, 3).half()),
+        ("up", torch.randn(2, 3), torch.randn(2, 3, device="meta")),
+    ],
+)
 def test_wrong_arguments(argument, gate, up):
     with pytest.raises(ValueError, match=f"^{argument} (has shape|is)"):
         swiglu(gate, up)

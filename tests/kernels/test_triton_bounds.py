@@ -1,4 +1,5 @@
-"""No kernel reads beyond its inputs: each input ends where memory that may not be read begins. (In Triton's interpreter; elsewhere nothing would show it.)"""
+"""No kernel reads beyond its inputs: each input ends where memory that may not be read begins. (In Triton's
+interpreter; elsewhere nothing would show it.)"""
 
 import os
 import subprocess
@@ -60,9 +61,17 @@ print("done")
 """
 
 
-@pytest.mark.skipif(torch.cuda.is_available() or sys.platform != "linux", reason="for Triton's interpreter, with Linux's system calls")
+@pytest.mark.skipif(
+    torch.cuda.is_available() or sys.platform != "linux",
+    reason="for Triton's interpreter, with Linux's system calls",
+)
 def test_no_reads_beyond_the_inputs():
     pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env={**os.environ, "MINIPLM_KERNELS": "triton"})
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MINIPLM_KERNELS": "triton"},
+    )
     lines = done.stdout.splitlines()
     assert lines[-1:] == ["done"], f"{lines[-1:]}: exit status {done.returncode}\n{done.stderr[-2000:]}"

@@ -18,28 +18,50 @@ def make(device, *shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rms_norm(shape, dtype, device):
-    assert_accurate_everywhere(rms_norm, plain_rms_norm, [3 * make(device, *shape), make(device, shape[-1])], [make(device, *shape)], dtype)
+    assert_accurate_everywhere(
+        rms_norm,
+        plain_rms_norm,
+        [3 * make(device, *shape), make(device, shape[-1])],
+        [make(device, *shape)],
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_add_rms_norm(shape, dtype, device):
-    # In 16 bits the sum is rounded before the norm, so the exact sum is not the truth: give sums that are exact.
+    # In 16 bits the sum is rounded before the norm, so the exact sum is not the truth: give sums that are
+    # exact.
     x, residual = (make(device, *shape).mul(8).round() / 8 for _ in range(2))
     grads = [make(device, *shape), make(device, *shape)]
-    assert_accurate_everywhere(add_rms_norm, plain_add_rms_norm, [x, 3 * residual, make(device, shape[-1])], grads, dtype)
+    assert_accurate_everywhere(
+        add_rms_norm, plain_add_rms_norm, [x, 3 * residual, make(device, shape[-1])], grads, dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("x_is_wide", [False, True])
 def test_float32_residual_stream(shape, dtype, x_is_wide, device):
-    inputs = [make(device, *shape).to(torch.float32 if x_is_wide else dtype), make(device, *shape).float(), make(device, shape[-1]).to(dtype)]
+    inputs = [
+        make(device, *shape).to(torch.float32 if x_is_wide else dtype),
+        make(device, *shape).float(),
+        make(device, shape[-1]).to(dtype),
+    ]
     grads = [make(device, *shape).to(dtype), make(device, *shape).float()]
-    for op, plain, used, upstream in ((add_rms_norm, plain_add_rms_norm, inputs, grads), (rms_norm, plain_rms_norm, inputs[1:], grads[:1])):
-        results, plainly, exact = run(op, used, upstream), run(plain, used, upstream), run(plain, [x.double() for x in used], upstream)
+    for op, plain, used, upstream in (
+        (add_rms_norm, plain_add_rms_norm, inputs, grads),
+        (rms_norm, plain_rms_norm, inputs[1:], grads[:1]),
+    ):
+        results, plainly, exact = (
+            run(op, used, upstream),
+            run(plain, used, upstream),
+            run(plain, [x.double() for x in used], upstream),
+        )
         assert [g.dtype for g in results[1]] == [x.dtype for x in used]
-        for one, two, three in zip(*((*part[0], *part[1]) for part in (results, plainly, exact)), strict=True):
+        for one, two, three in zip(
+            *((*part[0], *part[1]) for part in (results, plainly, exact)), strict=True
+        ):
             assert_accurate(one, two, three)
 
 
@@ -50,17 +72,28 @@ def test_many_rows(dtype, device):
     assert_accurate_everywhere(rms_norm, plain_rms_norm, inputs, grads, dtype)
 
 
-@pytest.mark.parametrize("shape, layout", [
-    ((6, 33), strided), ((6, 33), lambda x: x.T.contiguous().T), ((5, 4, 32), lambda x: torch.cat((x, x, x), 1)[:, 4:8]),
-    ((4, 5, 32), lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)), ((3, 2, 5, 8), lambda x: x.permute(1, 3, 0, 2).contiguous().permute(2, 0, 3, 1)),
-    ((7, 16), lambda x: torch.cat((x, x), 1)[:, :16]), ((7, 16), lambda x: x[:1].expand(7, -1)),
-])
+@pytest.mark.parametrize(
+    "shape, layout",
+    [
+        ((6, 33), strided),
+        ((6, 33), lambda x: x.T.contiguous().T),
+        ((5, 4, 32), lambda x: torch.cat((x, x, x), 1)[:, 4:8]),
+        ((4, 5, 32), lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)),
+        ((3, 2, 5, 8), lambda x: x.permute(1, 3, 0, 2).contiguous().permute(2, 0, 3, 1)),
+        ((7, 16), lambda x: torch.cat((x, x), 1)[:, :16]),
+        ((7, 16), lambda x: x[:1].expand(7, -1)),
+    ],
+)
 def test_layouts(shape, layout, device):
-    """Views of any strides, heads of a fused projection among them, give the bits of contiguous copies, and their results are contiguous."""
+    """Views of any strides, heads of a fused projection among them, give the bits of contiguous copies, and
+    their results are contiguous."""
     x, residual, weight = (make(device, *size).float() for size in (shape, shape, shape[-1:]))
     inputs, grads = [layout(x), layout(residual), weight], [layout(residual), layout(x)]
     for op, used, upstream in ((add_rms_norm, inputs, grads), (rms_norm, inputs[1:], grads[:1])):
-        found, expected = run(op, used, upstream), run(op, [y.contiguous() for y in used], [g.contiguous() for g in upstream])
+        found, expected = (
+            run(op, used, upstream),
+            run(op, [y.contiguous() for y in used], [g.contiguous() for g in upstream]),
+        )
         for one, two in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
             assert torch.equal(one, two)
         assert all(y.is_contiguous() for y in found[0])
@@ -90,7 +123,9 @@ def test_one_output_used(device):
 def test_extremes(device):
     weight = torch.ones(8, device=device)
     assert torch.equal(rms_norm(torch.zeros(2, 8, device=device), weight), torch.zeros(2, 8, device=device))
-    torch.testing.assert_close(rms_norm(torch.full((2, 8), 1e15, device=device), weight), torch.ones(2, 8, device=device))
+    torch.testing.assert_close(
+        rms_norm(torch.full((2, 8), 1e15, device=device), weight), torch.ones(2, 8, device=device)
+    )
     half = torch.full((2, 8), 6e4, dtype=torch.float16, device=device)
     torch.testing.assert_close(rms_norm(half, weight.half()), torch.ones_like(half))
     x = torch.randn(3, 8, device=device)
@@ -100,7 +135,10 @@ def test_extremes(device):
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (0, 4, 8)])
 def test_no_rows(shape, device):
-    x, weight = torch.randn(shape, device=device, requires_grad=True), torch.randn(8, device=device, requires_grad=True)
+    x, weight = (
+        torch.randn(shape, device=device, requires_grad=True),
+        torch.randn(8, device=device, requires_grad=True),
+    )
     normed, total = add_rms_norm(x, x, weight)
     assert normed.shape == total.shape == rms_norm(x, weight).shape == shape
     (normed.sum() + rms_norm(x, weight).sum()).backward()
@@ -109,7 +147,11 @@ def test_no_rows(shape, device):
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_opcheck(wide, device):
-    x, residual, weight = torch.randn(7, 12, device=device).half(), torch.randn(7, 12, device=device), torch.randn(12, device=device).half()
+    x, residual, weight = (
+        torch.randn(7, 12, device=device).half(),
+        torch.randn(7, 12, device=device),
+        torch.randn(12, device=device).half(),
+    )
     if not wide:
         residual = residual.half()
     rstd = torch.rand(7, 1, device=device)
@@ -121,8 +163,15 @@ def test_opcheck(wide, device):
     torch.library.opcheck(torch.ops.miniplm.add_rms_norm.default, (x, residual, weight, 1e-6, torch.float16))
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float16, torch.float32), (torch.float32, torch.float16, torch.float32),
-                                    (torch.bfloat16, torch.float32, torch.bfloat16), (torch.float32, torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float16, torch.float16, torch.float32),
+        (torch.float32, torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float32, torch.float32, torch.bfloat16),
+    ],
+)
 def test_mixed_dtypes(dtypes, device):
     check_mixed_dtypes(dtypes, device)
 
@@ -130,7 +179,10 @@ def test_mixed_dtypes(dtypes, device):
 def test_offsets_beyond_int32(far_apart, device):
     x, residual = far_apart(3, 16), far_apart(3, 16)
     inputs, grads = [x, residual, make(device, 16).half()], [far_apart(3, 16), far_apart(3, 16)]
-    found, expected = run(add_rms_norm, inputs, grads), run(add_rms_norm, [y.contiguous() for y in inputs], [g.contiguous() for g in grads])
+    found, expected = (
+        run(add_rms_norm, inputs, grads),
+        run(add_rms_norm, [y.contiguous() for y in inputs], [g.contiguous() for g in grads]),
+    )
     for one, two in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
         assert torch.equal(one, two)
 
@@ -139,7 +191,10 @@ def test_offsets_beyond_int32(far_apart, device):
 @pytest.mark.parametrize("width", [64, 1000, 4096, 8192, 16384])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_wide_rows_on_a_gpu(width, dtype, device):
-    inputs, grads = [make(device, 301, width), make(device, 301, width), make(device, width)], [make(device, 301, width)] * 2
+    inputs, grads = (
+        [make(device, 301, width), make(device, 301, width), make(device, width)],
+        [make(device, 301, width)] * 2,
+    )
     if dtype is not torch.float32:
         inputs[:2] = (x.mul(8).round() / 8 for x in inputs[:2])
     assert_accurate_everywhere(add_rms_norm, plain_add_rms_norm, inputs, grads, dtype)
@@ -152,4 +207,7 @@ def test_blocks_hold_a_row():
             for name in ("rms_norm", "rms_norm_backward"):
                 for itemsize in (2, 4):
                     for config in tuning.CANDIDATES[name](where, width=width, itemsize=itemsize):
-                        assert width <= config.blocks["BLOCK_D"] < max(32, 2 * width) and config.blocks["BLOCK_R"] >= 1
+                        assert (
+                            width <= config.blocks["BLOCK_D"] < max(32, 2 * width)
+                            and config.blocks["BLOCK_R"] >= 1
+                        )

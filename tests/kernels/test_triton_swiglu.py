@@ -21,13 +21,16 @@ def make(device, *shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_swiglu(shape, dtype, device):
-    assert_accurate_everywhere(swiglu, plain_swiglu, [make(device, *shape), make(device, *shape)], [make(device, *shape)], dtype)
+    assert_accurate_everywhere(
+        swiglu, plain_swiglu, [make(device, *shape), make(device, *shape)], [make(device, *shape)], dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_side_by_side(shape, dtype, device):
-    """gate and up in one tensor: the same bits as apart, its gradient in one tensor, nothing saved but the tensor itself."""
+    """gate and up in one tensor: the same bits as apart, its gradient in one tensor, nothing saved but the
+    tensor itself."""
     both, grad = make(device, *shape[:-1], 2 * shape[-1]), make(device, *shape)
     assert_accurate_everywhere(swiglu, lambda x: plain_swiglu(*x.chunk(2, -1)), [both], [grad], dtype)
     both, grad = both.to(dtype), grad.to(dtype)
@@ -35,15 +38,25 @@ def test_side_by_side(shape, dtype, device):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         (out,), (gradient,) = run(swiglu, [both], [grad])
-    assert torch.equal(out, apart) and torch.equal(gradient, torch.cat(gradients, -1)) and gradient.is_contiguous()
+    assert (
+        torch.equal(out, apart)
+        and torch.equal(gradient, torch.cat(gradients, -1))
+        and gradient.is_contiguous()
+    )
     assert [x.data_ptr() for x in saved] == [both.data_ptr()]
 
 
 def test_halves_are_read_where_they_lie(device, monkeypatch):
     """As views of one tensor, neither half is copied."""
-    module = sys.modules["miniplm.kernels.swiglu"]  # the package's attribute of that name is the public function
+    module = sys.modules[
+        "miniplm.kernels.swiglu"
+    ]  # the package's attribute of that name is the public function
     seen, launch = [], module._launch
-    monkeypatch.setattr(module, "_launch", lambda kernel, name, tensors, strides: seen.append(tensors) or launch(kernel, name, tensors, strides))
+    monkeypatch.setattr(
+        module,
+        "_launch",
+        lambda kernel, name, tensors, strides: seen.append(tensors) or launch(kernel, name, tensors, strides),
+    )
     both = torch.randn(2, 9, 62, device=device)
     swiglu(*both.chunk(2, -1)), swiglu(both)
     for gate, up, _ in seen:
@@ -54,16 +67,29 @@ def test_halves_are_read_where_they_lie(device, monkeypatch):
 def test_extremes(device):
     gate = torch.tensor([[-1e30, -100.0, 0.0, 100.0, 1e30]], device=device, requires_grad=True)
     out = swiglu(gate, torch.ones_like(gate))
-    torch.testing.assert_close(out, torch.tensor([[0.0, 0.0, 0.0, 100.0, 1e30]], device=device), rtol=1e-6, atol=1e-30)
+    torch.testing.assert_close(
+        out, torch.tensor([[0.0, 0.0, 0.0, 100.0, 1e30]], device=device), rtol=1e-6, atol=1e-30
+    )
     out.sum().backward()
     torch.testing.assert_close(gate.grad, torch.tensor([[0, 0, 0.5, 1, 1]], device=device))
     assert swiglu(torch.tensor([torch.nan], device=device), torch.ones(1, device=device)).isnan().all()
 
 
-@pytest.mark.parametrize("change", [strided, lambda x: x.T.contiguous().T, lambda x: torch.cat((x, x), 1)[:, :31], lambda x: x[:1].expand(9, -1)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        strided,
+        lambda x: x.T.contiguous().T,
+        lambda x: torch.cat((x, x), 1)[:, :31],
+        lambda x: x[:1].expand(9, -1),
+    ],
+)
 def test_layouts(change, device):
     gate, up, grad = (change(torch.randn(9, 31, device=device)) for _ in range(3))
-    found, expected = run(swiglu, [gate, up], [grad]), run(swiglu, [gate.contiguous(), up.contiguous()], [grad.contiguous()])
+    found, expected = (
+        run(swiglu, [gate, up], [grad]),
+        run(swiglu, [gate.contiguous(), up.contiguous()], [grad.contiguous()]),
+    )
     for one, two in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
         assert torch.equal(one, two) and one.is_contiguous()
 
@@ -92,13 +118,17 @@ def test_opcheck(device):
     gate, up = (torch.randn(7, 8, device=device, requires_grad=True) for _ in range(2))
     torch.library.opcheck(torch.ops.miniplm.swiglu.default, (gate, up))
     torch.library.opcheck(torch.ops.miniplm.swiglu.default, (gate, None))
-    torch.library.opcheck(torch.ops.miniplm.swiglu_backward.default, (up.detach(), gate.detach(), up.detach()))
-    torch.library.opcheck(torch.ops.miniplm.swiglu_backward.default, (up.detach()[:, :4], gate.detach(), None))
+    torch.library.opcheck(
+        torch.ops.miniplm.swiglu_backward.default, (up.detach(), gate.detach(), up.detach())
+    )
+    torch.library.opcheck(
+        torch.ops.miniplm.swiglu_backward.default, (up.detach()[:, :4], gate.detach(), None)
+    )
 
 
 def test_backward_is_that_of_silu(device):
     """Against PyTorch's own derivative, around the points where it changes its sign."""
     gate = torch.linspace(-8, 8, 401, device=device, dtype=torch.float32).requires_grad_()
-    found, = torch.autograd.grad(swiglu(gate, torch.full_like(gate, 2)).sum(), gate)
-    expected, = torch.autograd.grad(2 * F.silu(gate).sum(), gate)
+    (found,) = torch.autograd.grad(swiglu(gate, torch.full_like(gate, 2)).sum(), gate)
+    (expected,) = torch.autograd.grad(2 * F.silu(gate).sum(), gate)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -10,7 +10,8 @@ FIRST, SECOND = tuning.Config({"BLOCK": 1}), tuning.Config({"BLOCK": 2}, num_war
 
 @pytest.fixture
 def candidates(monkeypatch):
-    """A kernel "toy" with two candidates, on a GPU; the second one is faster for narrow rows. Yields the calls of do_bench."""
+    """A kernel "toy" with two candidates, on a GPU; the second one is faster for narrow rows. Yields the
+    calls of do_bench."""
     timed = []
 
     def do_bench(function, return_mode):
@@ -53,14 +54,23 @@ def test_options_of_a_launch():
     assert SECOND.options == {"BLOCK": 2, "num_warps": 8, "num_stages": 3}
 
 
-@pytest.mark.parametrize("backend, arch, descriptors", [
-    ("cuda", 80, False), ("cuda", 90, True), ("cuda", 100, True), ("hip", "gfx942", False), ("cpu", 0, True),
-])
+@pytest.mark.parametrize(
+    "backend, arch, descriptors",
+    [
+        ("cuda", 80, False),
+        ("cuda", 90, True),
+        ("cuda", 100, True),
+        ("hip", "gfx942", False),
+        ("cpu", 0, True),
+    ],
+)
 def test_who_reads_through_descriptors(backend, arch, descriptors):
     assert tuning.Target(backend, arch, 1).descriptors is descriptors
 
 
 def test_which_gpus_read_through_descriptors():
     """120, consumer Blackwell, has no room for the tiles that come with them."""
-    assert [arch for arch in (80, 89, 90, 100, 103, 120, 121) if tuning.Target("cuda", arch, 100).descriptors] == [90, 100, 103]
+    assert [
+        arch for arch in (80, 89, 90, 100, 103, 120, 121) if tuning.Target("cuda", arch, 100).descriptors
+    ] == [90, 100, 103]
     assert not tuning.Target("hip", "gfx942", 304).descriptors

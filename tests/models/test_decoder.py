@@ -33,7 +33,9 @@ def test_decoder_equals_transformers(name, seed, tmp_path):
     theirs = random_model(DECODED[name], seed)
     ours = load_model(saved(theirs, tmp_path))
     assert type(ours) is Decoder and not ours.training
-    assert set(ours.state_dict()) == {key for key in theirs.state_dict() if key != "lm_head.weight" or not theirs.config.tie_word_embeddings}
+    assert set(ours.state_dict()) == {
+        key for key in theirs.state_dict() if key != "lm_head.weight" or not theirs.config.tie_word_embeddings
+    }
     batch = documents(seed=seed)
     expected = transformers_logits(theirs, *batch)
     torch.testing.assert_close(logits(ours, *batch), expected, atol=1e-4, rtol=0)
@@ -44,7 +46,9 @@ def test_decoder_equals_transformers(name, seed, tmp_path):
 def test_every_document_starts_at_position_zero(monkeypatch):
     """The logits hardly tell: attention sees differences of positions only."""
     seen = []
-    monkeypatch.setattr(decoder, "apply_rotary", lambda q, k, positions, inv_freq: seen.append(positions) or (q, k))
+    monkeypatch.setattr(
+        decoder, "apply_rotary", lambda q, k, positions, inv_freq: seen.append(positions) or (q, k)
+    )
     Decoder(DECODED["llama mqa"])(*documents())
     assert len(seen) == 3
     for positions in seen:
@@ -57,8 +61,8 @@ def test_decoder_on_few_tokens(lengths):
     torch.manual_seed(0)
     model = Decoder(DECODED["qwen3 gqa"])
     input_ids, cu_seqlens = documents([*lengths, 7])
-    few = model(input_ids[:sum(lengths)], cu_seqlens[:-1])
-    torch.testing.assert_close(few, model(input_ids, cu_seqlens)[:sum(lengths)], atol=1e-5, rtol=0)
+    few = model(input_ids[: sum(lengths)], cu_seqlens[:-1])
+    torch.testing.assert_close(few, model(input_ids, cu_seqlens)[: sum(lengths)], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["llama llama3", "llama biased tied", "qwen3 biased tied yarn"])
@@ -77,7 +81,11 @@ def test_gradients_equal_transformers(name, tmp_path):
 
 def test_new_decoder_is_initialised_as_in_transformers():
     torch.manual_seed(0)
-    config = student_config(StudentConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4), 1000, 5)
+    config = student_config(
+        StudentConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4),
+        1000,
+        5,
+    )
     weights, theirs = Decoder(config).state_dict(), AutoModelForCausalLM.from_config(config).state_dict()
     for name, weight in weights.items():
         assert weight.shape == theirs[name].shape and weight.dtype == torch.float32
@@ -100,7 +108,9 @@ def test_flops_are_those_of_the_matrix_products(tmp_path):
     context = 24
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         theirs(input_ids=documents([context])[0][None])
-    counts = counter.get_flop_counts()  # some versions write the angles of the rotary embedding as a matrix product
+    counts = (
+        counter.get_flop_counts()
+    )  # some versions write the angles of the rotary embedding as a matrix product
     flops = sum(counts["Global"].values()) - sum(counts.get("Qwen3ForCausalLM.model.rotary_emb", {}).values())
     # This attention computes all context² pairs, of which context·(context + 1)/2 are causal.
     per_pair = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
@@ -109,20 +119,47 @@ def test_flops_are_those_of_the_matrix_products(tmp_path):
 
 
 def test_student_config_carries_every_setting():
-    student = StudentConfig(model_type="llama", hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-                            num_key_value_heads=2, head_dim=16, tie_word_embeddings=False, rope_theta=5e5, rms_norm_eps=1e-5,
-                            max_position_embeddings=512, initializer_range=0.01)
+    student = StudentConfig(
+        model_type="llama",
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=False,
+        rope_theta=5e5,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=512,
+        initializer_range=0.01,
+    )
     config = student_config(student, vocab_size=300, eos_token_id=7)
-    for name in ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-                 "tie_word_embeddings", "rms_norm_eps", "max_position_embeddings", "initializer_range"):
+    for name in (
+        "model_type",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "tie_word_embeddings",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "initializer_range",
+    ):
         assert getattr(config, name) == getattr(student, name), name
     assert config.rope_parameters["rope_theta"] == 5e5
     assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (300, 7, 7)
     assert student_config(StudentConfig(vocab_size=512), 300, 7).vocab_size == 512
-    for model_type in ("qwen2", "qwen3"):  # the default width of a head is d / heads, whatever transformers' own default
+    for model_type in (
+        "qwen2",
+        "qwen3",
+    ):  # the default width of a head is d / heads, whatever transformers' own default
         config = student_config(StudentConfig(model_type=model_type), 300, 7)
         with torch.device("meta"):
-            assert Decoder(config).model.layers[0].self_attn.head_dim == 64 and config.num_key_value_heads == 12
+            assert (
+                Decoder(config).model.layers[0].self_attn.head_dim == 64 and config.num_key_value_heads == 12
+            )
 
 
 def test_student_config_refuses(monkeypatch):
@@ -184,14 +221,18 @@ def test_decoder_compiles_as_one_graph():
     model = Decoder(DECODED["llama llama3"])
     input_ids, cu_seqlens = documents()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(input_ids, cu_seqlens, max(LENGTHS)), model(input_ids, cu_seqlens), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        compiled(input_ids, cu_seqlens, max(LENGTHS)), model(input_ids, cu_seqlens), atol=1e-5, rtol=0
+    )
 
 
 def run_with_gradients(model, batch):
     """(hidden states, gradients by name) for the sum of squares."""
     hidden = model(*batch)
     hidden.square().sum().backward()
-    return hidden.detach(), {name: parameter.grad for name, parameter in model.named_parameters() if name != "lm_head.weight"}
+    return hidden.detach(), {
+        name: parameter.grad for name, parameter in model.named_parameters() if name != "lm_head.weight"
+    }
 
 
 @pytest.mark.parametrize("name", ["qwen2 gqa", "llama biased tied", "qwen3 gqa"])
@@ -205,7 +246,9 @@ def test_joined_products_equal_single_ones(name, lengths, monkeypatch):
         found, gradients = run_with_gradients(model, batch)
     flops = counter.get_total_flops()
     model.zero_grad()
-    monkeypatch.setattr(decoder, "fused_linear", lambda x, *layers: torch.cat([layer(x) for layer in layers], -1))
+    monkeypatch.setattr(
+        decoder, "fused_linear", lambda x, *layers: torch.cat([layer(x) for layer in layers], -1)
+    )
     with FlopCounterMode(display=False) as counter:
         expected, expected_gradients = run_with_gradients(model, batch)
     assert flops == counter.get_total_flops() > 0
@@ -239,7 +282,9 @@ def test_a_layer_is_four_products():
         hidden = model.model.embed_tokens(documents()[0]).detach().requires_grad_()
         cu_seqlens = documents()[1]
         with Products() as products:
-            out, _ = model.model.layers[0](hidden, None, torch.arange(len(hidden)), model.inv_freq, cu_seqlens, None)
+            out, _ = model.model.layers[0](
+                hidden, None, torch.arange(len(hidden)), model.inv_freq, cu_seqlens, None
+            )
             assert products.count == 4
             out.sum().backward()
             assert products.count == 12
@@ -262,19 +307,30 @@ def test_activation_checkpointing(name):
     model = load_random(name)
     plain, plain_bytes = saved_bytes(model)
     plain.square().sum().backward()
-    expected = {key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None}
+    expected = {
+        key: parameter.grad.clone()
+        for key, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     model.zero_grad()
     model.activation_checkpointing = True
     found, found_bytes = saved_bytes(model)
     found.square().sum().backward()
     assert torch.equal(found, plain)
-    assert all(torch.equal(parameter.grad, expected[key]) for key, parameter in model.named_parameters() if key in expected)
+    assert all(
+        torch.equal(parameter.grad, expected[key])
+        for key, parameter in model.named_parameters()
+        if key in expected
+    )
     assert found_bytes < plain_bytes / 3
 
 
-@pytest.mark.parametrize("name, checkpointing", [("llama llama3", False), ("qwen3 biased tied yarn", False), ("qwen2 gqa", True)])
+@pytest.mark.parametrize(
+    "name, checkpointing", [("llama llama3", False), ("qwen3 biased tied yarn", False), ("qwen2 gqa", True)]
+)
 def test_a_training_step_compiles_as_one_graph(name, checkpointing):
-    """Body and loss, forward and backward; documents of other lengths and a longer max_seqlen need no other graph."""
+    """Body and loss, forward and backward; documents of other lengths and a longer max_seqlen need no other
+    graph."""
     from miniplm.kernels import linear_cross_entropy
 
     torch._dynamo.reset()
@@ -315,7 +371,11 @@ def test_nothing_waits_for_the_device():
 def test_residual_stream_under_autocast_is_float32(monkeypatch):
     seen = []
     add_rms_norm = decoder.add_rms_norm
-    monkeypatch.setattr(decoder, "add_rms_norm", lambda x, residual, *rest: seen.append((x.dtype, residual.dtype)) or add_rms_norm(x, residual, *rest))
+    monkeypatch.setattr(
+        decoder,
+        "add_rms_norm",
+        lambda x, residual, *rest: seen.append((x.dtype, residual.dtype)) or add_rms_norm(x, residual, *rest),
+    )
     model = Decoder(DECODED["qwen2 gqa"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model(*documents()).dtype == torch.bfloat16

@@ -1,4 +1,5 @@
-"""miniplm.model: every kind of model in, the same logits as transformers out; files that are not models are refused."""
+"""miniplm.model: every kind of model in, the same logits as transformers out; files that are not models are
+refused."""
 
 import json
 import re
@@ -32,7 +33,7 @@ def rewrite(folder, change):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-# TransformersLM ------------------------------------------------------------------------------------------------------------
+# --- TransformersLM ---
 
 
 @pytest.mark.parametrize("name", ADAPTED)
@@ -45,7 +46,10 @@ def test_adapter_equals_transformers(name, tmp_path):
     expected = transformers_logits(theirs, *batch)
     assert expected.std() > 0.1
     torch.testing.assert_close(logits(ours, *batch), expected, atol=1e-4, rtol=0)
-    assert ours(torch.zeros(0, dtype=torch.long), torch.tensor([0, 0], dtype=torch.int32)).shape == (0, ours.head_weight.shape[1])
+    assert ours(torch.zeros(0, dtype=torch.long), torch.tensor([0, 0], dtype=torch.int32)).shape == (
+        0,
+        ours.head_weight.shape[1],
+    )
     assert ours.num_parameters() == theirs.num_parameters()
     ours.save_pretrained(tmp_path / "again")
     torch.testing.assert_close(logits(load_model(tmp_path / "again"), *batch), expected, atol=1e-4, rtol=0)
@@ -64,19 +68,26 @@ def test_adapter_gradients_equal_transformers(tmp_path):
 def test_adapter_pads_at_most_a_quarter(tmp_path):
     model = load_model(saved(random_model(ADAPTED["gpt2"]), tmp_path))
     computed = []
-    model.wrapped.base_model.register_forward_pre_hook(lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    model.wrapped.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
     lengths = [1, 200, 3, 150, 0, 149, 2, 2, 90, 64, 31]
     model(*documents(lengths))
     assert sum(lengths) <= sum(computed) <= sum(lengths) / 0.75
     assert len(computed) < len(lengths)
 
 
-@pytest.mark.parametrize(("name", "context"), [("gpt2", 1024), ("llama dynamic rope", 64), ("llama longrope", 48)])
+@pytest.mark.parametrize(
+    ("name", "context"), [("gpt2", 1024), ("llama dynamic rope", 64), ("llama longrope", 48)]
+)
 @torch.inference_mode()
 def test_adapter_refuses_documents_past_the_context(name, context, tmp_path):
     model = load_model(saved(random_model(ADAPTED[name]), tmp_path))
     assert model(*documents([3, context])).isfinite().all()
-    with pytest.raises(UserError, match=f"a document of {context + 1} tokens does not fit into the model's context of {context}"):
+    with pytest.raises(
+        UserError,
+        match=f"a document of {context + 1} tokens does not fit into the model's context of {context}",
+    ):
         model(*documents([3, context + 1]))
 
 
@@ -84,10 +95,18 @@ def test_adapter_refuses_models_without_a_plain_head(tmp_path):
     with pytest.raises(UserError, match=r"logits are not hidden × head \(the head has a bias\)"):
         load_model(saved(random_model(PhiConfig(**SIZES, pad_token_id=0)), tmp_path / "phi"))
     with pytest.raises(UserError, match=r"logits are not hidden × head \(they are soft-capped\)"):
-        load_model(saved(random_model(Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=16)), tmp_path / "gemma2"))
+        load_model(
+            saved(
+                random_model(Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=16)), tmp_path / "gemma2"
+            )
+        )
     bent = random_model(ADAPTED["gpt2"])
     bent.lm_head.register_forward_hook(lambda module, args, output: output.tanh())
-    with pytest.raises(UserError, match=r"bent \(gpt2\) cannot be used: its logits are not hidden × head \(they differ by more than a factor\)"):
+    with pytest.raises(
+        UserError,
+        match=r"bent \(gpt2\) cannot be used: its logits are not hidden × head \(they differ by more than a "
+        r"factor\)",
+    ):
         TransformersLM(bent, "bent")
 
 
@@ -95,7 +114,9 @@ def test_adapter_refuses_models_that_look_ahead():
     model = random_model(ADAPTED["gpt_neox"])
 
     def look_ahead(module, args, output):
-        output.last_hidden_state = output.last_hidden_state + 0.1 * output.last_hidden_state.mean(1, keepdim=True)
+        output.last_hidden_state = output.last_hidden_state + 0.1 * output.last_hidden_state.mean(
+            1, keepdim=True
+        )
         return output
 
     model.base_model.register_forward_hook(look_ahead)
@@ -103,7 +124,7 @@ def test_adapter_refuses_models_that_look_ahead():
         TransformersLM(model, "seer")
 
 
-# Files --------------------------------------------------------------------------------------------------------------
+# --- Files ---
 
 
 @torch.inference_mode()
@@ -113,9 +134,13 @@ def test_sharded_weights_of_transformers(tmp_path):
     files = weight_files(tmp_path)
     assert len(files) > 3 and files == sorted(tmp_path.glob("model-*.safetensors"))
     batch = documents()
-    torch.testing.assert_close(logits(load_model(tmp_path), *batch), transformers_logits(theirs, *batch), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        logits(load_model(tmp_path), *batch), transformers_logits(theirs, *batch), atol=1e-4, rtol=0
+    )
     files[1].unlink()
-    with pytest.raises(UserError, match=f"{files[1].name} is missing, though model.safetensors.index.json names it"):
+    with pytest.raises(
+        UserError, match=f"{files[1].name} is missing, though model.safetensors.index.json names it"
+    ):
         load_model(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(UserError, match="no weight_map"):
@@ -130,7 +155,9 @@ def test_half_precision_files_and_models(folder):
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight.bfloat16(), model.state_dict()[name])
     # The rotary frequencies stay in float32, also through .to(dtype).
-    assert torch.equal(model.inv_freq, whole.inv_freq) and torch.equal(load_model(folder).to(torch.bfloat16).inv_freq, whole.inv_freq)
+    assert torch.equal(model.inv_freq, whole.inv_freq) and torch.equal(
+        load_model(folder).to(torch.bfloat16).inv_freq, whole.inv_freq
+    )
     model.save_pretrained(folder)
     assert AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
     batch = documents()
@@ -152,33 +179,53 @@ def test_loaded_weights_do_not_hang_on_the_file(folder):
 
 @torch.inference_mode()
 def test_a_tied_head_in_the_file(folder):
-    """A second copy is dropped, a lone head is the embedding, and two different matrices are two: as in transformers."""
+    """A second copy is dropped, a lone head is the embedding, and two different matrices are two: as in
+    transformers."""
     batch = documents()
     expected = logits(load_model(folder), *batch)
 
     def check(change, equal):
         rewrite(folder, change)
         model = load_model(folder)
-        torch.testing.assert_close(logits(model, *batch), transformers_logits(AutoModelForCausalLM.from_pretrained(folder), *batch), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            logits(model, *batch),
+            transformers_logits(AutoModelForCausalLM.from_pretrained(folder), *batch),
+            atol=1e-4,
+            rtol=0,
+        )
         assert torch.equal(logits(model, *batch), expected) is equal
         return model
 
-    check(lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}), True)
+    check(
+        lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}), True
+    )
     check(lambda tensors: tensors.pop("model.embed_tokens.weight"), True)
     check(lambda tensors: tensors.update({"model.embed_tokens.weight": tensors["lm_head.weight"] * 2}), False)
 
 
 def test_old_buffers_in_the_file_are_passed_over(folder):
     expected = load_model(folder).state_dict()
-    rewrite(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    rewrite(
+        folder,
+        lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+    )
     assert load_model(folder).state_dict().keys() == expected.keys()
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "1 missing (model.layers.1.mlp.up_proj.weight)"),
-    (lambda t: t.update({"model.layers.9.extra": torch.ones(2)}), "1 not of this architecture (model.layers.9.extra)"),
-    (lambda t: t.update({"model.norm.weight": torch.ones(31)}), "1 of another shape (model.norm.weight)"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+            "1 missing (model.layers.1.mlp.up_proj.weight)",
+        ),
+        (
+            lambda t: t.update({"model.layers.9.extra": torch.ones(2)}),
+            "1 not of this architecture (model.layers.9.extra)",
+        ),
+        (lambda t: t.update({"model.norm.weight": torch.ones(31)}), "1 of another shape (model.norm.weight)"),
+    ],
+)
 def test_weights_that_do_not_fit_the_config(folder, change, message):
     rewrite(folder, change)
     with pytest.raises(UserError, match=re.escape(message)):
@@ -246,13 +293,32 @@ def test_hugging_face_id_from_the_cache(folder, tmp_path, monkeypatch):
 def test_only_the_model_itself_is_downloaded(folder, monkeypatch):
     from huggingface_hub.utils import filter_repo_objects
 
-    listing = ["config.json", "generation_config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
-               "tokenizer.model", "merges.txt", "chat_template.jinja"]
-    others = ["pytorch_model.bin", "model.gguf", "original/consolidated.00.safetensors", "consolidated.safetensors", "onnx/config.json", "README.md"]
+    listing = [
+        "config.json",
+        "generation_config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "merges.txt",
+        "chat_template.jinja",
+    ]
+    others = [
+        "pytorch_model.bin",
+        "model.gguf",
+        "original/consolidated.00.safetensors",
+        "consolidated.safetensors",
+        "onnx/config.json",
+        "README.md",
+    ]
 
     def download(name, allow_patterns, ignore_patterns):
         assert name == "someone/tiny"
-        assert set(filter_repo_objects(listing + others, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)) == set(listing)
+        assert set(
+            filter_repo_objects(
+                listing + others, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+            )
+        ) == set(listing)
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
@@ -261,12 +327,16 @@ def test_only_the_model_itself_is_downloaded(folder, monkeypatch):
 
 def test_remote_code_runs_only_when_asked(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
-    config.update(model_type="own", auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"})
+    config.update(
+        model_type="own", auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    )
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
-                                   "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
-                                   "class OwnConfig(Qwen2Config):\n    model_type = 'own'\n"
-                                   "class OwnModel(Qwen2ForCausalLM):\n    config_class = OwnConfig\n")
+    (folder / "own.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
+        "class OwnConfig(Qwen2Config):\n    model_type = 'own'\n"
+        "class OwnModel(Qwen2ForCausalLM):\n    config_class = OwnConfig\n"
+    )
     with pytest.raises(UserError, match="trust_remote_code"):
         load_model(folder)
     assert not (tmp_path / "ran").exists()
@@ -276,13 +346,22 @@ def test_remote_code_runs_only_when_asked(folder, tmp_path):
 
 def test_a_training_output_gives_its_latest_checkpoint(tmp_path):
     for step in (200, 1000):
-        Decoder(student_config(StudentConfig(hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2), step, 1)
-                ).save_pretrained(tmp_path / "checkpoints" / f"step-{step:08d}")
+        Decoder(
+            student_config(
+                StudentConfig(
+                    hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+                ),
+                step,
+                1,
+            )
+        ).save_pretrained(tmp_path / "checkpoints" / f"step-{step:08d}")
     assert load_model(latest_checkpoint(tmp_path)).head_weight.shape[0] == 1000
-    assert weight_files(latest_checkpoint(tmp_path)) == [tmp_path / "checkpoints" / "step-00001000" / "model.safetensors"]
+    assert weight_files(latest_checkpoint(tmp_path)) == [
+        tmp_path / "checkpoints" / "step-00001000" / "model.safetensors"
+    ]
 
 
-# GGUF ---------------------------------------------------------------------------------------------------------------
+# --- GGUF ---
 
 
 @pytest.fixture
@@ -290,7 +369,11 @@ def gguf_file(tmp_path):
     """A tiny random Llama as llama.cpp's converter writes it, and the transformers model it came from."""
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
-    theirs = random_model(LlamaConfig(**{**SIZES, "hidden_size": 64, "intermediate_size": 96}, num_key_value_heads=2, rms_norm_eps=1e-5))
+    theirs = random_model(
+        LlamaConfig(
+            **{**SIZES, "hidden_size": 64, "intermediate_size": 96}, num_key_value_heads=2, rms_norm_eps=1e-5
+        )
+    )
     config, path = theirs.config, tmp_path / "tiny.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -303,12 +386,26 @@ def gguf_file(tmp_path):
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "self_attn.q_proj": "attn_q",
-             "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
-             "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
     for name, tensor in theirs.state_dict().items():
         layer, stem = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.weight", name).groups()
-        heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}.get(stem)
+        heads = {
+            "self_attn.q_proj": config.num_attention_heads,
+            "self_attn.k_proj": config.num_key_value_heads,
+        }.get(stem)
         if heads:  # GGUF interleaves the two halves that rotary embeddings pair
             tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
         writer.add_tensor((f"blk.{layer}." if layer else "") + names[stem] + ".weight", tensor.numpy())
@@ -328,8 +425,12 @@ def test_gguf_equals_the_model_it_was_made_of(gguf_file, tmp_path):
     expected = transformers_logits(theirs, *batch)
     torch.testing.assert_close(logits(model, *batch), expected, atol=1e-4, rtol=0)
     model.save_pretrained(tmp_path / "converted")
-    torch.testing.assert_close(logits(load_model(tmp_path / "converted"), *batch), expected, atol=1e-4, rtol=0)
-    assert {parameter.dtype for parameter in load_model(path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(
+        logits(load_model(tmp_path / "converted"), *batch), expected, atol=1e-4, rtol=0
+    )
+    assert {parameter.dtype for parameter in load_model(path, dtype=torch.bfloat16).parameters()} == {
+        torch.bfloat16
+    }
 
 
 def test_gguf_refusals(gguf_file, monkeypatch):
@@ -345,7 +446,7 @@ def test_gguf_refusals(gguf_file, monkeypatch):
         load_model(path)
 
 
-# Devices ------------------------------------------------------------------------------------------------------------
+# --- Devices ---
 
 
 def test_choosing_device_and_dtype(monkeypatch):

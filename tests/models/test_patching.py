@@ -11,7 +11,15 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from miniplm.models import patching as huggingface
 from miniplm.models.patching import patch, unpatch
 
-PATCHED = ["qwen2 gqa", "qwen2 mha tied", "llama biased tied", "llama llama3", "llama yarn factor", "qwen3 gqa", "qwen3 biased tied yarn"]
+PATCHED = [
+    "qwen2 gqa",
+    "qwen2 mha tied",
+    "llama biased tied",
+    "llama llama3",
+    "llama yarn factor",
+    "qwen3 gqa",
+    "qwen3 biased tied yarn",
+]
 
 
 def batch(padded=False, seed=0):
@@ -49,7 +57,9 @@ def test_equal_loss_and_gradients(name, padded):
     found = step(model, **inputs)
     assert_equal_steps(found, expected)
     assert found[0].logits is None and expected[0].logits is not None
-    summed = step(model, **inputs, num_items_in_batch=torch.tensor(50))  # as Trainer asks for it under gradient accumulation
+    summed = step(
+        model, **inputs, num_items_in_batch=torch.tensor(50)
+    )  # as Trainer asks for it under gradient accumulation
     targets = (inputs["labels"][:, 1:] != -100).sum()
     torch.testing.assert_close(summed[0].loss, expected[0].loss * targets / 50, rtol=1e-5, atol=0)
 
@@ -98,19 +108,35 @@ def test_evaluation_is_as_before(name):
 @pytest.mark.parametrize("name", ["qwen2 gqa", "llama llama3", "qwen3 gqa"])
 def test_unpatch_restores(name):
     model, inputs = random_model(DECODED[name]), batch()
-    before = {path: (module.forward.__func__, set(vars(module))) for path, module in model.named_modules() if hasattr(module.forward, "__func__")}
-    parameters, keys, attention = list(model.parameters()), list(model.state_dict()), model.config._attn_implementation
+    before = {
+        path: (module.forward.__func__, set(vars(module)))
+        for path, module in model.named_modules()
+        if hasattr(module.forward, "__func__")
+    }
+    parameters, keys, attention = (
+        list(model.parameters()),
+        list(model.state_dict()),
+        model.config._attn_implementation,
+    )
     expected = step(model, **inputs)
     signature = inspect.signature(model.forward)
     patch(model)
     assert list(inspect.signature(model.forward).parameters) == list(signature.parameters)
-    assert list(model.state_dict()) == keys and all(one is two for one, two in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == keys and all(
+        one is two for one, two in zip(model.parameters(), parameters, strict=True)
+    )
     assert unpatch(model) is model
-    assert {path: (module.forward.__func__, set(vars(module))) for path, module in model.named_modules() if hasattr(module.forward, "__func__")} == before
+    assert {
+        path: (module.forward.__func__, set(vars(module)))
+        for path, module in model.named_modules()
+        if hasattr(module.forward, "__func__")
+    } == before
     assert model.config._attn_implementation == attention
     assert all(one is two for one, two in zip(model.parameters(), parameters, strict=True))
     again = step(model, **inputs)
-    assert torch.equal(again[0].loss, expected[0].loss) and all(torch.equal(again[1][key], expected[1][key]) for key in expected[1])
+    assert torch.equal(again[0].loss, expected[0].loss) and all(
+        torch.equal(again[1][key], expected[1][key]) for key in expected[1]
+    )
 
 
 def test_refusals():
@@ -144,7 +170,10 @@ def test_a_loss_of_ones_own_is_kept():
 def test_shifted_labels_and_ignored_ids():
     model, inputs = random_model(DECODED["llama llama3"]), batch()
     labels = inputs.pop("labels")
-    for options in ({"labels": labels, "shift_labels": labels.roll(1)}, {"labels": labels, "ignore_index": 5}):
+    for options in (
+        {"labels": labels, "shift_labels": labels.roll(1)},
+        {"labels": labels, "ignore_index": 5},
+    ):
         if "ignore_index" in options:
             options["labels"] = torch.where(labels == -100, 5, labels)
         expected = step(unpatch(model) if hasattr(model, huggingface.STATE) else model, **inputs, **options)
@@ -177,15 +206,26 @@ def test_packed_texts():
     ids, bounds = documents()
     positions = torch.cat([torch.arange(length) for length in bounds.diff()])
     labels = torch.where(positions == 0, -100, ids)
-    inputs = {"input_ids": ids[None], "position_ids": positions[None], "labels": labels[None], "use_cache": False}
+    inputs = {
+        "input_ids": ids[None],
+        "position_ids": positions[None],
+        "labels": labels[None],
+        "use_cache": False,
+    }
     assert_equal_steps(step(patch(model), **inputs), step(unpatch(model), **inputs))
 
 
 @pytest.mark.parametrize("name", ["llama llama3", "qwen3 gqa"])
 def test_generation(name):
     model, prompt = random_model(DECODED[name]), documents([7])[0][None]
-    generate = lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=8, max_new_tokens=8, do_sample=False,
-                                      pad_token_id=0)
+    generate = lambda: model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        min_new_tokens=8,
+        max_new_tokens=8,
+        do_sample=False,
+        pad_token_id=0,
+    )
     expected = generate()
     patch(model)
     assert torch.equal(generate(), expected) and expected.shape[1] > 8
@@ -206,12 +246,32 @@ def test_trainer_runs_ten_steps(checkpointing, tmp_path):
     losses = []
     for patched in (False, True):
         model = random_model(DECODED["qwen2 mha tied"])
-        arguments = TrainingArguments(tmp_path / str(patched), max_steps=10, per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-3,
-                                      logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, seed=0, eval_strategy="steps",
-                                      eval_steps=5, gradient_checkpointing=checkpointing)
-        trainer = Trainer(patch(model) if patched else model, arguments, train_dataset=Rows(), eval_dataset=torch.utils.data.Subset(Rows(), range(4)))
+        arguments = TrainingArguments(
+            tmp_path / str(patched),
+            max_steps=10,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-3,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=0,
+            eval_strategy="steps",
+            eval_steps=5,
+            gradient_checkpointing=checkpointing,
+        )
+        trainer = Trainer(
+            patch(model) if patched else model,
+            arguments,
+            train_dataset=Rows(),
+            eval_dataset=torch.utils.data.Subset(Rows(), range(4)),
+        )
         assert trainer.train().global_step == 10
-        losses.append([line[key] for line in trainer.state.log_history for key in ("loss", "eval_loss") if key in line])
+        losses.append(
+            [line[key] for line in trainer.state.log_history for key in ("loss", "eval_loss") if key in line]
+        )
         if patched:
             assert unpatch(model).forward.__func__ is type(model).forward
     assert len(losses[0]) == 12 and losses[0][0] > losses[0][-1]

@@ -16,8 +16,18 @@ from transformers.masking_utils import causal_mask_function
 
 from miniplm.models import patching as huggingface
 
-MODELS = {name: (DECODED | ADAPTED)[name] for name in ("qwen2 gqa", "llama mqa", "qwen3 gqa", "gpt_neox", "gpt2", "cohere, scaled logits",
-                                                       "granite, divided logits")}
+MODELS = {
+    name: (DECODED | ADAPTED)[name]
+    for name in (
+        "qwen2 gqa",
+        "llama mqa",
+        "qwen3 gqa",
+        "gpt_neox",
+        "gpt2",
+        "cohere, scaled logits",
+        "granite, divided logits",
+    )
+}
 LENGTHS = [5, 1, 9, 4]
 
 
@@ -25,7 +35,11 @@ LENGTHS = [5, 1, 9, 4]
 def calls(monkeypatch):
     """The cu_seqlens of every call of flash_attention."""
     seen, op = [], huggingface.flash_attention
-    monkeypatch.setattr(huggingface, "flash_attention", lambda q, k, v, bounds, *others: seen.append(bounds.tolist()) or op(q, k, v, bounds, *others))
+    monkeypatch.setattr(
+        huggingface,
+        "flash_attention",
+        lambda q, k, v, bounds, *others: seen.append(bounds.tolist()) or op(q, k, v, bounds, *others),
+    )
     return seen
 
 
@@ -63,16 +77,29 @@ def test_from_pretrained(name, tmp_path, calls):
 @pytest.mark.parametrize("name", ["qwen2 gqa", "gpt_neox"])
 def test_padding(name, side, calls):
     """Only the tokens that are there are computed."""
-    model, input_ids, mask = random_model(MODELS[name]), token_ids(3, 12), torch.ones(3, 12, dtype=torch.int64)
+    model, input_ids, mask = (
+        random_model(MODELS[name]),
+        token_ids(3, 12),
+        torch.ones(3, 12, dtype=torch.int64),
+    )
     mask[1, {"left": slice(0, 5), "right": slice(7, 12), "inside": slice(4, 9), "none": slice(0)}[side]] = 0
-    inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "keep": mask.bool()}
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        "keep": mask.bool(),
+    }
     found = logits_and_gradients(model, "miniplm", **inputs)
     assert calls[0] == ([0, 12, 24, 36] if side == "none" else [0, 12, 19, 31])
     assert_equal(found, logits_and_gradients(model, "sdpa", **inputs))
 
 
 def test_a_row_of_nothing_but_padding():
-    model, input_ids, mask = random_model(MODELS["qwen2 gqa"]), token_ids(2, 6), torch.tensor([[1] * 6, [0] * 6])
+    model, input_ids, mask = (
+        random_model(MODELS["qwen2 gqa"]),
+        token_ids(2, 6),
+        torch.tensor([[1] * 6, [0] * 6]),
+    )
     logits, gradients = logits_and_gradients(model, "miniplm", input_ids=input_ids, attention_mask=mask)
     assert logits.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients.values())
     torch.testing.assert_close(logits[:1], logits_and_gradients(model, "miniplm", input_ids=input_ids[:1])[0])
@@ -82,7 +109,9 @@ def separately(model, input_ids):
     """Logits and gradients of the documents LENGTHS, one by one."""
     model.set_attn_implementation("eager")
     model.zero_grad()
-    logits = torch.cat([model(document[None], use_cache=False).logits[0] for document in input_ids[0].split(LENGTHS)])[None]
+    logits = torch.cat(
+        [model(document[None], use_cache=False).logits[0] for document in input_ids[0].split(LENGTHS)]
+    )[None]
     (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
     return logits.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -97,10 +126,16 @@ def test_packed(name, how, calls):
     if how == "position_ids":
         inputs = {"input_ids": input_ids, "position_ids": positions}
     elif how == "cu_seq_lens":
-        inputs = {"input_ids": input_ids, "position_ids": positions, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds.clone()}
+        inputs = {
+            "input_ids": input_ids,
+            "position_ids": positions,
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds.clone(),
+        }
     else:
         inputs = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")(
-            [{"input_ids": document.tolist()} for document in input_ids[0].split(LENGTHS)])
+            [{"input_ids": document.tolist()} for document in input_ids[0].split(LENGTHS)]
+        )
         inputs.pop("labels")
     found = logits_and_gradients(model, "miniplm", **inputs)
     assert set(map(tuple, calls)) == {(0, 5, 6, 15, 19)}
@@ -112,7 +147,9 @@ def test_packed_rows():
     model, input_ids = random_model(MODELS["qwen2 gqa"]), token_ids(2, 10)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5], [0, 0, 1, 2, 3, 4, 5, 6, 7, 8]])
     inputs = {"input_ids": input_ids, "position_ids": positions}
-    assert_equal(logits_and_gradients(model, "miniplm", **inputs), logits_and_gradients(model, "eager", **inputs))
+    assert_equal(
+        logits_and_gradients(model, "miniplm", **inputs), logits_and_gradients(model, "eager", **inputs)
+    )
 
 
 @pytest.mark.parametrize("name", ["qwen2 gqa", "gpt_neox"])
@@ -120,18 +157,31 @@ def test_generate(name, calls):
     """Prompts of unequal length: the first pass is ours, the steps with the cache are those of sdpa."""
     model, input_ids, mask = random_model(MODELS[name]), token_ids(2, 8), torch.ones(2, 8, dtype=torch.int64)
     mask[1, :3] = 0
-    settings = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
+    settings = dict(
+        attention_mask=mask,
+        max_new_tokens=6,
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     results = {}
     for implementation in ("miniplm", "eager"):
         model.set_attn_implementation(implementation)
         results[implementation] = model.generate(input_ids, **settings)
     assert torch.equal(results["miniplm"].sequences, results["eager"].sequences)
-    torch.testing.assert_close(torch.stack(results["miniplm"].logits), torch.stack(results["eager"].logits), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.stack(results["miniplm"].logits), torch.stack(results["eager"].logits), rtol=1e-4, atol=1e-4
+    )
     assert calls == [[0, 8, 13]] * model.config.num_hidden_layers
 
 
 def test_gradient_checkpointing():
-    model, input_ids, mask = random_model(MODELS["qwen2 gqa"]), token_ids(2, 9), torch.ones(2, 9, dtype=torch.int64)
+    model, input_ids, mask = (
+        random_model(MODELS["qwen2 gqa"]),
+        token_ids(2, 9),
+        torch.ones(2, 9, dtype=torch.int64),
+    )
     mask[1, 6:] = 0
     inputs = {"input_ids": input_ids, "attention_mask": mask, "keep": mask.bool()}
     expected = logits_and_gradients(model, "miniplm", **inputs)
@@ -147,24 +197,42 @@ def test_a_window_longer_than_the_text():
 
 
 WINDOW = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=8)
-SOFTCAP = Gemma2Config(**{**SIZES, "hidden_size": 32}, num_key_value_heads=2, head_dim=8, sliding_window=64, attn_logit_softcapping=30.0)
+SOFTCAP = Gemma2Config(
+    **{**SIZES, "hidden_size": 32},
+    num_key_value_heads=2,
+    head_dim=8,
+    sliding_window=64,
+    attn_logit_softcapping=30.0,
+)
 LLAMA = LlamaConfig(**SIZES)
 BOUNDS = torch.tensor([0, 5, 9])
 
 
-@pytest.mark.parametrize("config, what, inputs", [
-    (WINDOW, "window of 8 tokens", {}),
-    (ADAPTED["qwen2 sliding window"], "window of 8 tokens", {}),
-    (WINDOW, "window of 8 tokens", {"attention_mask": torch.tensor([[0, *[1] * 8]])}),
-    (WINDOW, "window of 8 tokens", {"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS}),
-    (SOFTCAP, "softcap", {}),
-    (LlamaConfig(**SIZES, attention_dropout=0.1), "dropout", {"train": True}),
-    (LLAMA, "a mask of shape", {"attention_mask": torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()}),
-    (LLAMA, "attention weights", {"output_attentions": True}),
-    (LLAMA, "several rows", {"rows": 2, "cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS}),
-    (LLAMA, "padding mask", {"attention_mask": torch.tensor([[0, *[1] * 8]]), "cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS}),
-    (LLAMA, "cu_seq_lens_k unlike", {"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS[1:]}),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "config, what, inputs",
+    [
+        (WINDOW, "window of 8 tokens", {}),
+        (ADAPTED["qwen2 sliding window"], "window of 8 tokens", {}),
+        (WINDOW, "window of 8 tokens", {"attention_mask": torch.tensor([[0, *[1] * 8]])}),
+        (WINDOW, "window of 8 tokens", {"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS}),
+        (SOFTCAP, "softcap", {}),
+        (LlamaConfig(**SIZES, attention_dropout=0.1), "dropout", {"train": True}),
+        (LLAMA, "a mask of shape", {"attention_mask": torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()}),
+        (LLAMA, "attention weights", {"output_attentions": True}),
+        (LLAMA, "several rows", {"rows": 2, "cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS}),
+        (
+            LLAMA,
+            "padding mask",
+            {
+                "attention_mask": torch.tensor([[0, *[1] * 8]]),
+                "cu_seq_lens_q": BOUNDS,
+                "cu_seq_lens_k": BOUNDS,
+            },
+        ),
+        (LLAMA, "cu_seq_lens_k unlike", {"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS[1:]}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_refusals(config, what, inputs):
     inputs = dict(inputs)
     model = random_model(config).train(inputs.pop("train", False))
@@ -173,30 +241,48 @@ def test_refusals(config, what, inputs):
         model(token_ids(inputs.pop("rows", 1), 9), use_cache=False, **inputs)
 
 
-@pytest.mark.parametrize("what, arguments", [
-    ("non-causal attention", {"module": SimpleNamespace(is_causal=False)}), ("non-causal attention", {"is_causal": False}),
-    ("s_aux", {"s_aux": torch.zeros(2)}), ("position_bias", {"position_bias": torch.zeros(1, 2, 4, 4)}),
-])
+@pytest.mark.parametrize(
+    "what, arguments",
+    [
+        ("non-causal attention", {"module": SimpleNamespace(is_causal=False)}),
+        ("non-causal attention", {"is_causal": False}),
+        ("s_aux", {"s_aux": torch.zeros(2)}),
+        ("position_bias", {"position_bias": torch.zeros(1, 2, 4, 4)}),
+    ],
+)
 def test_refusals_of_the_attention(what, arguments):
     arguments = {"module": SimpleNamespace(), **arguments}
     with pytest.raises(ValueError, match=what):
-        huggingface.attention(**dict.fromkeys(("query", "key", "value"), torch.randn(1, 2, 4, 8)), attention_mask=None, **arguments)
+        huggingface.attention(
+            **dict.fromkeys(("query", "key", "value"), torch.randn(1, 2, 4, 8)),
+            attention_mask=None,
+            **arguments,
+        )
 
 
-@pytest.mark.parametrize("mask_function", [
-    lambda b, h, q, k: (k <= q) | (k < 3),  # a prefix that sees all of itself
-    lambda b, h, q, k: (k <= q) & (q - k < 4),
-    lambda b, h, q, k: (k <= q) & ((q // 3 == k // 3) | (q < 3)) & ~((q == 5) & (k == 3)),  # blocks, one key left out
-    lambda b, h, q, k: (k <= q) & (k != q),
-])
+@pytest.mark.parametrize(
+    "mask_function",
+    [
+        lambda b, h, q, k: (k <= q) | (k < 3),  # a prefix that sees all of itself
+        lambda b, h, q, k: (k <= q) & (q - k < 4),
+        lambda b, h, q, k: (
+            (k <= q) & ((q // 3 == k // 3) | (q < 3)) & ~((q == 5) & (k == 3))
+        ),  # blocks, one key left out
+        lambda b, h, q, k: (k <= q) & (k != q),
+    ],
+)
 def test_other_masks_are_refused(mask_function):
     with pytest.raises(ValueError, match="causal attention within documents"):
         huggingface.attention_mask_documents(1, q_length=9, kv_length=9, mask_function=mask_function)
     with pytest.raises(ValueError, match="causal attention within documents"):
-        huggingface.attention_mask_documents(1, q_length=9, kv_length=9, mask_function=lambda b, h, q, k: k <= q, use_vmap=True)
+        huggingface.attention_mask_documents(
+            1, q_length=9, kv_length=9, mask_function=lambda b, h, q, k: k <= q, use_vmap=True
+        )
 
 
 def test_the_mask_interface_of_transformers_5_0():
     """There the queries come as cache_position."""
-    found = huggingface.attention_mask_documents(2, cache_position=torch.arange(4), kv_length=4, kv_offset=0, mask_function=causal_mask_function)
+    found = huggingface.attention_mask_documents(
+        2, cache_position=torch.arange(4), kv_length=4, kv_offset=0, mask_function=causal_mask_function
+    )
     assert found.cu_seqlens.tolist() == [0, 4, 8] and found.kept is None

@@ -42,8 +42,15 @@ def test_a_run_that_is_stopped_writes_what_was_traced(tiny_corpus, tmp_path, mon
 
 
 def test_a_run_that_is_too_short_says_so(tiny_corpus, tmp_path, capsys):
-    training.train(replace(make_config(tiny_corpus, tmp_path / "run"), steps=FIRST - 1, profile=str(tmp_path / "trace.json")))
-    assert f"no trace: it begins after {FIRST} steps" in capsys.readouterr().err and not (tmp_path / "trace.json").exists()
+    training.train(
+        replace(
+            make_config(tiny_corpus, tmp_path / "run"), steps=FIRST - 1, profile=str(tmp_path / "trace.json")
+        )
+    )
+    assert (
+        f"no trace: it begins after {FIRST} steps" in capsys.readouterr().err
+        and not (tmp_path / "trace.json").exists()
+    )
 
 
 def test_scoring(tiny_corpus, tiny_model, tmp_path):
@@ -51,17 +58,57 @@ def test_scoring(tiny_corpus, tiny_model, tmp_path):
     score(ScoreConfig(**config, output=str(tmp_path / "plain")))
     score(ScoreConfig(**config, output=str(tmp_path / "traced"), profile=str(tmp_path / "trace.json")))
     assert traced_steps(tmp_path / "trace.json") == STEPS
-    plain, traced = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("plain", "traced"))
+    plain, traced = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("plain", "traced")
+    )
     assert plain == traced
 
 
 def test_a_trace_that_cannot_be_written_is_refused_at_once(tiny_corpus, tmp_path, capsys):
-    assert main(["train", "--data", tiny_corpus, "--output", str(tmp_path / "run"), "--profile", str(tmp_path / "none" / "trace.json")]) == 2
-    assert f"there is no folder {tmp_path / 'none'}: make it" in capsys.readouterr().err and not (tmp_path / "run").exists()
-    assert main(["score", "--data", tiny_corpus, "--teacher", "x", "--output", str(tmp_path / "run"), "--profile", "trace.txt"]) == 2
+    assert (
+        main(
+            [
+                "train",
+                "--data",
+                tiny_corpus,
+                "--output",
+                str(tmp_path / "run"),
+                "--profile",
+                str(tmp_path / "none" / "trace.json"),
+            ]
+        )
+        == 2
+    )
+    assert (
+        f"there is no folder {tmp_path / 'none'}: make it" in capsys.readouterr().err
+        and not (tmp_path / "run").exists()
+    )
+    assert (
+        main(
+            [
+                "score",
+                "--data",
+                tiny_corpus,
+                "--teacher",
+                "x",
+                "--output",
+                str(tmp_path / "run"),
+                "--profile",
+                "trace.txt",
+            ]
+        )
+        == 2
+    )
     assert "profile must be a .json or .json.gz file, got trace.txt" in capsys.readouterr().err
     with pytest.raises(UserError, match="there is no folder"):
-        score(ScoreConfig(data=tiny_corpus, teacher="x", output=str(tmp_path / "run"), profile=str(tmp_path / "none" / "trace.json")))
+        score(
+            ScoreConfig(
+                data=tiny_corpus,
+                teacher="x",
+                output=str(tmp_path / "run"),
+                profile=str(tmp_path / "none" / "trace.json"),
+            )
+        )
 
 
 def test_without_a_path_nothing_is_traced():

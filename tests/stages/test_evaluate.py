@@ -1,4 +1,5 @@
-"""evaluate against an independent computation from transformers' logits, and what it does with bad models, corpora and names."""
+"""evaluate against an independent computation from transformers' logits, and what it does with bad models,
+corpora and names."""
 
 import json
 import math
@@ -23,25 +24,42 @@ EOS = 0
 
 
 def run(model, data, **settings):
-    return evaluate(EvaluateConfig(model=str(model), data=str(data), device="cpu", dtype="float32", **settings))
+    return evaluate(
+        EvaluateConfig(model=str(model), data=str(data), device="cpu", dtype="float32", **settings)
+    )
 
 
 def write_corpus(folder, tokenizer, chunks, domains) -> str:
-    """A complete corpus of these chunks, as prepare leaves it, with the manifest's keys that a reader of it needs."""
+    """A complete corpus of these chunks, as prepare leaves it, with the manifest's keys that a reader of it
+    needs."""
     from transformers import AutoTokenizer
 
-    columns = {"input_ids": pa.array(chunks, pa.list_(pa.int32())), "domain": pa.array(domains),
-               "num_tokens": pa.array([len(chunk) for chunk in chunks], pa.int32())}
+    columns = {
+        "input_ids": pa.array(chunks, pa.list_(pa.int32())),
+        "domain": pa.array(domains),
+        "num_tokens": pa.array([len(chunk) for chunk in chunks], pa.int32()),
+    }
     open_output(folder, "prepare", {"chunks": chunks})
-    content = storage.write_dataset_files(folder, [storage.write_shard(folder, 0, columns)], with_scores=False)
+    content = storage.write_dataset_files(
+        folder, [storage.write_shard(folder, 0, columns)], with_scores=False
+    )
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(Path(folder) / "tokenizer")
-    complete_output(folder, {"fingerprint": content, "rows": len(chunks), "eos_token_id": EOS, "source": "[/made] up",
-                             "predictions": sum(token != EOS for chunk in chunks for token in chunk[:-1])})
+    complete_output(
+        folder,
+        {
+            "fingerprint": content,
+            "rows": len(chunks),
+            "eos_token_id": EOS,
+            "source": "[/made] up",
+            "predictions": sum(token != EOS for chunk in chunks for token in chunk[:-1]),
+        },
+    )
     return str(folder)
 
 
 def truth(model, corpus: Corpus, document_mask=False) -> dict:
-    """{domain: (rows, loss sum, tokens)}, row by row from transformers' logits with the softmax in float64."""
+    """{domain: (rows, loss sum, tokens)}, row by row from transformers' logits with the softmax in
+    float64."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model).eval()
@@ -49,7 +67,11 @@ def truth(model, corpus: Corpus, document_mask=False) -> dict:
     sums = {name: [0, 0.0, 0] for name in names}
     for code, row in zip(codes, corpus.rows(range(len(corpus))), strict=True):
         ids = torch.tensor(row.astype(np.int64))
-        cuts = [0, *((ids[:-1] == EOS).nonzero()[:, 0] + 1).tolist(), len(ids) - 1] if document_mask else [0, len(ids) - 1]
+        cuts = (
+            [0, *((ids[:-1] == EOS).nonzero()[:, 0] + 1).tolist(), len(ids) - 1]
+            if document_mask
+            else [0, len(ids) - 1]
+        )
         total = sums[names[code]]
         total[0] += 1
         for start, stop in pairwise(cuts):
@@ -66,7 +88,10 @@ def truth(model, corpus: Corpus, document_mask=False) -> dict:
 
 def assert_figures(result, sums):
     everything = np.sum(list(sums.values()), axis=0)
-    for figures, (rows, loss, tokens) in [(result, everything), *((result["domains"][name], sums[name]) for name in sums)]:
+    for figures, (rows, loss, tokens) in [
+        (result, everything),
+        *((result["domains"][name], sums[name]) for name in sums),
+    ]:
         assert (figures["rows"], figures["tokens"], figures["non_finite_rows"]) == (rows, tokens, 0)
         assert figures["loss"] == pytest.approx(loss / tokens, abs=2e-5)
         assert figures["perplexity"] == pytest.approx(math.exp(loss / tokens), rel=2e-5)
@@ -100,12 +125,19 @@ def test_output_file(tiny_model, tiny_corpus, tmp_path, capsys, monkeypatch):
     result = run(model, tiny_corpus, output=str(output))
     printed = capsys.readouterr().out
     assert read_json(output) == result
-    assert {"model": "a model", "corpus": Corpus(tiny_corpus).fingerprint, "source": "tiny.jsonl", "document_mask": False,
-            "dtype": "float32"}.items() <= result.items()
+    assert {
+        "model": "a model",
+        "corpus": Corpus(tiny_corpus).fingerprint,
+        "source": "tiny.jsonl",
+        "document_mask": False,
+        "dtype": "float32",
+    }.items() <= result.items()
     assert str(tmp_path) not in output.read_text()
     assert f"{result['loss']:.4f}" in printed and "books" in printed and "tiny.jsonl" in printed
 
-    monkeypatch.setattr(evaluation, "load_model", None)  # an equal evaluation loads nothing, another one is refused
+    monkeypatch.setattr(
+        evaluation, "load_model", None
+    )  # an equal evaluation loads nothing, another one is refused
     before = output.read_bytes()
     assert run(model, tiny_corpus, output=str(output)) == result
     assert "nothing to do" in capsys.readouterr().out
@@ -146,13 +178,20 @@ def test_loss_that_is_not_finite_is_null_and_visible(tiny_model, tiny_tokenizer,
     chunks = [rng.integers(100, 500, length).tolist() for length in (30, 7, 12, 30, 9, 20)]
     chunks[1][3] = chunks[4][0] = 77  # row 1 and row 4 go wrong; in row 3 it is never an input
     chunks[3][-1] = 77
-    corpus = write_corpus(tmp_path / "corpus", tiny_tokenizer, chunks, ["bad", "bad", "good", "good", "bad", "good"])
+    corpus = write_corpus(
+        tmp_path / "corpus", tiny_tokenizer, chunks, ["bad", "bad", "good", "good", "bad", "good"]
+    )
     result = run(model, corpus, output=str(tmp_path / "losses.json"))
     sums = truth(model, Corpus(corpus))
     assert math.isnan(sums["bad"][1]) and math.isfinite(sums["good"][1])
     assert_figures({**result["domains"]["good"], "domains": result["domains"]}, {"good": sums["good"]})
     for figures, rows in [(result, 6), (result["domains"]["bad"], 3)]:
-        assert (figures["loss"], figures["perplexity"], figures["non_finite_rows"], figures["rows"]) == (None, None, 2, rows)
+        assert (figures["loss"], figures["perplexity"], figures["non_finite_rows"], figures["rows"]) == (
+            None,
+            None,
+            2,
+            rows,
+        )
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
@@ -175,7 +214,13 @@ def test_names_of_domains_are_only_text(tiny_model, tiny_tokenizer, tmp_path, ca
     corpus = write_corpus(tmp_path / "corpus", tiny_tokenizer, chunks, [*names, "one id"])
     result = run(tiny_model(tmp_path / "model"), corpus)
     assert sorted(result["domains"]) == sorted([*names, "one id"])
-    assert result["domains"]["one id"] == {"rows": 1, "non_finite_rows": 0, "tokens": 0, "loss": None, "perplexity": None}
+    assert result["domains"]["one id"] == {
+        "rows": 1,
+        "non_finite_rows": 0,
+        "tokens": 0,
+        "loss": None,
+        "perplexity": None,
+    }
     printed = capsys.readouterr().out
     assert "\x1b" not in printed
     for shown in ("[/red]", "[bold]x", r"\x1b[2Jclear", r"line\nbreak", "漢字 🙂", "no tokens", "[/made] up"):
@@ -207,6 +252,8 @@ def test_bad_input(tiny_model, tiny_corpus, tiny_tokenizer, tmp_path):
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(vocabulary))
     with pytest.raises(UserError, match="token"):
         run(model, tiny_corpus)
-    (tmp_path / "small" / "model.safetensors").write_bytes((tmp_path / "small" / "model.safetensors").read_bytes()[:5000])
+    (tmp_path / "small" / "model.safetensors").write_bytes(
+        (tmp_path / "small" / "model.safetensors").read_bytes()[:5000]
+    )
     with pytest.raises(UserError, match=r"model\.safetensors"):
         run(tmp_path / "small", tiny_corpus)

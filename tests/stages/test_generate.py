@@ -17,7 +17,15 @@ PROMPT = "the teacher keeps\nrare (data) 漢字 🙂"
 
 
 def run(model, prompt=PROMPT, **settings):
-    return generate(GenerateConfig(model=str(model), prompt=prompt, device="cpu", dtype="float32", **{"max_new_tokens": 12, **settings}))
+    return generate(
+        GenerateConfig(
+            model=str(model),
+            prompt=prompt,
+            device="cpu",
+            dtype="float32",
+            **{"max_new_tokens": 12, **settings},
+        )
+    )
 
 
 def greedy(folder, ids, count, stop=()):
@@ -67,10 +75,14 @@ def test_sampling_is_seeded_and_bounded(tiny_model, tmp_path):
 def test_sampling_follows_the_temperature(tiny_model, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, TextStreamer
 
-    model = tiny_model(tmp_path / "model", initializer_range=0.05)  # a flat distribution: transformers' own top_k of 50 would show
+    model = tiny_model(
+        tmp_path / "model", initializer_range=0.05
+    )  # a flat distribution: transformers' own top_k of 50 would show
     tokenizer = load_tokenizer(model)
     with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(model)(**tokenizer("data", return_tensors="pt")).logits[0, -1]
+        logits = AutoModelForCausalLM.from_pretrained(model)(**tokenizer("data", return_tensors="pt")).logits[
+            0, -1
+        ]
     probability, order = (logits / 1.3).softmax(-1).sort(descending=True)
     beyond = probability[50:].sum().item()
     drawn = []
@@ -78,7 +90,11 @@ def test_sampling_follows_the_temperature(tiny_model, tmp_path, monkeypatch):
     for seed in range(60):
         run(model, "data", seed=seed, temperature=1.3, top_p=1.0, max_new_tokens=1)
     share = sum(token in order[50:] for token in drawn[1::2]) / 60
-    assert len(drawn) == 120 and 0.2 < beyond < 0.95 and abs(share - beyond) < 4 * math.sqrt(beyond * (1 - beyond) / 60)
+    assert (
+        len(drawn) == 120
+        and 0.2 < beyond < 0.95
+        and abs(share - beyond) < 4 * math.sqrt(beyond * (1 - beyond) / 60)
+    )
 
 
 def test_end_tokens_stop_it(tiny_model, tmp_path, monkeypatch):
@@ -97,7 +113,9 @@ def test_end_tokens_stop_it(tiny_model, tmp_path, monkeypatch):
     poison(model, "lm_head.weight", lambda weight: weight[0].copy_(hidden))
     assert greedy(model, PROMPT, 1)[1] == [0]
     put = []
-    monkeypatch.setattr("transformers.TextStreamer.put", lambda streamer, ids: put.append(ids.flatten().tolist()))
+    monkeypatch.setattr(
+        "transformers.TextStreamer.put", lambda streamer, ids: put.append(ids.flatten().tolist())
+    )
     assert run(model, temperature=0) == "" and put[1:] == [[0]]
 
 
@@ -105,8 +123,12 @@ def test_other_generation_settings_of_the_model_do_not_count(tiny_model, tmp_pat
     model = tiny_model(tmp_path / "model")
     text, sampled = run(model, temperature=0, max_new_tokens=40), run(model, max_new_tokens=40)
     assert text == greedy(model, PROMPT, 40)[0]
-    edit(Path(model) / "generation_config.json",
-         lambda config: config.update(repetition_penalty=5.0, top_k=2, min_new_tokens=3, do_sample=True, temperature=0.1, num_beams=2))
+    edit(
+        Path(model) / "generation_config.json",
+        lambda config: config.update(
+            repetition_penalty=5.0, top_k=2, min_new_tokens=3, do_sample=True, temperature=0.1, num_beams=2
+        ),
+    )
     assert (run(model, temperature=0, max_new_tokens=40), run(model, max_new_tokens=40)) == (text, sampled)
 
 
@@ -138,8 +160,17 @@ def test_training_output_and_another_architecture(tiny_model, tmp_path):
     from transformers import GPT2Config
 
     for step in (5, 10):
-        tiny_model(tmp_path / "run" / "checkpoints" / f"step-{step:08d}", seed=step, config_class=GPT2Config, n_embd=32, n_head=4, n_layer=2)
-    latest, older = (greedy(tmp_path / "run" / "checkpoints" / f"step-{step:08d}", PROMPT, 12)[0] for step in (10, 5))
+        tiny_model(
+            tmp_path / "run" / "checkpoints" / f"step-{step:08d}",
+            seed=step,
+            config_class=GPT2Config,
+            n_embd=32,
+            n_head=4,
+            n_layer=2,
+        )
+    latest, older = (
+        greedy(tmp_path / "run" / "checkpoints" / f"step-{step:08d}", PROMPT, 12)[0] for step in (10, 5)
+    )
     assert latest != older
     assert run(tmp_path / "run", temperature=0) == latest
 
@@ -189,10 +220,19 @@ def test_weights_that_are_missing(tiny_model, tmp_path):
 def test_gguf_file(tiny_model, tmp_path, capsys):
     gguf = pytest.importorskip("gguf")
     folder = Path(tiny_model(tmp_path / "model"))
-    config, tokenizer = (json.loads((folder / name).read_text()) for name in ("config.json", "tokenizer.json"))
+    config, tokenizer = (
+        json.loads((folder / name).read_text()) for name in ("config.json", "tokenizer.json")
+    )
     writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "qwen2")
-    fields = {"block_count": "num_hidden_layers", "context_length": "max_position_embeddings", "embedding_length": "hidden_size", "head_count_kv":
-              "num_key_value_heads", "feed_forward_length": "intermediate_size", "head_count": "num_attention_heads", "layer_norm_rms_eps": "rms_norm_eps"}
+    fields = {
+        "block_count": "num_hidden_layers",
+        "context_length": "max_position_embeddings",
+        "embedding_length": "hidden_size",
+        "head_count_kv": "num_key_value_heads",
+        "feed_forward_length": "intermediate_size",
+        "head_count": "num_attention_heads",
+        "layer_norm_rms_eps": "rms_norm_eps",
+    }
     for field, key in fields.items():
         getattr(writer, f"add_{field}")(config[key])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])

@@ -51,15 +51,22 @@ def chunks_of(corpus) -> list[list[int]]:
 def read(folder) -> dict[str, np.ndarray]:
     """The columns of all score files in the order of their names, NaN for null."""
     tables = [pq.read_table(path) for path in sorted(Path(folder).glob("*.parquet"))]
-    return {name: np.concatenate([table[name].to_numpy() for table in tables]) for name in tables[0].column_names}
+    return {
+        name: np.concatenate([table[name].to_numpy() for table in tables]) for name in tables[0].column_names
+    }
 
 
 def files(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    }
 
 
 def true_log_probs(name, chunks, eos: int, document_mask: bool, vocab_size: int | None = None) -> list[float]:
-    """Mean log-probability of every chunk from transformers' logits, one document or chunk at a time; NaN where nothing counts."""
+    """Mean log-probability of every chunk from transformers' logits, one document or chunk at a time; NaN
+    where nothing counts."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
@@ -73,7 +80,11 @@ def true_log_probs(name, chunks, eos: int, document_mask: bool, vocab_size: int 
             with torch.no_grad():
                 logits = model(torch.tensor([inputs[start:stop]])).logits[0].double()[:, :vocab_size]
             log_prob = logits.log_softmax(-1)[torch.arange(stop - start), torch.tensor(targets[start:stop])]
-            values += [value for value, token in zip(log_prob.tolist(), inputs[start:stop], strict=True) if token != eos]
+            values += [
+                value
+                for value, token in zip(log_prob.tolist(), inputs[start:stop], strict=True)
+                if token != eos
+            ]
         means.append(float(np.mean(values)) if values else float("nan"))
     return means
 
@@ -84,21 +95,35 @@ def copy_corpus(source, folder, chunks) -> str:
 
     manifest = artifacts.read_manifest(source)
     artifacts.open_output(folder, "prepare", {"made": "for this test"})
-    columns = {"input_ids": pa.array(chunks, pa.list_(pa.int32())), "domain": pa.array(["a"] * len(chunks)),
-               "num_tokens": pa.array(list(map(len, chunks)), pa.int32())}
-    content = storage.write_dataset_files(folder, [storage.write_shard(folder, 0, columns)], with_scores=False)
+    columns = {
+        "input_ids": pa.array(chunks, pa.list_(pa.int32())),
+        "domain": pa.array(["a"] * len(chunks)),
+        "num_tokens": pa.array(list(map(len, chunks)), pa.int32()),
+    }
+    content = storage.write_dataset_files(
+        folder, [storage.write_shard(folder, 0, columns)], with_scores=False
+    )
     shutil.copytree(Path(source) / "tokenizer", Path(folder) / "tokenizer")
     carried = {key: value for key, value in manifest.items() if key not in ("stage", "identity", "complete")}
     artifacts.complete_output(folder, {**carried, "fingerprint": content, "rows": len(chunks)})
     return str(folder)
 
 
-# --- values ----------------------------------------------------------------------------------------------------------
+# --- values ---
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_scores_equal_transformers_logits(tiny_corpus, teacher, reference, tmp_path, document_mask):
-    score(ScoreConfig(data=tiny_corpus, teacher=teacher, reference=reference, output=str(tmp_path / "s"), document_mask=document_mask, **SMALL))
+    score(
+        ScoreConfig(
+            data=tiny_corpus,
+            teacher=teacher,
+            reference=reference,
+            output=str(tmp_path / "s"),
+            document_mask=document_mask,
+            **SMALL,
+        )
+    )
     found, chunks = read(tmp_path / "s"), chunks_of(tiny_corpus)
     truth = {name: np.array(true_log_probs(name, chunks, 0, document_mask)) for name in (teacher, reference)}
     np.testing.assert_allclose(found["teacher_log_prob"], truth[teacher], atol=1e-4, rtol=0)
@@ -114,7 +139,16 @@ def test_scores_equal_transformers_logits(tiny_corpus, teacher, reference, tmp_p
 def test_rows_with_nothing_to_score_are_null(tiny_corpus, teacher, reference, tmp_path):
     chunks = [[0], [5], [0, 7], [7, 0], [0, 0, 0], [9, 8, 0, 3], [0] * 30 + [4], [1] * 65]
     corpus = copy_corpus(tiny_corpus, tmp_path / "corpus", chunks)
-    score(ScoreConfig(data=corpus, teacher=teacher, reference=reference, output=str(tmp_path / "s"), shard_rows=3, device="cpu"))
+    score(
+        ScoreConfig(
+            data=corpus,
+            teacher=teacher,
+            reference=reference,
+            output=str(tmp_path / "s"),
+            shard_rows=3,
+            device="cpu",
+        )
+    )
     found, truth = read(tmp_path / "s"), true_log_probs(teacher, chunks, 0, False)
     assert found["num_tokens"].tolist() == [0, 0, 0, 1, 0, 2, 0, 64]
     for name in ("teacher_log_prob", "reference_log_prob", "score"):
@@ -150,8 +184,17 @@ def test_heads_of_unequal_height(tiny_corpus, tiny_model, reference, tmp_path):
 
 
 def test_batches_and_files_change_no_score(tiny_corpus, teacher, reference, scores, tmp_path):
-    score(ScoreConfig(data=tiny_corpus, teacher=teacher, reference=reference, output=str(tmp_path / "s"),
-                      shard_rows=1000, batch_tokens=1, device="cpu"))
+    score(
+        ScoreConfig(
+            data=tiny_corpus,
+            teacher=teacher,
+            reference=reference,
+            output=str(tmp_path / "s"),
+            shard_rows=1000,
+            batch_tokens=1,
+            device="cpu",
+        )
+    )
     assert [path.name for path in (tmp_path / "s").glob("*.parquet")] == ["scores-00000.parquet"]
     for name, values in read(tmp_path / "s").items():
         np.testing.assert_allclose(values, read(scores)[name], atol=1e-5, rtol=0)
@@ -159,7 +202,11 @@ def test_batches_and_files_change_no_score(tiny_corpus, teacher, reference, scor
 
 def test_nan_weights_give_null(tiny_corpus, teacher, reference, tmp_path):
     broken = spoil(teacher, tmp_path / "broken", "model.norm.weight", slice(None))
-    score(ScoreConfig(data=tiny_corpus, teacher=broken, reference=reference, output=str(tmp_path / "s"), **SMALL))
+    score(
+        ScoreConfig(
+            data=tiny_corpus, teacher=broken, reference=reference, output=str(tmp_path / "s"), **SMALL
+        )
+    )
     found, manifest = read(tmp_path / "s"), artifacts.read_json(tmp_path / "s" / "manifest.json")
     assert np.isnan(found["score"]).all() and np.isnan(found["teacher_log_prob"]).all()
     assert np.isfinite(found["reference_log_prob"]).sum() == 39  # all but the row of one token
@@ -167,13 +214,16 @@ def test_nan_weights_give_null(tiny_corpus, teacher, reference, tmp_path):
 
 
 def test_nan_stays_in_its_row(tiny_corpus, tiny_model, reference, tmp_path):
-    """One id's embedding is NaN: the rows that read it are null, and their neighbours in the batch are as without it."""
+    """One id's embedding is NaN: the rows that read it are null, and their neighbours in the batch are as
+    without it."""
     clean = tiny_model(tmp_path / "clean", seed=3, tie_word_embeddings=False)
     chunks = chunks_of(tiny_corpus)
     token = next(token for token in range(1, 500) if 5 <= sum(token in chunk[:-1] for chunk in chunks) <= 20)
     broken = spoil(clean, tmp_path / "broken", "model.embed_tokens.weight", token)
     for name in (clean, broken):
-        score(ScoreConfig(data=tiny_corpus, teacher=name, reference=reference, output=name + "-scores", **SMALL))
+        score(
+            ScoreConfig(data=tiny_corpus, teacher=name, reference=reference, output=name + "-scores", **SMALL)
+        )
     whole, found = (read(name + "-scores")["score"] for name in (clean, broken))
     hit = np.array([token in chunk[:-1] for chunk in chunks])
     assert np.isnan(found[hit]).all()
@@ -191,21 +241,33 @@ def spoil(source, folder, tensor: str, index) -> str:
     return str(folder)
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ---
 
 
 def test_equal_runs_write_equal_bytes(tiny_corpus, teacher, reference, scores, tmp_path, capsys):
-    score(ScoreConfig(data=tiny_corpus, teacher=teacher, reference=reference, output=str(tmp_path / "s"), **SMALL))
+    score(
+        ScoreConfig(
+            data=tiny_corpus, teacher=teacher, reference=reference, output=str(tmp_path / "s"), **SMALL
+        )
+    )
     assert files(tmp_path / "s") == files(scores)
-    assert sorted(files(scores)) == ["manifest.json", *(f"scores-{number:05d}.parquet" for number in range(6))]
+    assert sorted(files(scores)) == [
+        "manifest.json",
+        *(f"scores-{number:05d}.parquet" for number in range(6)),
+    ]
     assert str(tmp_path) not in (tmp_path / "s" / "manifest.json").read_text()
     values = read(scores)["score"]
     printed = capsys.readouterr().out
     assert "Scored 40 chunks" in printed and "1 not finite" in printed
-    assert f"{np.nanmean(values):.4f}" in printed and f"{np.mean(values[np.isfinite(values)] < 0):.1%}" in printed
+    assert (
+        f"{np.nanmean(values):.4f}" in printed
+        and f"{np.mean(values[np.isfinite(values)] < 0):.1%}" in printed
+    )
 
 
-def test_complete_run_is_left_alone_and_damage_is_repaired(tiny_corpus, teacher, reference, scores, tmp_path, capsys):
+def test_complete_run_is_left_alone_and_damage_is_repaired(
+    tiny_corpus, teacher, reference, scores, tmp_path, capsys
+):
     folder = tmp_path / "s"
     shutil.copytree(scores, folder)
     config = ScoreConfig(data=tiny_corpus, teacher=teacher, reference=reference, output=str(folder), **SMALL)
@@ -228,8 +290,9 @@ def test_complete_run_is_left_alone_and_damage_is_repaired(tiny_corpus, teacher,
 
 
 def kill_and_restart(setup: str, call: str, output, pattern: str, targets) -> int:
-    """Run the Python code `call` in processes that die by SIGKILL shortly after `output` holds 1, 2, … (`targets`) files
-    like `pattern`, each process continuing after the last; then once to its end. Returns how many were killed before it."""
+    """Run the Python code `call` in processes that die by SIGKILL shortly after `output` holds 1, 2, …
+    (`targets`) files like `pattern`, each process continuing after the last; then once to its end. Returns
+    how many were killed before it."""
     script = """
 import json, os, pathlib, random, signal, sys, time, traceback
 setup, call, output, pattern, targets = json.loads(sys.argv[1])
@@ -254,8 +317,13 @@ for target in [*targets, None]:
     struck += os.WIFSIGNALED(os.waitpid(child, 0)[1])
 """
     arguments = json.dumps([setup, call, str(output), pattern, list(targets)])
-    run = subprocess.run([sys.executable, "-c", script, arguments], capture_output=True, text=True, cwd=output.parent,
-                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = subprocess.run(
+        [sys.executable, "-c", script, arguments],
+        capture_output=True,
+        text=True,
+        cwd=output.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert run.returncode == 0, run.stderr
     return int(run.stdout.split()[-1])
 
@@ -266,21 +334,38 @@ def test_kill_at_random_moments_ends_in_the_same_bytes(tiny_corpus, teacher, ref
     score(ScoreConfig(output=str(tmp_path / "whole"), **options))
     folder = tmp_path / "killed"
     targets = [0, *sorted(random.Random(1).sample(range(1, 36), 5))]
-    setup = ("import datasets, pyarrow.parquet, safetensors, transformers; from miniplm.config import ScoreConfig; "
-             "from miniplm.stages.score import score; "
-             "transformers.AutoTokenizer, transformers.LlamaConfig, transformers.Qwen2Config, transformers.Qwen3Config")  # imported when named
-    struck = kill_and_restart(setup, f"score(ScoreConfig(output={str(folder)!r}, **{options!r}))", folder, "*.parquet", targets)
+    setup = (
+        "import datasets, pyarrow.parquet, safetensors, transformers; from miniplm.config import "
+        "ScoreConfig; "
+        "from miniplm.stages.score import score; "
+        "transformers.AutoTokenizer, transformers.LlamaConfig, transformers.Qwen2Config, "
+        "transformers.Qwen3Config"
+    )  # imported when named
+    struck = kill_and_restart(
+        setup, f"score(ScoreConfig(output={str(folder)!r}, **{options!r}))", folder, "*.parquet", targets
+    )
     assert struck >= 3  # on a busy machine a run may end before the blow
     assert files(folder) == files(tmp_path / "whole")
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
+# --- refusals ---
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ("corpus", "corpus was"), ("teacher", "teacher was"), ("config", "reference was"), ("batch_tokens", "batch_tokens was 100"),
-    ("document_mask", "document_mask was false"), ("vocab_size", "vocab_size was null"), ("role", "reference was")])
-def test_another_run_into_the_same_folder_is_refused(tiny_corpus, tiny_model, teacher, reference, scores, tmp_path, change, words):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("corpus", "corpus was"),
+        ("teacher", "teacher was"),
+        ("config", "reference was"),
+        ("batch_tokens", "batch_tokens was 100"),
+        ("document_mask", "document_mask was false"),
+        ("vocab_size", "vocab_size was null"),
+        ("role", "reference was"),
+    ],
+)
+def test_another_run_into_the_same_folder_is_refused(
+    tiny_corpus, tiny_model, teacher, reference, scores, tmp_path, change, words
+):
     folder = tmp_path / "s"
     shutil.copytree(scores, folder)
     options = dict(data=tiny_corpus, teacher=teacher, reference=reference, output=str(folder), **SMALL)
@@ -317,13 +402,22 @@ def swap_tokens(folder):
 
 
 @pytest.mark.parametrize("role", ["teacher", "reference"])
-@pytest.mark.parametrize(("spoiled", "words"), [(cut_weights, "model.safetensors is not a whole safetensors file"), (swap_tokens, "has id 40"),
-                                                (shutil.rmtree, "does not exist")])
+@pytest.mark.parametrize(
+    ("spoiled", "words"),
+    [
+        (cut_weights, "model.safetensors is not a whole safetensors file"),
+        (swap_tokens, "has id 40"),
+        (shutil.rmtree, "does not exist"),
+    ],
+)
 def test_unusable_model(tiny_corpus, teacher, reference, tmp_path, capsys, role, spoiled, words):
     broken = shutil.copytree(teacher, tmp_path / "broken")
     spoiled(broken)
     names = {"teacher": teacher, "reference": reference, role: str(broken)}
-    arguments = [f"--{key}={value}" for key, value in {"data": tiny_corpus, "output": tmp_path / "s", "device": "cpu", **names}.items()]
+    arguments = [
+        f"--{key}={value}"
+        for key, value in {"data": tiny_corpus, "output": tmp_path / "s", "device": "cpu", **names}.items()
+    ]
     assert main(["score", *arguments]) == 2
     error = capsys.readouterr().err
     assert words in error and str(broken) in error and error.count("\n") == 1
@@ -333,12 +427,24 @@ def test_unusable_model(tiny_corpus, teacher, reference, tmp_path, capsys, role,
 def test_softmax_that_does_not_cover_the_corpus(tiny_corpus, tiny_model, teacher, tmp_path):
     highest = max(max(chunk) for chunk in chunks_of(tiny_corpus))
     short = tiny_model(tmp_path / "short", seed=4, vocab_size=highest)
-    for options in (dict(teacher=teacher, reference=short), dict(teacher=short), dict(teacher=teacher, vocab_size=highest)):
+    for options in (
+        dict(teacher=teacher, reference=short),
+        dict(teacher=short),
+        dict(teacher=teacher, vocab_size=highest),
+    ):
         with pytest.raises(UserError, match=f"ids up to {highest}, the softmax covers only {highest}:"):
             score(ScoreConfig(data=tiny_corpus, output=str(tmp_path / "s"), device="cpu", **options))
     assert not (tmp_path / "s").exists()
     # One more id, and it is covered: what the tokenizer has beyond the corpus does not matter.
-    score(ScoreConfig(data=tiny_corpus, output=str(tmp_path / "s"), teacher=teacher, vocab_size=highest + 1, device="cpu"))
+    score(
+        ScoreConfig(
+            data=tiny_corpus,
+            output=str(tmp_path / "s"),
+            teacher=teacher,
+            vocab_size=highest + 1,
+            device="cpu",
+        )
+    )
 
 
 def test_unusable_corpus_and_output(tiny_corpus, teacher, tmp_path):

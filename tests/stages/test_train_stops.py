@@ -1,4 +1,5 @@
-"""train, stopped: by signals and kills at any moment, by losses that are not finite, by a full disk. All end like a run that nothing stops."""
+"""train, stopped: by signals and kills at any moment, by losses that are not finite, by a full disk. All end
+like a run that nothing stops."""
 
 import itertools
 import json
@@ -47,13 +48,24 @@ def whole(tiny_corpus, tmp_path_factory):
 
 # ---- stops and kills ----
 
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """start(function, *arguments) → a process, forked from one that has the modules loaded and has not computed anything."""
+    """start(function, *arguments) → a process, forked from one that has the modules loaded and has not
+    computed anything."""
     context, here = multiprocessing.get_context("forkserver"), os.getcwd()
-    context.set_forkserver_preload(["miniplm.stages.train", "datasets", "torch.utils.tensorboard", "transformers.models.qwen2.modeling_qwen2",
-                                    "transformers.models.auto.tokenization_auto"])
-    os.chdir(tmp_path_factory.mktemp("elsewhere"))  # not where a folder `kernels` would hide the package that transformers looks for
+    context.set_forkserver_preload(
+        [
+            "miniplm.stages.train",
+            "datasets",
+            "torch.utils.tensorboard",
+            "transformers.models.qwen2.modeling_qwen2",
+            "transformers.models.auto.tokenization_auto",
+        ]
+    )
+    os.chdir(
+        tmp_path_factory.mktemp("elsewhere")
+    )  # not where a folder `kernels` would hide the package that transformers looks for
     forkserver.ensure_running()
     os.chdir(here)
 
@@ -115,9 +127,17 @@ def killed_while(module, function, call, config):
     train(config)
 
 
-@pytest.mark.parametrize("module, function, call", [
-    ("training", "held_out_loss", 2), ("training", "save_checkpoint", 4), ("training", "prune_checkpoints", 5), ("training", "complete_output", 1),
-    ("checkpoints", "hash_files", 20), ("checkpoints", "write_json", 5)])
+@pytest.mark.parametrize(
+    "module, function, call",
+    [
+        ("training", "held_out_loss", 2),
+        ("training", "save_checkpoint", 4),
+        ("training", "prune_checkpoints", 5),
+        ("training", "complete_output", 1),
+        ("checkpoints", "hash_files", 20),
+        ("checkpoints", "write_json", 5),
+    ],
+)
 def test_killed_between_two_writes_it_ends_alike(config, whole, module, function, call, start):
     process = start(killed_while, module, function, call, config)
     process.join(60)
@@ -126,10 +146,20 @@ def test_killed_between_two_writes_it_ends_alike(config, whole, module, function
     check_equal_runs(config.output, whole.output)
 
 
-@pytest.mark.parametrize("function, call", [
-    ("summed_loss", 1), ("summed_loss", 30), ("held_out_loss", 2), ("held_out_loss", 3), ("save_checkpoint", 2), ("train_step", 9)])
+@pytest.mark.parametrize(
+    "function, call",
+    [
+        ("summed_loss", 1),
+        ("summed_loss", 30),
+        ("held_out_loss", 2),
+        ("held_out_loss", 3),
+        ("save_checkpoint", 2),
+        ("train_step", 9),
+    ],
+)
 def test_stopped_at_a_given_call_it_ends_alike(config, whole, function, call, monkeypatch, capsys):
-    """Within a step, within an evaluation (at a checkpoint's step too, and at the last), within a save; and again when continued."""
+    """Within a step, within an evaluation (at a checkpoint's step too, and at the last), within a save; and
+    again when continued."""
     original, stops = getattr(training, function), 0
     for _ in range(2):
         calls = itertools.count(1)
@@ -145,7 +175,10 @@ def test_stopped_at_a_given_call_it_ends_alike(config, whole, function, call, mo
             continue
         stops += 1
         assert "stopped at step" in capsys.readouterr().err
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+        assert (
+            signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+            and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+        )
     assert stops >= 1
     train(config)
     check_equal_runs(config.output, whole.output)
@@ -192,9 +225,31 @@ def test_second_signal_ends_at_once(config, start):
 
 @pytest.mark.slow
 def test_stopped_command_exits_with_the_signal_and_one_line(config, tiny_corpus, tmp_path):
-    command = [sys.executable, "-m", "miniplm.cli", "train", "--data", tiny_corpus, "--output", config.output, "--model.hidden_size", "32",
-               "--model.num_hidden_layers", "1", "--model.num_attention_heads", "4", "--steps", "100000", "--batch_tokens", "300", "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "miniplm.cli",
+        "train",
+        "--data",
+        tiny_corpus,
+        "--output",
+        config.output,
+        "--model.hidden_size",
+        "32",
+        "--model.num_hidden_layers",
+        "1",
+        "--model.num_attention_heads",
+        "4",
+        "--steps",
+        "100000",
+        "--batch_tokens",
+        "300",
+        "--device",
+        "cpu",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
     deadline = time.monotonic() + 120
     while not Path(config.output, "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -202,13 +257,20 @@ def test_stopped_command_exits_with_the_signal_and_one_line(config, tiny_corpus,
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert err.splitlines()[-1].startswith("stopped at step ") and err.endswith(": the same command continues\n")
+    assert err.splitlines()[-1].startswith("stopped at step ") and err.endswith(
+        ": the same command continues\n"
+    )
     assert "Traceback" not in err and out == ""
 
 
 def test_metrics_of_a_cut_off_line_and_of_later_steps_are_dropped(tmp_path):
     lines = [json.dumps({"step": step, "loss": step / 3}) + "\n" for step in (2, 4, 6, 8)]
-    for cut, kept in [(lines[3][:-9], lines[:3]), (lines[3][:-1], lines[:3]), (lines[3], lines[:4]), ("", lines[:3])]:
+    for cut, kept in [
+        (lines[3][:-9], lines[:3]),
+        (lines[3][:-1], lines[:3]),
+        (lines[3], lines[:4]),
+        ("", lines[:3]),
+    ]:
         (tmp_path / "metrics.jsonl").write_text("".join(lines[:3]) + cut)
         written = checkpoints.Metrics(tmp_path, 100)
         assert written.last == json.loads(kept[-1])
@@ -228,6 +290,7 @@ def test_runs_without_tensorboard(config, whole, monkeypatch, capsys):
 
 
 # ---- losses that are not finite ----
+
 
 def poison(monkeypatch, steps, kind):
     """Make the loss or the gradient of these steps (1, 2, …) of the next run NaN or infinite."""
@@ -259,10 +322,16 @@ def test_step_that_is_not_finite_is_skipped(config, kind, monkeypatch, capsys):
     assert sorted(lines) == [3, 5, 6, 9, 12]
     assert [step for step, line in lines.items() if line.get("skipped")] == [5, 6, 9]
     for step in (5, 6, 9):
-        assert lines[step]["grad_norm"] is None and lines[step]["lr"] == learning_rate(step, 12, config.optimizer)
-    assert lines[6]["loss"] is None and lines[5]["loss"] and lines[9]["loss"]  # nothing since the line before; the steps 4; 7 and 8
+        assert lines[step]["grad_norm"] is None and lines[step]["lr"] == learning_rate(
+            step, 12, config.optimizer
+        )
+    assert (
+        lines[6]["loss"] is None and lines[5]["loss"] and lines[9]["loss"]
+    )  # nothing since the line before; the steps 4; 7 and 8
     err = capsys.readouterr().err
-    assert [f"step {step} skipped: loss " in err for step in range(1, 13)] == [step in (5, 6, 9) for step in range(1, 13)]
+    assert [f"step {step} skipped: loss " in err for step in range(1, 13)] == [
+        step in (5, 6, 9) for step in range(1, 13)
+    ]
     manifest = read_json(f"{config.output}/manifest.json")
     assert manifest["skipped"] == 3 and manifest["steps"] == 12
 
@@ -271,11 +340,16 @@ def test_step_that_is_not_finite_is_skipped(config, kind, monkeypatch, capsys):
 
     assert weights(4) == weights(5) == weights(6) != weights(7)
 
-    # Weights and moments go on as if the skipped steps had not been: the same updates with the same rates and rows.
+    # Weights and moments go on as if the skipped steps had not been: the same updates with the same rates and
+    # rows.
     model = training._initial_model(config, setup := training._set_up(config))
     optimizer = make_optimizer(model, config.optimizer)
     for step in (1, 2, 3, 4, 7, 8, 10, 11, 12):
-        batch = global_batch(setup.corpus.rows(setup.order.step(step - 1)), setup.corpus.eos_token_id, config.micro_batch_tokens)
+        batch = global_batch(
+            setup.corpus.rows(setup.order.step(step - 1)),
+            setup.corpus.eos_token_id,
+            config.micro_batch_tokens,
+        )
         train_step(model, optimizer, batch, learning_rate(step, 12, config.optimizer), 1.0, torch.float32)
     ours = load_model(config.output)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ours.parameters(), strict=True))
@@ -290,7 +364,9 @@ def test_skips_survive_a_stop(config, monkeypatch):
         train(config)
     with monkeypatch.context() as patch, pytest.raises(training.Interrupted):
         poison(patch, {5, 6, 7}, math.nan)
-        patch.setattr(training, "note", lambda text: "step 6 skipped" in text and os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(
+            training, "note", lambda text: "step 6 skipped" in text and os.kill(os.getpid(), signal.SIGTERM)
+        )
         train(other)
     with monkeypatch.context() as patch:
         poison(patch, {1}, math.nan)  # its first step is step 7
@@ -317,7 +393,10 @@ def test_too_many_in_a_row_stop_the_run(config, monkeypatch, tmp_path):
     assert [line["step"] for line in metrics(config.output) if line.get("skipped")] == list(range(7, 17))
     assert not read_json(f"{config.output}/manifest.json")["complete"]
 
-    with monkeypatch.context() as patch, pytest.raises(TrainingDiverged, match="10 steps in a row, up to step 16"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(TrainingDiverged, match="10 steps in a row, up to step 16"),
+    ):
         poison(patch, {1, 2}, math.nan)  # the skips before the latest checkpoint, that of step 14, count on
         train(config)
     train(config)  # what made the loss NaN is gone
@@ -334,14 +413,23 @@ def test_nine_in_a_row_do_not_stop_the_run(config, monkeypatch):
 
 # ---- damage ----
 
+
 def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage, name", [(truncate, "model.safetensors"), (truncate, "trainer_state.json"), (flip, "optimizer.safetensors"),
-                                          (Path.unlink, "config.json"), (Path.unlink, "trainer_state.json")])
+@pytest.mark.parametrize(
+    "damage, name",
+    [
+        (truncate, "model.safetensors"),
+        (truncate, "trainer_state.json"),
+        (flip, "optimizer.safetensors"),
+        (Path.unlink, "config.json"),
+        (Path.unlink, "trainer_state.json"),
+    ],
+)
 def test_damaged_checkpoint_gives_way_to_the_one_before(config, whole, damage, name, monkeypatch, capsys):
     stop_after(config, 14, monkeypatch)
     folder = Path(config.output) / "checkpoints"
@@ -365,14 +453,21 @@ def test_all_checkpoints_damaged_is_an_error_that_removes_nothing(config, monkey
     for path in Path(config.output).glob("checkpoints/*/model.safetensors"):
         truncate(path)
     before = files(config.output)
-    with pytest.raises(UserError, match=r"step-00000014 is damaged \(model.safetensors is not as it was written\) and there is no whole one before it"):
+    with pytest.raises(
+        UserError,
+        match=r"step-00000014 is damaged \(model.safetensors is not as it was written\) and there is no "
+        r"whole one before it",
+    ):
         train(config)
     assert files(config.output) == before
 
 
 def test_checkpoint_of_another_run_is_refused(config, whole, monkeypatch):
     stop_after(replace(config, seed=99), 5, monkeypatch)
-    shutil.copytree(Path(whole.output) / "checkpoints" / "step-00000026", Path(config.output) / "checkpoints" / "step-00000026")
+    shutil.copytree(
+        Path(whole.output) / "checkpoints" / "step-00000026",
+        Path(config.output) / "checkpoints" / "step-00000026",
+    )
     with pytest.raises(UserError, match="step-00000026 belongs to another run"):
         train(replace(config, seed=99))
 
@@ -399,15 +494,38 @@ def test_full_disk_leaves_the_last_checkpoint(config, whole, monkeypatch, start)
 
 def test_changed_intervals_continue_the_run(config, whole, monkeypatch):
     stop_after(config, 14, monkeypatch)
-    train(replace(config, checkpoint_interval=7, keep_checkpoints=1, max_skipped_steps=3, eval_interval=100, log_interval=40))
+    train(
+        replace(
+            config,
+            checkpoint_interval=7,
+            keep_checkpoints=1,
+            max_skipped_steps=3,
+            eval_interval=100,
+            log_interval=40,
+        )
+    )
     assert [path.name for path in Path(config.output, "checkpoints").iterdir()] == ["step-00000026"]
     assert metrics(config.output)[-1]["eval_loss"] == metrics(whole.output)[-1]["eval_loss"]
 
 
 def test_two_processes_do_not_train_into_one_folder(config):
     """The second is refused in one line, while the first lives; a kill frees the folder."""
-    arguments = ["--data", config.data, "--output", config.output, "--steps", "100000", "--batch-tokens", "200", "--device", "cpu"]
-    arguments += [f"--model.{name}={getattr(config.model, name)}" for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")]
+    arguments = [
+        "--data",
+        config.data,
+        "--output",
+        config.output,
+        "--steps",
+        "100000",
+        "--batch-tokens",
+        "200",
+        "--device",
+        "cpu",
+    ]
+    arguments += [
+        f"--model.{name}={getattr(config.model, name)}"
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    ]
     command = [sys.executable, "-m", "miniplm.cli", "train", *arguments, "--checkpoint-interval", "5"]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -415,12 +533,19 @@ def test_two_processes_do_not_train_into_one_folder(config):
         while not list(Path(config.output).glob("checkpoints/step-*")) and time.monotonic() < deadline:
             time.sleep(0.1)
         second = subprocess.run(command, capture_output=True, text=True)
-        assert second.returncode == 2 and f"another process is writing to {config.output}: wait for it" in second.stderr, second.stderr
+        assert (
+            second.returncode == 2
+            and f"another process is writing to {config.output}: wait for it" in second.stderr
+        ), second.stderr
         assert first.poll() is None
     finally:
         first.kill()
         first.wait()
     with exclusive(config.output):
         pass
-    with exclusive(config.output), pytest.raises(UserError, match="another process is writing"), exclusive(config.output):
+    with (
+        exclusive(config.output),
+        pytest.raises(UserError, match="another process is writing"),
+        exclusive(config.output),
+    ):
         pass

@@ -52,7 +52,9 @@ def teachers(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def student(tiny_model, tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("student") / "model", seed=1, tie_word_embeddings=False, initializer_range=0.1)
+    return tiny_model(
+        tmp_path_factory.mktemp("student") / "model", seed=1, tie_word_embeddings=False, initializer_range=0.1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,9 @@ def rows():
 
 def one_step(model, batches, teacher=None, lr=0.0, dtype=torch.float32):
     """A step without clipping, so that the gradients stay."""
-    return train_step(model, make_optimizer(model, OptimizerConfig()), batches, lr, 1e9, dtype, teacher=teacher)
+    return train_step(
+        model, make_optimizer(model, OptimizerConfig()), batches, lr, 1e9, dtype, teacher=teacher
+    )
 
 
 def load_teacher(folder, alpha, temperature=1.0, dtype=torch.float32):
@@ -76,7 +80,8 @@ def load_teacher(folder, alpha, temperature=1.0, dtype=torch.float32):
 
 
 def plain_losses(student, teacher, rows, alpha, temperature, document_mask):
-    """(loss, cross-entropy, KL divergence) over all positions whose input is not EOS: transformers' models, whole logits, in float64."""
+    """(loss, cross-entropy, KL divergence) over all positions whose input is not EOS: transformers' models,
+    whole logits, in float64."""
     cross_entropies, divergences = [], []
     vocabulary = min(student.config.vocab_size, teacher.config.vocab_size)
     for row in rows:
@@ -84,8 +89,12 @@ def plain_losses(student, teacher, rows, alpha, temperature, document_mask):
         for inputs, targets in zip(np.split(row[:-1], bounds), np.split(row[1:], bounds), strict=True):
             if len(inputs):
                 ids, counted = torch.tensor(inputs)[None], torch.tensor(inputs != EOS)
-                z, teacher_z = (model(input_ids=ids).logits[0, counted, :vocabulary] for model in (student, teacher))
-                cross_entropies.append(-z.log_softmax(-1).gather(1, torch.tensor(targets)[counted, None])[:, 0])
+                z, teacher_z = (
+                    model(input_ids=ids).logits[0, counted, :vocabulary] for model in (student, teacher)
+                )
+                cross_entropies.append(
+                    -z.log_softmax(-1).gather(1, torch.tensor(targets)[counted, None])[:, 0]
+                )
                 p, q = (teacher_z / temperature).softmax(-1), (z / temperature).softmax(-1)
                 divergences.append((p * (p / q).log()).sum(-1))
     cross_entropy, divergence = torch.cat(cross_entropies).mean(), torch.cat(divergences).mean()
@@ -94,28 +103,50 @@ def plain_losses(student, teacher, rows, alpha, temperature, document_mask):
 
 # ---- the step ----
 
+
 @pytest.mark.parametrize("micro_batch_tokens, document_mask", [(1, False), (70, False), (10_000, True)])
-@pytest.mark.parametrize("name, alpha, temperature", [
-    ("wider", 0.3, 1.0), ("higher head", 0.5, 2.0), ("lower head", 0.9, 0.7), ("adapted", 0.5, 1.0), ("wider", 1.0, 1.0)])
-def test_loss_and_gradients_are_those_of_plain_pytorch(student, teachers, rows, name, alpha, temperature, micro_batch_tokens, document_mask):
-    theirs, their_teacher = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).double() for folder in (student, teachers[name]))
-    expected = plain_losses(theirs, their_teacher.requires_grad_(False), rows, alpha, temperature, document_mask)
+@pytest.mark.parametrize(
+    "name, alpha, temperature",
+    [
+        ("wider", 0.3, 1.0),
+        ("higher head", 0.5, 2.0),
+        ("lower head", 0.9, 0.7),
+        ("adapted", 0.5, 1.0),
+        ("wider", 1.0, 1.0),
+    ],
+)
+def test_loss_and_gradients_are_those_of_plain_pytorch(
+    student, teachers, rows, name, alpha, temperature, micro_batch_tokens, document_mask
+):
+    theirs, their_teacher = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).double()
+        for folder in (student, teachers[name])
+    )
+    expected = plain_losses(
+        theirs, their_teacher.requires_grad_(False), rows, alpha, temperature, document_mask
+    )
     expected[0].backward()
     ours, teacher = load_model(student), load_teacher(teachers[name], alpha, temperature)
     batches = global_batch(rows, EOS, micro_batch_tokens, document_mask)
     counts = [training.num_targets([batch]) for batch in batches]
-    assert len(counts) == {1: 8, 70: 5, 10_000: 1}[micro_batch_tokens] and (len(counts) == 1 or len(set(counts)) > 2)
+    assert len(counts) == {1: 8, 70: 5, 10_000: 1}[micro_batch_tokens] and (
+        len(counts) == 1 or len(set(counts)) > 2
+    )
     loss, grad_norm, *parts = one_step(ours, batches, teacher)
     assert [loss, *parts] == pytest.approx([value.item() for value in expected], rel=1e-5)
     gradients = {parameter_name: parameter.grad for parameter_name, parameter in theirs.named_parameters()}
-    assert grad_norm == pytest.approx(torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item(), rel=1e-4)
+    assert grad_norm == pytest.approx(
+        torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item(), rel=1e-4
+    )
     for parameter_name, parameter in ours.named_parameters():
         exact = gradients[parameter_name]
         assert (parameter.grad - exact).norm() <= 2e-5 * exact.norm() + 1e-9, parameter_name
     assert (name == "lower head") == (not ours.head_weight.grad[480:].any())
 
 
-def test_alpha_0_is_training_without_a_teacher_to_rounding_and_alpha_1_leaves_the_targets_out(student, teachers, rows):
+def test_alpha_0_is_training_without_a_teacher_to_rounding_and_alpha_1_leaves_the_targets_out(
+    student, teachers, rows
+):
     def gradients(rows, alpha=None):
         model = load_model(student)
         teacher = None if alpha is None else load_teacher(teachers["wider"], alpha)
@@ -145,7 +176,12 @@ def test_teacher_is_frozen(student, teachers, rows):
         train_step(model, optimizer, global_batch(rows, EOS, 70), 1e-2, 1.0, torch.float32, teacher=teacher)
     assert all(parameter.grad is None for parameter in teacher.model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.model.state_dict().items())
-    assert not any(tensor is parameter for group in optimizer.param_groups for tensor in group["params"] for parameter in teacher.model.parameters())
+    assert not any(
+        tensor is parameter
+        for group in optimizer.param_groups
+        for tensor in group["params"]
+        for parameter in teacher.model.parameters()
+    )
 
 
 def test_bfloat16_step_is_close_and_its_gradients_are_float32(student, teachers, rows):
@@ -154,23 +190,33 @@ def test_bfloat16_step_is_close_and_its_gradients_are_float32(student, teachers,
         model = load_model(student)
         teacher = load_teacher(teachers["wider"], 0.5, dtype=dtype)
         results[dtype] = one_step(model, global_batch(rows, EOS, 70), teacher, dtype=dtype)
-        assert all(parameter.dtype == parameter.grad.dtype == torch.float32 for parameter in model.parameters())
-    assert results[torch.bfloat16] == pytest.approx(results[torch.float32], rel=3e-2) and results[torch.bfloat16] != results[torch.float32]
+        assert all(
+            parameter.dtype == parameter.grad.dtype == torch.float32 for parameter in model.parameters()
+        )
+    assert (
+        results[torch.bfloat16] == pytest.approx(results[torch.float32], rel=3e-2)
+        and results[torch.bfloat16] != results[torch.float32]
+    )
 
 
 def test_step_without_a_target_is_skipped(student, teachers):
     model = load_model(student)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    results = one_step(model, global_batch([np.full(5, EOS)], EOS, 10), load_teacher(teachers["wider"], 0.5), lr=1e-2)
+    results = one_step(
+        model, global_batch([np.full(5, EOS)], EOS, 10), load_teacher(teachers["wider"], 0.5), lr=1e-2
+    )
     assert all(math.isnan(value) for value in (results[0], *results[2:]))
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
 
 # ---- whole runs ----
 
+
 @pytest.fixture
 def config(tiny_corpus, teachers, tmp_path):
-    return replace(make_config(tiny_corpus, tmp_path / "out"), teacher=teachers["wider"], alpha=0.3, temperature=1.5)
+    return replace(
+        make_config(tiny_corpus, tmp_path / "out"), teacher=teachers["wider"], alpha=0.3, temperature=1.5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +234,9 @@ def test_run_writes_what_it_says(config, whole, tiny_corpus, tmp_path, capsys):
     assert [line["step"] for line in lines] == [4, 8, 9, 12, 16, 18, 20, 24, 26]
     assert all(list(line)[:4] == ["step", "loss", "cross_entropy", "kl_divergence"] for line in lines)
     for line in lines:
-        assert line["loss"] == pytest.approx(0.7 * line["cross_entropy"] + 0.3 * line["kl_divergence"], rel=1e-5)
+        assert line["loss"] == pytest.approx(
+            0.7 * line["cross_entropy"] + 0.3 * line["kl_divergence"], rel=1e-5
+        )
 
     model, teacher = load_model(output), load_model(whole.teacher)
     order = training.DataOrder(training.Corpus(tiny_corpus).num_tokens, 200, whole.seed)
@@ -201,22 +249,36 @@ def test_run_writes_what_it_says(config, whole, tiny_corpus, tmp_path, capsys):
     with torch.no_grad():  # plain cross-entropy, as without a teacher
         held_out = plain_loss(AutoModelForCausalLM.from_pretrained(checkpoint), corpus.rows(range(6))).item()
     assert lines[-1]["eval_loss"] == pytest.approx(held_out, abs=1e-5)
-    assert sum(path.stat().st_size for path in Path(checkpoint).glob("*.safetensors")) < 1.1 * 3 * 4 * model.num_parameters()  # no teacher
+    assert (
+        sum(path.stat().st_size for path in Path(checkpoint).glob("*.safetensors"))
+        < 1.1 * 3 * 4 * model.num_parameters()
+    )  # no teacher
 
     manifest = read_json(output / "manifest.json")
-    assert {name: manifest[name] for name in ("teacher", "loss", "cross_entropy", "kl_divergence", "eval_loss")} == {
-        "teacher": "wider", **{name: lines[-1][name] for name in ("loss", "cross_entropy", "kl_divergence", "eval_loss")}}
+    assert {
+        name: manifest[name] for name in ("teacher", "loss", "cross_entropy", "kl_divergence", "eval_loss")
+    } == {
+        "teacher": "wider",
+        **{name: lines[-1][name] for name in ("loss", "cross_entropy", "kl_divergence", "eval_loss")},
+    }
     assert (manifest["identity"]["alpha"], manifest["identity"]["temperature"]) == (0.3, 1.5)
     assert str(Path(whole.teacher).parent) not in (output / "manifest.json").read_text()
 
-    train(replace(config, log_interval=1, checkpoint_interval=100))  # the means over the steps since the last line
+    train(
+        replace(config, log_interval=1, checkpoint_interval=100)
+    )  # the means over the steps since the last line
     said = capsys.readouterr().err
-    assert (f"the loss is 0.7 · cross-entropy + 0.3 · KL divergence from {config.teacher} at temperature 1.5; "
-            f"the teacher takes {teacher.flops_per_token(context) / flops:.0%} of {flops / 1e6:,.2f} MFLOPs per token") in said
+    assert (
+        f"the loss is 0.7 · cross-entropy + 0.3 · KL divergence from {config.teacher} at temperature 1.5; "
+        f"the teacher takes {teacher.flops_per_token(context) / flops:.0%} of {flops / 1e6:,.2f} MFLOPs per "
+        f"token"
+    ) in said
     every, last = {line["step"]: line for line in metrics(config.output)}, 0
     for line in lines:
         for name in ("loss", "cross_entropy", "kl_divergence"):
-            assert line[name] == pytest.approx(np.mean([every[step][name] for step in range(last + 1, line["step"] + 1)]), rel=1e-12)
+            assert line[name] == pytest.approx(
+                np.mean([every[step][name] for step in range(last + 1, line["step"] + 1)]), rel=1e-12
+            )
         last = line["step"]
 
 
@@ -225,7 +287,12 @@ def test_teacher_of_a_run_is_frozen_and_computes_in_the_runs_dtype(config, dtype
     original, seen = training.distillation_losses, []
 
     def watching(student, teacher, batch, compute):
-        seen.append((teacher.model.training, {(parameter.dtype, parameter.requires_grad) for parameter in teacher.model.parameters()}))
+        seen.append(
+            (
+                teacher.model.training,
+                {(parameter.dtype, parameter.requires_grad) for parameter in teacher.model.parameters()},
+            )
+        )
         return original(student, teacher, batch, compute)
 
     monkeypatch.setattr(training, "distillation_losses", watching)
@@ -238,7 +305,9 @@ def test_runs_without_a_teacher_say_nothing_of_one(config):
     train(replace(config, teacher=None, alpha=0.5, temperature=1.0, steps=4))
     assert not {"cross_entropy", "kl_divergence"} & metrics(config.output)[0].keys()
     manifest = read_json(f"{config.output}/manifest.json")
-    assert not {"teacher", "alpha", "temperature", "cross_entropy"} & (manifest.keys() | manifest["identity"].keys())
+    assert not {"teacher", "alpha", "temperature", "cross_entropy"} & (
+        manifest.keys() | manifest["identity"].keys()
+    )
 
 
 def test_state_of_a_run_from_before_there_were_teachers_continues(config, monkeypatch):
@@ -276,7 +345,9 @@ def test_stopped_or_killed_it_ends_in_the_same_bits(config, whole, end, step, mo
     end(config, step, monkeypatch)
     state = read_json(Path(latest_checkpoint(config.output)) / "trainer_state.json")["state"]
     assert state["step"] == (12 if end is kill_in_step else step)
-    assert len(state["parts"]) == len(state["losses"]) == {12: 3, 14: 2, 16: 0}[state["step"]]  # since the line at 9, 12 or 16
+    assert (
+        len(state["parts"]) == len(state["losses"]) == {12: 3, 14: 2, 16: 0}[state["step"]]
+    )  # since the line at 9, 12 or 16
     train(config)
     check_equal_runs(config.output, whole.output)
 
@@ -310,18 +381,28 @@ def test_skipped_steps_have_no_losses(config, monkeypatch):
         patch.setattr(training, "distillation_losses", poisoned)
         train(replace(config, steps=12, log_interval=5, micro_batch_tokens=10_000, eval_data=None))
     lines = {line["step"]: line for line in metrics(config.output)}
-    assert sorted(lines) == [5, 6, 7, 8, 10, 12] and [step for step, line in lines.items() if line.get("skipped")] == [5, 6, 7, 8]
+    assert sorted(lines) == [5, 6, 7, 8, 10, 12] and [
+        step for step, line in lines.items() if line.get("skipped")
+    ] == [5, 6, 7, 8]
     for step, line in lines.items():
-        assert all((line[name] is None) == (step in (6, 7, 8)) for name in ("loss", "cross_entropy", "kl_divergence"))
+        assert all(
+            (line[name] is None) == (step in (6, 7, 8)) for name in ("loss", "cross_entropy", "kl_divergence")
+        )
 
 
 def test_every_setting_of_the_teacher_makes_another_run(config, whole, teachers):
-    for changed, difference in [(dict(alpha=0.4), "alpha was 0.3"), (dict(temperature=1.0), "temperature was 1.5"),
-                                (dict(teacher=teachers["higher head"]), "teacher was"), (dict(teacher=None, alpha=0.5, temperature=1.0), "teacher was")]:
+    for changed, difference in [
+        (dict(alpha=0.4), "alpha was 0.3"),
+        (dict(temperature=1.0), "temperature was 1.5"),
+        (dict(teacher=teachers["higher head"]), "teacher was"),
+        (dict(teacher=None, alpha=0.5, temperature=1.0), "teacher was"),
+    ]:
         with pytest.raises(UserError, match=difference):
             train(replace(whole, **changed))
     first = metrics(whole.output)[0]
-    for number, changed in enumerate([dict(alpha=0.4), dict(temperature=1.0), dict(teacher=teachers["higher head"])]):
+    for number, changed in enumerate(
+        [dict(alpha=0.4), dict(temperature=1.0), dict(teacher=teachers["higher head"])]
+    ):
         variant = replace(config, output=f"{config.output}{number}", steps=4, eval_data=None, **changed)
         train(variant)
         assert metrics(variant.output)[0]["loss"] != first["loss"]
@@ -334,18 +415,39 @@ def test_complete_run_is_left_alone_without_loading_the_teacher(whole, monkeypat
 
 
 def test_student_learns_the_teachers_distribution(tiny_corpus, tmp_path):
-    """A teacher trained on the corpus; a student that sees nothing but its predictions (alpha 1) comes close to it."""
-    common = dict(data=tiny_corpus, model=replace(STUDENT, num_hidden_layers=2), batch_tokens=600, optimizer=OptimizerConfig(lr=2e-2, warmup_steps=5),
-                  eval_data=tiny_corpus, device="cpu", peak_tflops=1, log_interval=5)
+    """A teacher trained on the corpus; a student that sees nothing but its predictions (alpha 1) comes close
+    to it."""
+    common = dict(
+        data=tiny_corpus,
+        model=replace(STUDENT, num_hidden_layers=2),
+        batch_tokens=600,
+        optimizer=OptimizerConfig(lr=2e-2, warmup_steps=5),
+        eval_data=tiny_corpus,
+        device="cpu",
+        peak_tflops=1,
+        log_interval=5,
+    )
     train(TrainConfig(output=str(tmp_path / "teacher"), steps=40, **common))
-    train(TrainConfig(output=str(tmp_path / "student"), steps=60, seed=11, teacher=str(tmp_path / "teacher"), alpha=1.0, **common))
+    train(
+        TrainConfig(
+            output=str(tmp_path / "student"),
+            steps=60,
+            seed=11,
+            teacher=str(tmp_path / "teacher"),
+            alpha=1.0,
+            **common,
+        )
+    )
     lines = metrics(tmp_path / "student")
     teacher_loss = read_json(tmp_path / "teacher" / "manifest.json")["eval_loss"]
     assert lines[0]["kl_divergence"] > 1 and lines[-1]["kl_divergence"] < 0.2 * lines[0]["kl_divergence"]
-    assert lines[-1]["eval_loss"] < lines[0]["cross_entropy"] - 1 and lines[-1]["eval_loss"] == pytest.approx(teacher_loss, abs=0.5)
+    assert lines[-1]["eval_loss"] < lines[0]["cross_entropy"] - 1 and lines[-1]["eval_loss"] == pytest.approx(
+        teacher_loss, abs=0.5
+    )
 
 
 # ---- refusals ----
+
 
 def test_teacher_that_does_not_fit_leaves_nothing_behind(config, tiny_model, tmp_path):
     broken, reordered = (Path(tiny_model(tmp_path / name)) for name in ("broken", "reordered"))
@@ -359,28 +461,46 @@ def test_teacher_that_does_not_fit_leaves_nothing_behind(config, tiny_model, tmp
         (str(tmp_path / "missing"), "missing"),
         (str(broken), "model.safetensors is not a whole"),
         (str(reordered), "the tokenizer of .*reordered is not the corpus's"),
-        (tiny_model(tmp_path / "small", vocab_size=400), r"teacher .*small predicts 400 ids, corpus .* has ids up to 4\d\d"),
+        (
+            tiny_model(tmp_path / "small", vocab_size=400),
+            r"teacher .*small predicts 400 ids, corpus .* has ids up to 4\d\d",
+        ),
     ]:
         with pytest.raises(UserError, match=message) as raised:
             train(replace(config, teacher=teacher))
         assert "\n" not in str(raised.value) and not Path(config.output).exists()
 
 
-def test_teacher_below_the_tokenizer_but_above_the_corpus_is_taken_with_a_word(config, tiny_model, tiny_corpus, tmp_path, capsys):
+def test_teacher_below_the_tokenizer_but_above_the_corpus_is_taken_with_a_word(
+    config, tiny_model, tiny_corpus, tmp_path, capsys
+):
     highest = training.Corpus(tiny_corpus).highest_id
     assert highest < 499
     with pytest.raises(UserError, match=f"has ids up to {highest}"):
         train(replace(config, teacher=tiny_model(tmp_path / "one-less", vocab_size=highest)))
-    train(replace(config, teacher=tiny_model(tmp_path / "just", vocab_size=highest + 1), steps=2, eval_data=None))
-    assert f"the teacher predicts {highest + 1} ids, the student 500: the loss leaves the rest out" in capsys.readouterr().err
+    train(
+        replace(
+            config, teacher=tiny_model(tmp_path / "just", vocab_size=highest + 1), steps=2, eval_data=None
+        )
+    )
+    assert (
+        f"the teacher predicts {highest + 1} ids, the student 500: the loss leaves the rest out"
+        in capsys.readouterr().err
+    )
 
 
-@pytest.mark.parametrize("changed, message", [
-    (dict(alpha=1.5), "alpha must be between 0 and 1, got 1.5"), (dict(alpha=-0.1), "alpha must be between 0 and 1"),
-    (dict(alpha=math.nan), "alpha must be between 0 and 1"), (dict(temperature=0.0), "temperature must be above 0, got 0.0"),
-    (dict(teacher=None), "alpha and temperature have no say without teacher"),
-    (dict(teacher=None, temperature=1.0), "alpha and temperature have no say without teacher"),
-    (dict(teacher=None, alpha=0.5), "alpha and temperature have no say without teacher")])
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(alpha=1.5), "alpha must be between 0 and 1, got 1.5"),
+        (dict(alpha=-0.1), "alpha must be between 0 and 1"),
+        (dict(alpha=math.nan), "alpha must be between 0 and 1"),
+        (dict(temperature=0.0), "temperature must be above 0, got 0.0"),
+        (dict(teacher=None), "alpha and temperature have no say without teacher"),
+        (dict(teacher=None, temperature=1.0), "alpha and temperature have no say without teacher"),
+        (dict(teacher=None, alpha=0.5), "alpha and temperature have no say without teacher"),
+    ],
+)
 def test_settings_out_of_range_and_without_a_teacher(config, changed, message):
     with pytest.raises(ValueError, match=message):
         replace(config, **changed)
@@ -388,22 +508,65 @@ def test_settings_out_of_range_and_without_a_teacher(config, changed, message):
 
 # ---- the command line, the model card ----
 
+
 def command(data, output, *arguments, **settings):
-    return subprocess.run([sys.executable, "-m", "miniplm.cli", "train", "--data", data, "--output", str(output), "--device", "cpu",
-                           *arguments], capture_output=True, text=True, **settings)
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "miniplm.cli",
+            "train",
+            "--data",
+            data,
+            "--output",
+            str(output),
+            "--device",
+            "cpu",
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        **settings,
+    )
 
 
 def test_command_line(tiny_corpus, teachers, tmp_path):
-    shape = ["--model.hidden_size", "32", "--model.num_hidden_layers", "1", "--model.num_attention_heads", "4", "--model.intermediate_size", "64"]
+    shape = [
+        "--model.hidden_size",
+        "32",
+        "--model.num_hidden_layers",
+        "1",
+        "--model.num_attention_heads",
+        "4",
+        "--model.intermediate_size",
+        "64",
+    ]
     shape += ["--steps", "3", "--batch_tokens", "300", "--peak_tflops", "1"]
-    done = command(tiny_corpus, tmp_path / "out", "--teacher", teachers["adapted"], "--alpha", "0.3", "--temperature", "2", *shape)
+    done = command(
+        tiny_corpus,
+        tmp_path / "out",
+        "--teacher",
+        teachers["adapted"],
+        "--alpha",
+        "0.3",
+        "--temperature",
+        "2",
+        *shape,
+    )
     assert done.returncode == 0, done.stderr
     (line,) = metrics(tmp_path / "out")
-    assert line["loss"] == pytest.approx(0.7 * line["cross_entropy"] + 0.3 * line["kl_divergence"], rel=1e-5) and line["kl_divergence"] > 0
+    assert (
+        line["loss"] == pytest.approx(0.7 * line["cross_entropy"] + 0.3 * line["kl_divergence"], rel=1e-5)
+        and line["kl_divergence"] > 0
+    )
     assert "0.7 · cross-entropy + 0.3 · KL divergence" in done.stderr and "trained 3 steps" in done.stdout
     manifest = read_json(tmp_path / "out" / "manifest.json")
     assert manifest["complete"] and manifest["teacher"] == "adapted"
-    for arguments in (["--teacher", teachers["wider"], "--alpha", "2"], ["--alpha", "0.3"], ["--teacher", str(tmp_path / "nowhere")]):
+    for arguments in (
+        ["--teacher", teachers["wider"], "--alpha", "2"],
+        ["--alpha", "0.3"],
+        ["--teacher", str(tmp_path / "nowhere")],
+    ):
         refused = command(tiny_corpus, tmp_path / "other", *arguments, *shape)
         assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1, refused.stderr
         assert not (tmp_path / "other").exists()
@@ -413,9 +576,21 @@ def test_model_card_says_what_the_loss_was(whole, tmp_path):
     run = Path(shutil.copytree(whole.output, tmp_path / "run"))
     export(ExportConfig(checkpoint=str(run), output=str(tmp_path / "model")))
     text = (tmp_path / "model" / "README.md").read_text()
-    assert ("| Loss | 0.7 × cross-entropy + 0.3 × KL divergence from the full distribution of wider at temperature 1.5 (Vanilla KD) |") in text
-    assert "- knowledge-distillation" in text and "- data-selection" not in text and str(Path(whole.teacher).parent) not in text
+    assert (
+        "| Loss | 0.7 × cross-entropy + 0.3 × KL divergence from the full distribution of wider at "
+        "temperature 1.5 (Vanilla KD) |"
+    ) in text
+    assert (
+        "- knowledge-distillation" in text
+        and "- data-selection" not in text
+        and str(Path(whole.teacher).parent) not in text
+    )
     manifest = read_json(run / "manifest.json")
-    (run / "manifest.json").write_text(json.dumps({"stage": "train", "complete": False, "identity": manifest["identity"]}))  # not ended
+    (run / "manifest.json").write_text(
+        json.dumps({"stage": "train", "complete": False, "identity": manifest["identity"]})
+    )  # not ended
     export(ExportConfig(checkpoint=str(run), output=str(tmp_path / "unended")))
-    assert f"of a model with the hash {manifest['identity']['teacher']} at temperature 1.5" in (tmp_path / "unended" / "README.md").read_text()
+    assert (
+        f"of a model with the hash {manifest['identity']['teacher']} at temperature 1.5"
+        in (tmp_path / "unended" / "README.md").read_text()
+    )

@@ -1,4 +1,5 @@
-"""Scoring and training on the Triton kernels end in the numbers of the reference: on a GPU, or in Triton's interpreter."""
+"""Scoring and training on the Triton kernels end in the numbers of the reference: on a GPU, or in Triton's
+interpreter."""
 
 import contextlib
 import copy
@@ -22,14 +23,25 @@ EOS = 0
 
 
 def decoder(config_class=LlamaConfig, **overrides):
-    settings = dict(vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-                    initializer_range=0.3, tie_word_embeddings=True)
+    settings = dict(
+        vocab_size=101,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     return Decoder(config_class(**{**settings, **overrides})).to(DEVICE)
 
 
 def batch(document_mask):
-    rows = [torch.randint(1, 101, (n,), generator=torch.Generator().manual_seed(n)).numpy() for n in (40, 2, 17)]
+    rows = [
+        torch.randint(1, 101, (n,), generator=torch.Generator().manual_seed(n)).numpy() for n in (40, 2, 17)
+    ]
     rows[0][[10, 25]] = EOS
     return pack(rows, EOS, document_mask)
 
@@ -37,27 +49,46 @@ def batch(document_mask):
 @pytest.mark.parametrize("document_mask", [False, True])
 @pytest.mark.parametrize("roles", [("teacher", "reference"), ("teacher",)])
 def test_scores(roles, document_mask, monkeypatch):
-    models = {"teacher": decoder(Qwen3Config, vocab_size=103), "reference": decoder(hidden_size=16, num_key_value_heads=2)}
+    models = {
+        "teacher": decoder(Qwen3Config, vocab_size=103),
+        "reference": decoder(hidden_size=16, num_key_value_heads=2),
+    }
     models = {role: models[role].eval() for role in roles}
     results = []
     for choice in ("reference", "triton"):
         monkeypatch.setenv("MINIPLM_KERNELS", choice)
         with torch.inference_mode():
             results.append(score_batch(models, batch(document_mask).to(torch.device(DEVICE)), 101))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5, equal_nan=True, check_dtype=False)
+    torch.testing.assert_close(
+        results[1], results[0], rtol=1e-4, atol=1e-5, equal_nan=True, check_dtype=False
+    )
 
 
 @pytest.mark.parametrize("with_teacher", [False, True])
 def test_training(with_teacher, monkeypatch):
     """Two steps: losses, gradient norms and weights."""
     start, results = decoder(), []
-    teacher = Teacher(decoder(vocab_size=107, hidden_size=48).requires_grad_(False).eval(), 0.3, 1.0) if with_teacher else None
+    teacher = (
+        Teacher(decoder(vocab_size=107, hidden_size=48).requires_grad_(False).eval(), 0.3, 1.0)
+        if with_teacher
+        else None
+    )
     for choice in ("reference", "triton"):
         monkeypatch.setenv("MINIPLM_KERNELS", choice)
         model = copy.deepcopy(start)
         optimizer = make_optimizer(model, OptimizerConfig())
-        figures = [train_step(model, optimizer, [batch(False), batch(True)], 1e-3, 1.0, torch.float32, teacher=teacher) for _ in range(2)]
-        results.append((torch.tensor(figures), torch.cat([parameter.detach().flatten() for parameter in model.parameters()])))
+        figures = [
+            train_step(
+                model, optimizer, [batch(False), batch(True)], 1e-3, 1.0, torch.float32, teacher=teacher
+            )
+            for _ in range(2)
+        ]
+        results.append(
+            (
+                torch.tensor(figures),
+                torch.cat([parameter.detach().flatten() for parameter in model.parameters()]),
+            )
+        )
     assert results[0][0].isfinite().all()
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-4, atol=0)
     difference = (results[1][1] - results[0][1]).norm() / results[0][1].norm()
@@ -66,23 +97,36 @@ def test_training(with_teacher, monkeypatch):
 
 def test_float8_scores(monkeypatch):
     """Rounded to float8 in the kernel and in the reference; near those without float8 both times."""
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # which of them torch's scaled product takes
-    plain, results = {"teacher": decoder(Qwen3Config).to(dtype), "reference": decoder(hidden_size=16, num_key_value_heads=2).to(dtype)}, []
+    dtype = (
+        torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    )  # which of them torch's scaled product takes
+    plain, results = (
+        {
+            "teacher": decoder(Qwen3Config).to(dtype),
+            "reference": decoder(hidden_size=16, num_key_value_heads=2).to(dtype),
+        },
+        [],
+    )
     models = {role: to_float8(copy.deepcopy(model)) for role, model in plain.items()}
-    rows = pack([torch.randint(1, 101, (12,)).numpy() for _ in range(32)], EOS)  # of three scores the error would scatter
+    rows = pack(
+        [torch.randint(1, 101, (12,)).numpy() for _ in range(32)], EOS
+    )  # of three scores the error would scatter
     for choice, scored in (("reference", plain), ("reference", models), ("triton", models)):
         monkeypatch.setenv("MINIPLM_KERNELS", choice)
         with torch.inference_mode():
             results.append(score_batch(scored, rows.to(torch.device(DEVICE)), 101)["score"].float())
     exact, reference, triton = results
     assert 1e-3 < (reference - exact).norm() / exact.norm() < 0.2
-    assert (triton - reference).norm() < 0.2 * (reference - exact).norm() or DEVICE == "cuda"  # there bfloat16 is as coarse
+    assert (triton - reference).norm() < 0.2 * (
+        reference - exact
+    ).norm() or DEVICE == "cuda"  # there bfloat16 is as coarse
     assert (triton - exact).norm() / exact.norm() < 0.2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 def test_a_step_that_is_not_finite_changes_nothing(dtype, monkeypatch):
-    """Neither weights nor moments nor the optimiser's count of steps, though the update is in the queue before the host knows; the next step is whole."""
+    """Neither weights nor moments nor the optimiser's count of steps, though the update is in the queue
+    before the host knows; the next step is whole."""
     model = decoder()
     optimizer = make_optimizer(model, OptimizerConfig())
 
@@ -104,7 +148,7 @@ def test_a_step_that_is_not_finite_changes_nothing(dtype, monkeypatch):
     assert not any(torch.equal(one, two) for one, two in zip(before, everything(), strict=True))
 
 
-# --- the host does not wait for the GPU ----------------------------------------------------------------------------------------
+# --- the host does not wait for the GPU ---
 
 
 @contextlib.contextmanager
@@ -118,18 +162,29 @@ def waits():
             yield found
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-    found += [str(warning.message) for warning in caught if "called a synchronizing CUDA operation" in str(warning.message)]
+    found += [
+        str(warning.message)
+        for warning in caught
+        if "called a synchronizing CUDA operation" in str(warning.message)
+    ]
 
 
 def long_batch():
-    return pack([torch.randint(1, 101, (1_500,)).numpy() for _ in range(3)], EOS).pin_memory()  # torch counts many tokens in another way than few
+    return pack(
+        [torch.randint(1, 101, (1_500,)).numpy() for _ in range(3)], EOS
+    ).pin_memory()  # torch counts many tokens in another way than few
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("with_teacher", [False, True])
 def test_a_step_waits_once(with_teacher):
     """For its loss, at its end, however many micro-batches there are."""
-    model, teacher = decoder(), Teacher(decoder(vocab_size=107).bfloat16().requires_grad_(False).eval(), 0.3, 1.0) if with_teacher else None
+    model, teacher = (
+        decoder(),
+        Teacher(decoder(vocab_size=107).bfloat16().requires_grad_(False).eval(), 0.3, 1.0)
+        if with_teacher
+        else None,
+    )
     optimizer, batches = make_optimizer(model, OptimizerConfig()), [long_batch(), batch(True).pin_memory()]
 
     def step():
@@ -143,7 +198,10 @@ def test_a_step_waits_once(with_teacher):
 
 @pytest.mark.gpu
 def test_scoring_does_not_wait():
-    plain = {"teacher": decoder(Qwen3Config, vocab_size=103).bfloat16(), "reference": decoder(hidden_size=16, num_key_value_heads=2).bfloat16()}
+    plain = {
+        "teacher": decoder(Qwen3Config, vocab_size=103).bfloat16(),
+        "reference": decoder(hidden_size=16, num_key_value_heads=2).bfloat16(),
+    }
     pinned = batch(False).pin_memory()
     with torch.inference_mode():
         in_float8 = {role: to_float8(copy.deepcopy(model)) for role, model in plain.items()}

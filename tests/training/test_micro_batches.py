@@ -9,7 +9,14 @@ from transformers import LlamaConfig
 from miniplm.models.decoder import Decoder
 from miniplm.training.memory import activation_bytes, micro_batch_tokens
 
-CONFIG = LlamaConfig(vocab_size=50, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+CONFIG = LlamaConfig(
+    vocab_size=50,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 
 
 def kept_bytes(model, tokens):
@@ -28,7 +35,8 @@ def kept_bytes(model, tokens):
 
 
 def test_what_is_counted_is_what_is_kept():
-    """The count against what autograd really keeps, in float32, per token (from two sizes, so that joined weights cancel)."""
+    """The count against what autograd really keeps, in float32, per token (from two sizes, so that joined
+    weights cancel)."""
     model = Decoder(CONFIG)
     (small, *hold), (large, *hold_too) = kept_bytes(model, 256), kept_bytes(model, 512)
     assert hold and hold_too
@@ -37,9 +45,19 @@ def test_what_is_counted_is_what_is_kept():
 
 def test_micro_batches():
     def model(parameters, config, vocabulary=151_936, width=1536):
-        return SimpleNamespace(num_parameters=lambda: parameters, config=config, head_weight=torch.empty(vocabulary, width, device="meta"))
+        return SimpleNamespace(
+            num_parameters=lambda: parameters,
+            config=config,
+            head_weight=torch.empty(vocabulary, width, device="meta"),
+        )
 
-    student = LlamaConfig(vocab_size=151_936, hidden_size=1536, intermediate_size=4224, num_hidden_layers=24, num_attention_heads=16)
+    student = LlamaConfig(
+        vocab_size=151_936,
+        hidden_size=1536,
+        intermediate_size=4224,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+    )
     large = model(1_200_000_000, student)
     head = 8192 * 151_936 * 2
     sizes = [micro_batch_tokens(large, gib << 30, 2, head) for gib in (20, 40, 80, 140)]
