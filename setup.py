@@ -1,5 +1,5 @@
-"""The package. `kernels/` is installed as `miniplm.kernels`: a top-level module `kernels` would shadow the PyPI package of
-that name, which transformers imports."""
+"""The package. `kernels/` is installed as `miniplm.kernels`: a top-level module `kernels` would shadow the
+PyPI package of that name, which transformers imports."""
 
 from setuptools import find_packages, setup
 
