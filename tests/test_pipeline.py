@@ -75,7 +75,7 @@ pool: {<<: *prepare, take: [0.3, 1.0]}
 teacher:
   stage: train
   data: ${pool}
-  eval_data: ${split}
+  eval: {data: "${split}"}
   model: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}
   optimizer: {lr: 1.0e-2, warmup_steps: 2}
   steps: 8

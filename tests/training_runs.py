@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from miniplm.config import OptimizerConfig, StudentConfig, TrainConfig
+from miniplm.config import CheckpointConfig, EvalConfig, OptimizerConfig, StudentConfig, TrainConfig
 from miniplm.runtime.artifacts import complete_output, open_output
 from miniplm.runtime.files import read_json
 from miniplm.stages import train as training
@@ -31,10 +31,8 @@ def make_config(data, output) -> TrainConfig:
         batch_tokens=200,
         micro_batch_tokens=70,
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=5),
-        eval_data=data,
-        eval_interval=9,
-        eval_rows=6,
-        checkpoint_interval=6,
+        eval=EvalConfig(data=data, interval=9, chunks=6),
+        checkpoint=CheckpointConfig(interval=6),
         log_interval=4,
         device="cpu",
         peak_tflops=0.1,

@@ -7,7 +7,14 @@ field.
 from .arguments import from_arguments, from_dict
 from .data import PrepareConfig, ScoreConfig, SelectConfig
 from .publishing import DemoConfig, EvaluateConfig, ExportConfig, GenerateConfig, RunConfig
-from .training import OptimizerConfig, StudentConfig, TrainConfig
+from .training import (
+    CheckpointConfig,
+    DistillConfig,
+    EvalConfig,
+    OptimizerConfig,
+    StudentConfig,
+    TrainConfig,
+)
 
 # stage → its settings; stage X is the function X of miniplm.stages.X
 STAGES = {
@@ -22,7 +29,10 @@ STAGES = {
 
 __all__ = [
     "STAGES",
+    "CheckpointConfig",
     "DemoConfig",
+    "DistillConfig",
+    "EvalConfig",
     "EvaluateConfig",
     "ExportConfig",
     "GenerateConfig",

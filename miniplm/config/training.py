@@ -1,7 +1,7 @@
 """Settings of train: the student, the optimiser, the run."""
 
 from dataclasses import dataclass
-from typing import Literal, Optional, Tuple
+from typing import ClassVar, Literal, Optional, Tuple
 
 from .checks import Dtype, _require, _require_trace
 
@@ -81,8 +81,72 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Vanilla KD: the student learns a teacher's predictions too."""
+
+    teacher: Optional[str] = None
+    """The teacher: Hugging Face id, local folder (a training output too), or .gguf file. Default: none."""
+    alpha: float = 0.5
+    """The loss is (1 - alpha) * cross-entropy + alpha * KL divergence from the teacher."""
+    temperature: float = 1.0
+    """Both models' logits are divided by this in the KL divergence, which is not multiplied by its square."""
+
+    def __post_init__(self):
+        _require(0 <= self.alpha <= 1, f"distill.alpha must be between 0 and 1, got {self.alpha}")
+        _require(self.temperature > 0, f"distill.temperature must be above 0, got {self.temperature}")
+        _require(
+            bool(self.teacher) or (self.alpha, self.temperature) == (0.5, 1.0),
+            "distill.alpha and distill.temperature have no say without distill.teacher: leave them out",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to write a checkpoint, and how many of them stay."""
+
+    interval: int = 1_000
+    """Steps between checkpoints (one also at the end, and on SIGTERM and SIGINT)."""
+    keep: int = 2
+    """How many of the latest checkpoints to keep."""
+
+    def __post_init__(self):
+        for name in ("interval", "keep"):
+            value = getattr(self, name)
+            _require(value >= 1, f"checkpoint.{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The loss on a corpus that is not trained on."""
+
+    data: Optional[str] = None
+    """The evaluation corpus, held out. Default: no evaluation."""
+    interval: int = 1_000
+    """Steps between evaluations (one also at the end)."""
+    chunks: int = 1_000
+    """Chunks of the evaluation corpus to evaluate on, from its start."""
+
+    def __post_init__(self):
+        for name in ("interval", "chunks"):
+            value = getattr(self, name)
+            _require(value >= 1, f"eval.{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Pre-train a model on a corpus."""
+
+    ALIASES: ClassVar[dict[str, str]] = {
+        "teacher": "distill.teacher",
+        "alpha": "distill.alpha",
+        "temperature": "distill.temperature",
+        "eval_data": "eval.data",
+        "eval_interval": "eval.interval",
+        "eval_rows": "eval.chunks",
+        "checkpoint_interval": "checkpoint.interval",
+        "keep_checkpoints": "checkpoint.keep",
+    }
+    """Names from before there were groups."""
 
     data: str
     """The corpus folder: what prepare or select wrote."""
@@ -94,14 +158,8 @@ class TrainConfig:
     """Start from these weights instead: Hugging Face id, local folder or training output."""
     model_config: Optional[str] = None
     """Take the architecture from a transformers config.json instead (from scratch)."""
-    teacher: Optional[str] = None
-    """Vanilla KD: learn from this model's predictions too: Hugging Face id, local folder (a training output
-    too), or .gguf file."""
-    alpha: float = 0.5
-    """With a teacher: the loss is (1 - alpha) * cross-entropy + alpha * KL divergence from the teacher."""
-    temperature: float = 1.0
-    """With a teacher: both models' logits are divided by this in the KL divergence, which is not multiplied
-    by its square."""
+    distill: DistillConfig = DistillConfig()
+    """A teacher whose predictions are learned too."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimiser and schedule."""
     steps: Optional[int] = None
@@ -120,16 +178,10 @@ class TrainConfig:
     """Seed of the initial weights and of the data order."""
     document_mask: bool = False
     """Attention within each document only; the default is as published: across the documents of a chunk."""
-    eval_data: Optional[str] = None
-    """A held-out corpus for the evaluation loss."""
-    eval_interval: int = 1_000
-    """Steps between evaluations (one also at the end)."""
-    eval_rows: int = 1_000
-    """Chunks of the held-out corpus to evaluate on, from its start."""
-    checkpoint_interval: int = 1_000
-    """Steps between checkpoints (one also at the end, and on SIGTERM and SIGINT)."""
-    keep_checkpoints: int = 2
-    """How many of the latest checkpoints to keep."""
+    eval: EvalConfig = EvalConfig()
+    """Evaluation on a held-out corpus."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
     log_interval: int = 10
     """Steps between lines of metrics.jsonl."""
     max_skipped_steps: int = 10
@@ -144,15 +196,7 @@ class TrainConfig:
     """Write a Chrome trace of three steps near the start to this file (.json or .json.gz)."""
 
     def __post_init__(self):
-        for name in (
-            "batch_tokens",
-            "eval_interval",
-            "eval_rows",
-            "checkpoint_interval",
-            "keep_checkpoints",
-            "log_interval",
-            "max_skipped_steps",
-        ):
+        for name in ("batch_tokens", "log_interval", "max_skipped_steps"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _require(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
         _require(
@@ -163,12 +207,6 @@ class TrainConfig:
         _require(
             self.model == StudentConfig() or not (self.init_from or self.model_config),
             "model.* has no say beside init_from or model_config: leave it out",
-        )
-        _require(0 <= self.alpha <= 1, f"alpha must be between 0 and 1, got {self.alpha}")
-        _require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}")
-        _require(
-            bool(self.teacher) or (self.alpha, self.temperature) == (0.5, 1.0),
-            "alpha and temperature have no say without teacher: leave them out",
         )
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         _require_trace(self.profile)

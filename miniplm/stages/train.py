@@ -264,7 +264,7 @@ def train(config: TrainConfig) -> None:
         if any(output.glob("checkpoints/step-*"))
         else _with_checkpointing(_initial_model(config, setup), config)
     )
-    teacher = _load_teacher(config, setup) if config.teacher else None
+    teacher = _load_teacher(config, setup) if config.distill.teacher else None
     open_output(output, "train", setup.identity)
     if config.optimizer.warmup_steps >= setup.steps:
         reached = learning_rate(setup.steps, setup.steps, config.optimizer)
@@ -294,7 +294,11 @@ def train(config: TrainConfig) -> None:
                 ) from error
     losses = {name: metrics.last.get(name) for name in ("loss", *(PARTS if teacher else ()), "eval_loss")}
     shown = (
-        {"teacher": Path(config.teacher).resolve().name if Path(config.teacher).exists() else config.teacher}
+        {
+            "teacher": Path(config.distill.teacher).resolve().name
+            if Path(config.distill.teacher).exists()
+            else config.distill.teacher
+        }
         if teacher
         else {}
     )
@@ -349,7 +353,7 @@ def _loop(
     if teacher:
         note(
             f"the loss is {1 - teacher.alpha:g} · cross-entropy + {teacher.alpha:g} · KL divergence from "
-            f"{config.teacher} at temperature "
+            f"{config.distill.teacher} at temperature "
             f"{teacher.temperature:g}; the teacher takes {1 - training_flops(model, context) / flops:.0%} "
             f"of {flops / 1e6:,.2f} MFLOPs per token"
         )
@@ -385,7 +389,7 @@ def _loop(
             fingerprint(setup.identity),
         )
         if not state.skipped_in_a_row:  # else the weights may be past rescue already: the older ones are kept
-            prune_checkpoints(output, config.keep_checkpoints)
+            prune_checkpoints(output, config.checkpoint.keep)
 
     def report():
         nonlocal reported
@@ -405,7 +409,7 @@ def _loop(
             "tokens_per_second": rate,
             "mfu": rate and flops * rate / peak,
         }
-        if setup.held_out and due(config.eval_interval):
+        if setup.held_out and due(config.eval.interval):
             line["eval_loss"] = _finite(
                 held_out_loss(model, setup.held_out, setup.dtype, raise_if_interrupted)
             )
@@ -442,13 +446,13 @@ def _loop(
                 # Checkpoint, then line: each checkpoint is that of a step whose line is still to come,
                 # whenever it is made.
                 diverged = state.skipped_in_a_row >= config.max_skipped_steps
-                if saved < state.step and due(config.checkpoint_interval) and not diverged:
+                if saved < state.step and due(config.checkpoint.interval) and not diverged:
                     save()
                     saved = state.step
                 line_due = (
                     state.skipped_in_a_row
                     or due(config.log_interval)
-                    or (setup.held_out and due(config.eval_interval))
+                    or (setup.held_out and due(config.eval.interval))
                 )
                 if state.line_step < state.step and line_due:
                     report()
@@ -541,7 +545,7 @@ def _set_up(config: TrainConfig) -> _Setup:
         "dtype": str(dtype).removeprefix("torch."),
     }
     architecture, held_out = None, []
-    for name in filter(None, (config.init_from, config.teacher)):
+    for name in filter(None, (config.init_from, config.distill.teacher)):
         check_same_tokens(load_tokenizer(corpus.tokenizer), load_tokenizer(latest_checkpoint(name)), name)
     if config.init_from:
         identity["init_from"] = model_hash(latest_checkpoint(config.init_from))
@@ -550,27 +554,27 @@ def _set_up(config: TrainConfig) -> _Setup:
     else:
         architecture = student_config(config.model, manifest["vocab_size"], corpus.eos_token_id)
         identity["model"] = {**dataclasses.asdict(config.model), "vocab_size": architecture.vocab_size}
-    if config.eval_data:
-        evaluation = Corpus(config.eval_data)
+    if config.eval.data:
+        evaluation = Corpus(config.eval.data)
         if evaluation.manifest["tokenizer_fingerprint"] != manifest["tokenizer_fingerprint"]:
             raise UserError(
-                f"corpora {config.data} and {config.eval_data} have different tokenizers: prepare both with "
+                f"corpora {config.data} and {config.eval.data} have different tokenizers: prepare both with "
                 f"the same one"
             )
-        rows = evaluation.rows(range(min(config.eval_rows, len(evaluation))))
+        rows = evaluation.rows(range(min(config.eval.chunks, len(evaluation))))
         tokens = config.micro_batch_tokens or (4_096 if device.type == "cpu" else 65_536)
         held_out = global_batch(rows, corpus.eos_token_id, tokens, config.document_mask)
         if not num_targets(held_out):
             raise UserError(
-                f"the first {config.eval_rows} chunks of corpus {config.eval_data} hold no token to "
-                f"predict: give another eval_data"
+                f"the first {config.eval.chunks} chunks of corpus {config.eval.data} hold no token to "
+                f"predict: give another eval.data"
             )
-        identity |= {"eval_corpus": evaluation.fingerprint, "eval_rows": config.eval_rows}
-    if config.teacher:
+        identity |= {"eval_corpus": evaluation.fingerprint, "eval_rows": config.eval.chunks}
+    if config.distill.teacher:
         identity |= {
-            "teacher": model_hash(latest_checkpoint(config.teacher)),
-            "alpha": config.alpha,
-            "temperature": config.temperature,
+            "teacher": model_hash(latest_checkpoint(config.distill.teacher)),
+            "alpha": config.distill.alpha,
+            "temperature": config.distill.temperature,
         }
     return _Setup(device, dtype, corpus, order, steps, held_out, architecture, identity)
 
@@ -646,14 +650,16 @@ def _with_checkpointing(model: LanguageModel, config: TrainConfig) -> LanguageMo
 
 def _load_teacher(config: TrainConfig, setup: _Setup) -> Teacher:
     model, corpus = (
-        load_model(latest_checkpoint(config.teacher), setup.dtype, setup.device).requires_grad_(False),
+        load_model(latest_checkpoint(config.distill.teacher), setup.dtype, setup.device).requires_grad_(
+            False
+        ),
         setup.corpus,
     )
     ids = len(model.head_weight)
     if ids < corpus.manifest["vocab_size"] and ids <= corpus.highest_id:  # the second reads the whole corpus
         raise UserError(
-            f"teacher {config.teacher} predicts {ids} ids, corpus {config.data} has ids up to "
+            f"teacher {config.distill.teacher} predicts {ids} ids, corpus {config.data} has ids up to "
             f"{corpus.highest_id}: "
             "give a teacher that was made for its tokenizer"
         )
-    return Teacher(model, config.alpha, config.temperature)
+    return Teacher(model, config.distill.alpha, config.distill.temperature)

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from miniplm.config import (
+    CheckpointConfig,
+    EvalConfig,
     EvaluateConfig,
     ExportConfig,
     OptimizerConfig,
@@ -43,8 +45,8 @@ PLAN = TrainConfig(
     optimizer=OptimizerConfig(warmup_steps=2, lr=1e-2),
     batch_tokens=256,
     steps=6,
-    eval_interval=3,
-    checkpoint_interval=3,
+    eval=EvalConfig(interval=3),
+    checkpoint=CheckpointConfig(interval=3),
     log_interval=2,
     device="cpu",
     dtype="float32",
@@ -83,7 +85,10 @@ def work(tiny_corpus, tiny_model, tmp_path_factory) -> Path:
         )
         train(
             dataclasses.replace(
-                PLAN, data=str(root / name), output=str(root / f"{name}-student"), eval_data=tiny_corpus
+                PLAN,
+                data=str(root / name),
+                output=str(root / f"{name}-student"),
+                eval=EvalConfig(data=tiny_corpus, interval=3),
             )
         )
     evaluate(

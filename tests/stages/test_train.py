@@ -14,7 +14,7 @@ import pytest
 import torch
 from training_runs import EOS, STUDENT, files, make_config, metrics, plain_loss, write_corpus
 
-from miniplm.config import OptimizerConfig, TrainConfig
+from miniplm.config import CheckpointConfig, EvalConfig, OptimizerConfig, TrainConfig
 from miniplm.data.batches import IGNORE_INDEX
 from miniplm.data.order import DataOrder, global_batch
 from miniplm.models.decoder import Decoder, student_config
@@ -272,7 +272,7 @@ def test_run_writes_what_it_says(whole, tiny_corpus, capsys):
     order = DataOrder(corpus_tokens, 200, whole.seed)
     tokens = np.cumsum([(corpus_tokens[order.step(step)] - 1).sum() for step in range(26)])
     assert [line["tokens"] for line in lines] == [tokens[step - 1] for step in steps]
-    model = load_model(output)
+    model = load_model(latest_checkpoint(output))
     flops = 3 * model.flops_per_token(order.epoch_tokens // len(order.rows))
     for line in lines:
         assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / 1e11)
@@ -337,8 +337,7 @@ def test_run_writes_what_it_says(whole, tiny_corpus, capsys):
         replace(
             whole,
             log_interval=1,
-            checkpoint_interval=2,
-            keep_checkpoints=1,
+            checkpoint=CheckpointConfig(interval=2, keep=1),
             micro_batch_tokens=64,
             max_skipped_steps=1,
         )
@@ -386,7 +385,7 @@ def test_it_learns(tiny_corpus, tmp_path):
             steps=60,
             batch_tokens=600,
             optimizer=OptimizerConfig(lr=2e-2, warmup_steps=5),
-            eval_data=data,
+            eval=EvalConfig(data=data),
             device="cpu",
             peak_tflops=1,
         )
@@ -427,7 +426,7 @@ def test_settings_reach_the_mathematics(config, whole):
         # Equal up to here, another run from there: the first run's folder refuses each.
         with pytest.raises(UserError, match="another train run"):
             train(replace(whole, **changed))
-        variant = replace(config, output=f"{config.output}{number}", steps=4, eval_data=None, **changed)
+        variant = replace(config, output=f"{config.output}{number}", steps=4, eval=EvalConfig(), **changed)
         train(variant)
         losses.add(json.dumps(metrics(variant.output)[0]["loss"]))
     assert len(losses) == len(variants) + 1

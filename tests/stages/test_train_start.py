@@ -18,7 +18,7 @@ from training_runs import (
     write_corpus,
 )
 
-from miniplm.config import OptimizerConfig, StudentConfig
+from miniplm.config import CheckpointConfig, EvalConfig, OptimizerConfig, StudentConfig
 from miniplm.data.order import DataOrder
 from miniplm.runtime.errors import UserError
 from miniplm.runtime.files import read_json
@@ -53,8 +53,8 @@ def test_bad_input_leaves_nothing_behind(config, tiny_corpus, tiny_model, tmp_pa
     for changed, message in [
         (dict(data=str(tmp_path / "missing")), "does not exist"),
         (dict(data=nothing), "holds no token to predict"),
-        (dict(eval_data=nothing), "hold no token to predict"),
-        (dict(eval_data=other), "different tokenizers"),
+        (dict(eval=EvalConfig(data=nothing)), "hold no token to predict"),
+        (dict(eval=EvalConfig(data=other)), "different tokenizers"),
         (dict(batch_tokens=32), "batch_tokens 32 is below the longest chunk"),
         (dict(model=replace(STUDENT, vocab_size=499)), "vocab_size 499"),
         (dict(init_from=str(tmp_path / "missing")), "missing"),
@@ -108,7 +108,7 @@ def test_starts_from_weights(config, tiny_model, tiny_corpus, tmp_path):
             init_from=config.output,
             output=config.output + "2",
             steps=2,
-            eval_data=None,
+            eval=EvalConfig(),
         )
     )  # a training output is one too
     assert metrics(config.output + "2")[0]["loss"] < metrics(config.output)[0]["loss"]
@@ -135,8 +135,8 @@ def test_starts_from_any_architecture(config, architecture, monkeypatch, tmp_pat
         model=StudentConfig(),
         model_config=str(tmp_path / "architecture" / "config.json"),
         steps=6,
-        eval_data=None,
-        keep_checkpoints=1,
+        eval=EvalConfig(),
+        checkpoint=CheckpointConfig(interval=6, keep=1),
     )
     train(config)
     lines = metrics(config.output)

@@ -22,6 +22,7 @@ import pytest
 import torch
 from training_runs import check_equal_runs, files, make_config, metrics, stop_after, truncate
 
+from miniplm.config import CheckpointConfig, EvalConfig
 from miniplm.data.order import global_batch
 from miniplm.models.loading import load_model
 from miniplm.runtime.artifacts import exclusive
@@ -130,12 +131,12 @@ def killed_while(module, function, call, config):
 @pytest.mark.parametrize(
     "module, function, call",
     [
-        ("training", "held_out_loss", 2),
-        ("training", "save_checkpoint", 4),
-        ("training", "prune_checkpoints", 5),
-        ("training", "complete_output", 1),
-        ("checkpoints", "hash_files", 20),
-        ("checkpoints", "write_json", 5),
+        ("stages.train", "held_out_loss", 2),
+        ("stages.train", "save_checkpoint", 4),
+        ("stages.train", "prune_checkpoints", 5),
+        ("stages.train", "complete_output", 1),
+        ("training.checkpoints", "hash_files", 20),
+        ("training.checkpoints", "write_json", 5),
     ],
 )
 def test_killed_between_two_writes_it_ends_alike(config, whole, module, function, call, start):
@@ -314,7 +315,7 @@ def poison(monkeypatch, steps, kind):
 
 @pytest.mark.parametrize("kind", [math.nan, math.inf, "gradient"])
 def test_step_that_is_not_finite_is_skipped(config, kind, monkeypatch, capsys):
-    config = replace(config, steps=12, log_interval=3, checkpoint_interval=1, keep_checkpoints=12)
+    config = replace(config, steps=12, log_interval=3, checkpoint=CheckpointConfig(interval=1, keep=12))
     with monkeypatch.context() as patch:
         poison(patch, {5, 6, 9}, kind)
         train(config)
@@ -351,13 +352,13 @@ def test_step_that_is_not_finite_is_skipped(config, kind, monkeypatch, capsys):
             config.micro_batch_tokens,
         )
         train_step(model, optimizer, batch, learning_rate(step, 12, config.optimizer), 1.0, torch.float32)
-    ours = load_model(config.output)
+    ours = load_model(latest_checkpoint(config.output))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ours.parameters(), strict=True))
 
 
 def test_skips_survive_a_stop(config, monkeypatch):
     """A run stopped within a row of skipped steps counts on, and skips what the uninterrupted run skips."""
-    config = replace(config, steps=12, max_skipped_steps=4, eval_data=None)
+    config = replace(config, steps=12, max_skipped_steps=4, eval=EvalConfig())
     other = replace(config, output=config.output + "2")
     with monkeypatch.context() as patch:
         poison(patch, {5, 6, 7}, math.nan)
@@ -375,7 +376,7 @@ def test_skips_survive_a_stop(config, monkeypatch):
 
 
 def test_too_many_in_a_row_stop_the_run(config, monkeypatch, tmp_path):
-    config = replace(config, checkpoint_interval=2, keep_checkpoints=1)  # max_skipped_steps 10
+    config = replace(config, checkpoint=CheckpointConfig(interval=2, keep=1))  # max_skipped_steps 10
     good, copy = checkpoints.checkpoint_folder(config.output, 6), tmp_path / "copy"
 
     def keep_copy(folder, *arguments):
@@ -497,10 +498,9 @@ def test_changed_intervals_continue_the_run(config, whole, monkeypatch):
     train(
         replace(
             config,
-            checkpoint_interval=7,
-            keep_checkpoints=1,
+            checkpoint=CheckpointConfig(interval=7, keep=1),
             max_skipped_steps=3,
-            eval_interval=100,
+            eval=replace(config.eval, interval=100),
             log_interval=40,
         )
     )

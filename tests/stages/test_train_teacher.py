@@ -26,7 +26,14 @@ from training_runs import (
 )
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from miniplm.config import ExportConfig, OptimizerConfig, TrainConfig
+from miniplm.config import (
+    CheckpointConfig,
+    DistillConfig,
+    EvalConfig,
+    ExportConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from miniplm.data.order import global_batch
 from miniplm.models.loading import load_model
 from miniplm.runtime.errors import UserError
@@ -73,6 +80,10 @@ def one_step(model, batches, teacher=None, lr=0.0, dtype=torch.float32):
     return train_step(
         model, make_optimizer(model, OptimizerConfig()), batches, lr, 1e9, dtype, teacher=teacher
     )
+
+
+def with_teacher(config, teacher):
+    return replace(config, distill=replace(config.distill, teacher=teacher))
 
 
 def load_teacher(folder, alpha, temperature=1.0, dtype=torch.float32):
@@ -215,7 +226,8 @@ def test_step_without_a_target_is_skipped(student, teachers):
 @pytest.fixture
 def config(tiny_corpus, teachers, tmp_path):
     return replace(
-        make_config(tiny_corpus, tmp_path / "out"), teacher=teachers["wider"], alpha=0.3, temperature=1.5
+        make_config(tiny_corpus, tmp_path / "out"),
+        distill=DistillConfig(teachers["wider"], alpha=0.3, temperature=1.5),
     )
 
 
@@ -223,7 +235,7 @@ def config(tiny_corpus, teachers, tmp_path):
 def whole(tiny_corpus, teachers, tmp_path_factory):
     """The config of a run that nothing stopped."""
     config = make_config(tiny_corpus, tmp_path_factory.mktemp("whole") / "out")
-    config = replace(config, teacher=teachers["wider"], alpha=0.3, temperature=1.5)
+    config = replace(config, distill=DistillConfig(teachers["wider"], alpha=0.3, temperature=1.5))
     train(config)
     return config
 
@@ -238,7 +250,7 @@ def test_run_writes_what_it_says(config, whole, tiny_corpus, tmp_path, capsys):
             0.7 * line["cross_entropy"] + 0.3 * line["kl_divergence"], rel=1e-5
         )
 
-    model, teacher = load_model(output), load_model(whole.teacher)
+    model, teacher = load_model(latest_checkpoint(output)), load_model(whole.distill.teacher)
     order = training.DataOrder(training.Corpus(tiny_corpus).num_tokens, 200, whole.seed)
     context = order.epoch_tokens // len(order.rows)
     flops = 3 * model.flops_per_token(context) + teacher.flops_per_token(context)
@@ -262,14 +274,15 @@ def test_run_writes_what_it_says(config, whole, tiny_corpus, tmp_path, capsys):
         **{name: lines[-1][name] for name in ("loss", "cross_entropy", "kl_divergence", "eval_loss")},
     }
     assert (manifest["identity"]["alpha"], manifest["identity"]["temperature"]) == (0.3, 1.5)
-    assert str(Path(whole.teacher).parent) not in (output / "manifest.json").read_text()
+    assert str(Path(whole.distill.teacher).parent) not in (output / "manifest.json").read_text()
 
     train(
-        replace(config, log_interval=1, checkpoint_interval=100)
+        replace(config, log_interval=1, checkpoint=CheckpointConfig(interval=100))
     )  # the means over the steps since the last line
     said = capsys.readouterr().err
     assert (
-        f"the loss is 0.7 · cross-entropy + 0.3 · KL divergence from {config.teacher} at temperature 1.5; "
+        f"the loss is 0.7 · cross-entropy + 0.3 · KL divergence from {config.distill.teacher} at "
+        f"temperature 1.5; "
         f"the teacher takes {teacher.flops_per_token(context) / flops:.0%} of {flops / 1e6:,.2f} MFLOPs per "
         f"token"
     ) in said
@@ -296,13 +309,13 @@ def test_teacher_of_a_run_is_frozen_and_computes_in_the_runs_dtype(config, dtype
         return original(student, teacher, batch, compute)
 
     monkeypatch.setattr(training, "distillation_losses", watching)
-    train(replace(config, steps=1, eval_data=None, dtype=dtype))
+    train(replace(config, steps=1, eval=EvalConfig(), dtype=dtype))
     assert seen and all(found == (False, {(getattr(torch, dtype), False)}) for found in seen)
     assert metrics(config.output)[0]["loss"] > 0
 
 
 def test_runs_without_a_teacher_say_nothing_of_one(config):
-    train(replace(config, teacher=None, alpha=0.5, temperature=1.0, steps=4))
+    train(replace(config, distill=DistillConfig(), steps=4))
     assert not {"cross_entropy", "kl_divergence"} & metrics(config.output)[0].keys()
     manifest = read_json(f"{config.output}/manifest.json")
     assert not {"teacher", "alpha", "temperature", "cross_entropy"} & (
@@ -311,7 +324,7 @@ def test_runs_without_a_teacher_say_nothing_of_one(config):
 
 
 def test_state_of_a_run_from_before_there_were_teachers_continues(config, monkeypatch):
-    config = replace(config, teacher=None, alpha=0.5, temperature=1.0)
+    config = replace(config, distill=DistillConfig())
     stop_after(config, 14, monkeypatch)
     path = Path(latest_checkpoint(config.output)) / "trainer_state.json"
     found = read_json(path)
@@ -379,7 +392,7 @@ def test_skipped_steps_have_no_losses(config, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "distillation_losses", poisoned)
-        train(replace(config, steps=12, log_interval=5, micro_batch_tokens=10_000, eval_data=None))
+        train(replace(config, steps=12, log_interval=5, micro_batch_tokens=10_000, eval=EvalConfig()))
     lines = {line["step"]: line for line in metrics(config.output)}
     assert sorted(lines) == [5, 6, 7, 8, 10, 12] and [
         step for step, line in lines.items() if line.get("skipped")
@@ -398,12 +411,18 @@ def test_every_setting_of_the_teacher_makes_another_run(config, whole, teachers)
         (dict(teacher=None, alpha=0.5, temperature=1.0), "teacher was"),
     ]:
         with pytest.raises(UserError, match=difference):
-            train(replace(whole, **changed))
+            train(replace(whole, distill=replace(whole.distill, **changed)))
     first = metrics(whole.output)[0]
     for number, changed in enumerate(
         [dict(alpha=0.4), dict(temperature=1.0), dict(teacher=teachers["higher head"])]
     ):
-        variant = replace(config, output=f"{config.output}{number}", steps=4, eval_data=None, **changed)
+        variant = replace(
+            config,
+            output=f"{config.output}{number}",
+            steps=4,
+            eval=EvalConfig(),
+            distill=replace(config.distill, **changed),
+        )
         train(variant)
         assert metrics(variant.output)[0]["loss"] != first["loss"]
 
@@ -422,7 +441,7 @@ def test_student_learns_the_teachers_distribution(tiny_corpus, tmp_path):
         model=replace(STUDENT, num_hidden_layers=2),
         batch_tokens=600,
         optimizer=OptimizerConfig(lr=2e-2, warmup_steps=5),
-        eval_data=tiny_corpus,
+        eval=EvalConfig(data=tiny_corpus),
         device="cpu",
         peak_tflops=1,
         log_interval=5,
@@ -433,8 +452,7 @@ def test_student_learns_the_teachers_distribution(tiny_corpus, tmp_path):
             output=str(tmp_path / "student"),
             steps=60,
             seed=11,
-            teacher=str(tmp_path / "teacher"),
-            alpha=1.0,
+            distill=DistillConfig(str(tmp_path / "teacher"), alpha=1.0),
             **common,
         )
     )
@@ -467,7 +485,7 @@ def test_teacher_that_does_not_fit_leaves_nothing_behind(config, tiny_model, tmp
         ),
     ]:
         with pytest.raises(UserError, match=message) as raised:
-            train(replace(config, teacher=teacher))
+            train(with_teacher(config, teacher))
         assert "\n" not in str(raised.value) and not Path(config.output).exists()
 
 
@@ -477,10 +495,12 @@ def test_teacher_below_the_tokenizer_but_above_the_corpus_is_taken_with_a_word(
     highest = training.Corpus(tiny_corpus).highest_id
     assert highest < 499
     with pytest.raises(UserError, match=f"has ids up to {highest}"):
-        train(replace(config, teacher=tiny_model(tmp_path / "one-less", vocab_size=highest)))
+        train(with_teacher(config, tiny_model(tmp_path / "one-less", vocab_size=highest)))
     train(
         replace(
-            config, teacher=tiny_model(tmp_path / "just", vocab_size=highest + 1), steps=2, eval_data=None
+            with_teacher(config, tiny_model(tmp_path / "just", vocab_size=highest + 1)),
+            steps=2,
+            eval=EvalConfig(),
         )
     )
     assert (
@@ -496,14 +516,20 @@ def test_teacher_below_the_tokenizer_but_above_the_corpus_is_taken_with_a_word(
         (dict(alpha=-0.1), "alpha must be between 0 and 1"),
         (dict(alpha=math.nan), "alpha must be between 0 and 1"),
         (dict(temperature=0.0), "temperature must be above 0, got 0.0"),
-        (dict(teacher=None), "alpha and temperature have no say without teacher"),
-        (dict(teacher=None, temperature=1.0), "alpha and temperature have no say without teacher"),
-        (dict(teacher=None, alpha=0.5), "alpha and temperature have no say without teacher"),
+        (dict(teacher=None), "distill.alpha and distill.temperature have no say without distill.teacher"),
+        (
+            dict(teacher=None, temperature=1.0),
+            "distill.alpha and distill.temperature have no say without distill.teacher",
+        ),
+        (
+            dict(teacher=None, alpha=0.5),
+            "distill.alpha and distill.temperature have no say without distill.teacher",
+        ),
     ],
 )
 def test_settings_out_of_range_and_without_a_teacher(config, changed, message):
     with pytest.raises(ValueError, match=message):
-        replace(config, **changed)
+        replace(config.distill, **changed)
 
 
 # ---- the command line, the model card ----
@@ -583,7 +609,7 @@ def test_model_card_says_what_the_loss_was(whole, tmp_path):
     assert (
         "- knowledge-distillation" in text
         and "- data-selection" not in text
-        and str(Path(whole.teacher).parent) not in text
+        and str(Path(whole.distill.teacher).parent) not in text
     )
     manifest = read_json(run / "manifest.json")
     (run / "manifest.json").write_text(
