@@ -2,18 +2,17 @@
 of the published models.
 
     document=n         T / n documents of n tokens
-    lengths=mixed
-    lengths from a log-normal distribution, median 500 tokens, σ = 1.3 (mean 1,164): a long tail as in web text and papers.
-                       The distribution is assumed, not measured on a corpus
+    lengths=mixed      lengths from a log-normal distribution, median 500 tokens, σ = 1.3 (mean 1,164): a long
+                       tail as in web text and papers. The distribution is assumed, not measured on a corpus
 
-    sdpa-cudnn, sdpa-flash
-    PyTorch's scaled_dot_product_attention, each document a padded row of a batch (at the end, where a causal mask hides it)
+    sdpa-cudnn, sdpa-flash    PyTorch's scaled_dot_product_attention, each document a padded row of a batch
+                          (at the end, where a causal mask hides it)
     flex                      FlexAttention, compiled, with a causal document mask over the packed tokens
     flash-attn-2, -3          flash_attn_varlen_func of flash-attn 2 and of Hopper's flash_attn_interface
 
 What comes before the call is not timed: padding, FlexAttention's block mask, compilation. FLOPs are those of
-the visible pairs alone, as is usual 2 products forward and 5 backward (with the scores once more): 4·D·Hq·Σ n
-(n + 1) / 2 for documents of n tokens, and 2.5 times that. Results and gradients are compared over the whole
+the visible pairs alone, as is usual: 2 products forward and 5 backward (with the scores once more): 4·D·Hq·Σ
+n (n + 1) / 2 for documents of n tokens, and 2.5 times that. Results and gradients are compared over the whole
 shape with float64.
 """
 

@@ -47,7 +47,7 @@ TARGETS = {
     "sm_120": ("cuda", 120, 170, 99 << 10, "mma.sync"),
     "gfx942": ("hip", "gfx942", 304, 64 << 10, "v_mfma"),
 }
-BY_DEFAULT = ("sm_80", "sm_90", "sm_100", "gfx942")  # the others' few spills are known: docs/log.md
+BY_DEFAULT = ("sm_80", "sm_90", "sm_100", "gfx942")  # the others' few spills are known: docs/facts.md
 COLUMNS = ("op", "kernel", "variant", "registers", "spilled", "shared", "matrix", "tma", "broken")
 
 

@@ -4,10 +4,10 @@ gradients of hidden and weight.
 There is no backward alone: most contenders compute the gradients during the forward pass. both − forward is
 what gradients cost.
 
-    GEMMs
-    the bare matrix products, one for forward, three for both (logits, dX, dW), into buffers that exist: the floor
-    liger-fp32
-    Liger with the weight's gradient accumulated in float32 (its default: in the weight's dtype)
+    GEMMs              the bare matrix products, one for forward, three for both (logits, dX, dW), into
+                       buffers that exist: the floor
+    liger-fp32         Liger with the weight's gradient accumulated in float32 (its default: in the weight's
+                       dtype)
     others             as in log_prob.py; cut-cross-entropy without its gradient filter
 
 All targets count. The loss and both gradients are compared over the whole shape with float64, computed 512

@@ -1,18 +1,17 @@
 """Vanilla KD, linear_distillation_loss with alpha 0.5: forward without gradients, and both = loss with the
 student's two gradients.
 
-    GEMMs
-    the bare matrix products: teacher's and student's logits; for both also the student's two gradients: the floor
+    GEMMs              the bare matrix products: teacher's and student's logits; for both also the student's
+                       two gradients: the floor
     eager, compile     logits of both, 0.5 · cross_entropy(float32) + 0.5 · kl_div(float32)
-    liger
-    0.5 · liger_fused_linear_cross_entropy + 0.5 · liger_fused_linear_jsd with jsd_beta=0, which is KL(teacher ‖ student)
-                       (Triton, written for Liger Kernel 0.8.5)
-    liger-chunked
-    liger_kernel.chunked_loss.LigerFusedLinearJSDLoss with beta=0 and equal weights (compiled PyTorch, 0.8.5)
+    liger              0.5 · liger_fused_linear_cross_entropy + 0.5 · liger_fused_linear_jsd with jsd_beta=0,
+                       which is KL(teacher ‖ student) (Triton, written for Liger Kernel 0.8.5)
+    liger-chunked      liger_kernel.chunked_loss.LigerFusedLinearJSDLoss with beta=0 and equal weights
+                       (compiled PyTorch, 0.8.5)
 
-Both of Liger's compute the gradients in the forward pass; liger-chunked does so without autograd too. All
-targets count. The loss and both gradients are compared over the whole shape with float64, computed 512 tokens
-at a time.
+Both of Liger's compute the gradients in the forward pass; liger-chunked does so without autograd too.
+All targets count. The loss and both gradients are compared over the whole shape with float64, computed 512
+tokens at a time.
 """
 
 from functools import partial

@@ -2,17 +2,17 @@
 
 A benchmark file is shapes, contenders and one call:
 
-    def cases(shape, device, dtype):
-    # a generator of one Case per pass; the inputs live as long as its frame
+    def cases(shape, device, dtype):  # yields a Case per pass; the inputs live as long as its frame
         x, weight = ...
-        def plain():        # prepare: imports, needs memory, compiles; returns the callable that is timed
+        def plain():  # prepare: imports, needs memory, compiles; returns the callable that is timed
             return lambda: torch.nn.functional.rms_norm(x, weight.shape, weight)
-        yield Case("forward", {"plain": plain, ...}, bytes=..., errors=lambda out: {"out": relative_error(out,
-        truth)})
+        def errors(out):
+            return {"out": relative_error(out, truth)}
+        yield Case("forward", {"plain": plain, ...}, bytes=..., errors=errors)
 
     if __name__ == "__main__":
-        run("rms_norm", __doc__, cases, shapes=[{"T": 16384, "d": 512}, ...], quick=[...], toy=[...],
-        baseline="plain", by="d")
+        shapes = [{"T": 16384, "d": 512}, ...]
+        run("rms_norm", __doc__, cases, shapes, quick=[...], toy=[...], baseline="plain", by="d")
 
 (Import harness before miniplm: it finds the package in a checkout that is not installed.)
 
@@ -28,13 +28,13 @@ else.
 
 A record: op, shape, dtype, pass, contender, and either skipped or
     ms, ms_low, ms_high  median, 20% and 80% quantile of the timed calls
-    tflops, gb_per_s
-    FLOPs and bytes of the case over ms: what the operation needs, not what the contender does
-    percent_of_ceiling
-    of the bf16 GEMM's rate where the case has FLOPs, else of the copy's, both measured in the same run
+    tflops, gb_per_s     FLOPs and bytes of the case over ms: what the operation needs, not what the contender
+                         does
+    percent_of_ceiling   of the bf16 GEMM's rate where the case has FLOPs, else of the copy's, both measured
+                         in the same run
     extra_bytes          peak_memory less the results (gradients are results); null on the CPU
-    error, accurate
-    relative errors against float64 by name ("inf": not finite), and whether all are within LIMITS; null: not compared
+    error, accurate      relative errors against float64 by name ("inf": not finite), and whether all are
+                         within LIMITS; null: not compared
 """
 
 import argparse
@@ -53,6 +53,7 @@ from pathlib import Path
 from typing import NamedTuple, Optional
 
 import torch
+from report import OURS, describe, plot, table, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 try:
@@ -70,15 +71,11 @@ LIMITS = {
     torch.bfloat16: 1e-2,
 }  # largest relative error of a right result
 PACKAGES = ("triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn")
-FLUSH = (
-    256 << 20
-    # bytes read before each timed call: several times any L2 cache. (What is written would be written back in
-    # the
-    # timed call's time.)
-)
+# Read before each timed call, several times any L2 cache. (What is written would be written back in the timed
+# call's time.)
+FLUSH_BYTES = 256 << 20
 WARM_MS = 50  # of calls before the timed ones: an idle GPU has slow clocks
-BUDGET_MS, FEWEST, MOST = 400, 7, 100  # timed calls: about BUDGET_MS in sum
-OURS = "miniplm"
+TIMED_MS, MIN_CALLS, MAX_CALLS = 400, 7, 100  # timed calls: about TIMED_MS in sum
 
 
 class Skip(Exception):
@@ -137,7 +134,7 @@ def measure(function) -> tuple[float, float, float]:
     """
     function()
     if torch.cuda.is_available():
-        flush = torch.zeros(FLUSH // 4, device="cuda")
+        flush = torch.zeros(FLUSH_BYTES // 4, device="cuda")
 
         def timed(count):
             events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
@@ -150,8 +147,8 @@ def measure(function) -> tuple[float, float, float]:
             return [start.elapsed_time(end) for start, end in events]
 
         estimate = min(timed(2))
-        timed(min(MOST, int(WARM_MS / estimate)))
-        times = timed(min(MOST, max(FEWEST, int(BUDGET_MS / estimate))))
+        timed(min(MAX_CALLS, int(WARM_MS / estimate)))
+        times = timed(min(MAX_CALLS, max(MIN_CALLS, int(TIMED_MS / estimate))))
     else:
         times = []
         for _ in range(3):
@@ -246,100 +243,19 @@ def contend(case: Case, name: str, dtype: torch.dtype, ceilings: dict) -> dict:
     }
 
 
-def write_json(path, report: dict):
-    """Replace the file in one step: neither a reader nor a run that is cut sees half a file."""
-    aside = f"{path}.tmp"
-    Path(aside).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    os.replace(aside, path)
-
-
-def describe(shape: dict) -> str:
-    return " ".join(f"{key}={value}" for key, value in shape.items())
-
-
-def ratio(report: dict, record: dict) -> Optional[float]:
-    """The record's time over that of the baseline in the same shape and pass."""
-    for other in report["records"]:
-        if (
-            other["contender"] == report["baseline"]
-            and "ms" in other
-            and all(other[key] == record[key] for key in ("shape", "pass"))
-        ):
-            return record["ms"] / other["ms"]
-    return None
-
-
-def table(report: dict) -> str:
-    lines, shape = (
-        [
-            f"{'pass':<10}{'contender':<26}"
-            + "".join(
-                f"{head:>10}" for head in ("ms", "ratio", "TFLOP/s", "GB/s", "% ceiling", "extra MB", "error")
-            )
-        ],
-        None,
+def _options(description: str, baseline: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for record in report["records"]:
-        if record["shape"] != shape:
-            shape = record["shape"]
-            lines.append(describe(shape))
-        line = f"{record['pass']:<10}{record['contender']:<26}"
-        if "skipped" in record:
-            lines.append(line + "  skipped: " + record["skipped"])
-            continue
-        extra = None if record["extra_bytes"] is None else record["extra_bytes"] / 1e6
-        error = max(map(float, record["error"].values()), default=None)
-        cells = (
-            (record["ms"], ".3f"),
-            (ratio(report, record), ".3f"),
-            (record["tflops"], ".1f"),
-            (record["gb_per_s"], ".0f"),
-            (record["percent_of_ceiling"], ".1f"),
-            (extra, ".1f"),
-            (error, ".1e"),
-        )
-        lines.append(
-            line
-            + "".join(f"{'-' if value is None else format(value, form):>10}" for value, form in cells)
-            + "  inaccurate" * (record["accurate"] is False)
-        )
-    return "\n".join(lines)
-
-
-def plot(report: dict, path, by: str):
-    """Time over that of the baseline against the size `by`; a panel for each pass and remaining sizes with
-    two points or more."""
-    try:
-        import matplotlib.figure
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-        return
-    panels = {}
-    for record in report["records"]:
-        if "ms" in record and by in record["shape"] and (value := ratio(report, record)):
-            rest = describe({key: size for key, size in record["shape"].items() if key != by})
-            panels.setdefault(f"{record['pass']}, {rest}", {}).setdefault(record["contender"], []).append(
-                (record["shape"][by], value)
-            )
-    panels = {title: lines for title, lines in panels.items() if max(map(len, lines.values())) > 1}
-    if not panels:
-        print(f"no plot: no contender ran with two values of {by} beside {report['baseline']}")
-        return
-    figure = matplotlib.figure.Figure(figsize=(5 * len(panels), 4), layout="constrained")
-    for axis, (title, lines) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
-        for name, points in lines.items():
-            axis.plot(
-                *zip(*sorted(points), strict=True),
-                marker="o",
-                label=name,
-                linewidth=3 if name.startswith(OURS) else 1,
-            )
-        axis.set(title=title, xlabel=by, ylabel=f"time / {report['baseline']}", yscale="log")
-        axis.legend(fontsize=7)
-    figure.suptitle(f"{report['op']}, {report['environment']['device']}" + ", toy sizes" * report["toy"])
-    figure.savefig(path)
+    parser.add_argument("--json", metavar="FILE", help="write the report here, anew after each contender")
+    parser.add_argument(
+        "--plot", metavar="FILE", help=f"draw the times over those of {baseline} (needs matplotlib)"
+    )
+    parser.add_argument("--quick", action="store_true", help="few shapes")
+    parser.add_argument(
+        "--only", metavar="NAME,NAME", type=lambda text: text.split(","), help="these contenders alone"
+    )
+    return parser.parse_args()
 
 
 def run(
@@ -361,24 +277,12 @@ def run(
         baseline: the contender whose time the others' are divided by. by: the size on the plot's horizontal
             axis.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the report here, anew after each contender")
-    parser.add_argument(
-        "--plot", metavar="FILE", help=f"draw the times over those of {baseline} (needs matplotlib)"
-    )
-    parser.add_argument("--quick", action="store_true", help="few shapes")
-    parser.add_argument(
-        "--only", metavar="NAME,NAME", type=lambda text: text.split(","), help="these contenders alone"
-    )
-    options = parser.parse_args()
+    options = _options(description, baseline)
     on_gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     torch.manual_seed(0)
     report = {
         "op": op,
-        "device": device,
+        "device": "cuda" if on_gpu else "cpu",
         "toy": not on_gpu,
         "only": options.only,
         "baseline": baseline,
@@ -388,27 +292,8 @@ def run(
         "finished": False,
         "records": [],
     }
-    known = set()
-    for shape in (quick if options.quick else shapes) if on_gpu else toy:
-        for case in cases(shape, device, dtype):
-            known |= set(case.contenders)
-            for name in case.contenders:
-                if options.only and name not in options.only:
-                    continue
-                print(f"{op}: {describe(shape)}: {case.name}: {name}", file=sys.stderr, flush=True)
-                figures = contend(case, name, dtype, report["ceilings"])
-                report["records"].append(
-                    {
-                        "op": op,
-                        "shape": shape,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "pass": case.name,
-                        "contender": name,
-                        **figures,
-                    }
-                )
-                if options.json:
-                    write_json(options.json, report)
+    chosen = (quick if options.quick else shapes) if on_gpu else toy
+    known = _measure_all(report, cases, chosen, options)
     report["finished"] = True
     if options.json:
         write_json(options.json, report)
@@ -420,13 +305,30 @@ def run(
         plot(report, options.plot, by)
     if unknown := set(options.only or ()) - known:
         sys.exit(f"--only: no contender {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
-    bad = [
-        record
-        for record in report["records"]
-        if record["contender"].startswith(OURS) and not record.get("accurate")
-    ]
-    if bad:
-        sys.exit(
-            "inaccurate or not run: "
-            + ", ".join(sorted({f"{record['contender']} ({record['pass']})" for record in bad}))
-        )
+    ours = [record for record in report["records"] if record["contender"].startswith(OURS)]
+    if bad := [record for record in ours if not record.get("accurate")]:
+        names = {f"{record['contender']} ({record['pass']})" for record in bad}
+        sys.exit("inaccurate or not run: " + ", ".join(sorted(names)))
+
+
+def _measure_all(report: dict, cases, shapes: list[dict], options) -> set[str]:
+    """Fill report["records"], written after each contender; returns the names of all contenders there are."""
+    dtype, known = torch.bfloat16 if report["device"] == "cuda" else torch.float32, set()
+    for shape in shapes:
+        for case in cases(shape, report["device"], dtype):
+            known |= set(case.contenders)
+            for name in case.contenders:
+                if options.only and name not in options.only:
+                    continue
+                print(f"{report['op']}: {describe(shape)}: {case.name}: {name}", file=sys.stderr, flush=True)
+                record = {
+                    "op": report["op"],
+                    "shape": shape,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "pass": case.name,
+                    "contender": name,
+                }
+                report["records"].append(record | contend(case, name, dtype, report["ceilings"]))
+                if options.json:
+                    write_json(options.json, report)
+    return known

@@ -1,7 +1,7 @@
 """One decoder layer, forward alone and forward with backward, against transformers' own Qwen2 layer (same
 weights, same documents).
 
-    miniplm, miniplm-compile   miniplm.decoder.Layer on packed documents
+    miniplm, miniplm-compile   miniplm.models.decoder.Layer on packed documents
     eager, compile             Qwen2DecoderLayer on [B, 1,024] with SDPA attention
 
 The weights are in the dtype of the run; the backward pass gives the gradients of the input and of all
@@ -15,24 +15,50 @@ from harness import Case, relative_error, run
 LENGTH = 1024
 
 
-def cases(shape, device, dtype):
+def contender(function, module, compiled: bool, gradients: bool, x, grad):
+    """One pass of a layer: forward alone, or with the gradients of x and of all parameters for this grad."""
+
+    def prepare():
+        called = function
+        if compiled:
+            torch._dynamo.reset()
+            called = torch.compile(function, dynamic=False, fullgraph=True)
+        inputs = [x.detach().requires_grad_(), *module.parameters()]
+
+        def call():
+            with torch.set_grad_enabled(gradients):
+                out = called(inputs[0])
+                return (out.detach(), *torch.autograd.grad(out, inputs, grad)) if gradients else (out,)
+
+        return call
+
+    return prepare
+
+
+def qwen2_config(shape):
     from transformers import Qwen2Config
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
-    from miniplm.models.decoder import Decoder
-
-    d, heads, length = shape["d"], shape["heads"], min(LENGTH, shape["T"] // 3)
-    documents = shape["T"] // length
     config = Qwen2Config(
-        hidden_size=d,
+        hidden_size=shape["d"],
         intermediate_size=shape["f"],
         num_hidden_layers=1,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["heads"],
         vocab_size=8,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )
     config._attn_implementation = "sdpa"
+    return config
+
+
+def cases(shape, device, dtype):
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
+
+    from miniplm.models.decoder import Decoder
+
+    d, length = shape["d"], min(LENGTH, shape["T"] // 3)
+    documents = shape["T"] // length
+    config = qwen2_config(shape)
     model = Decoder(config).to(device, dtype)
     layer, theirs = model.model.layers[0], Qwen2DecoderLayer(config, 0).to(device, dtype)
     theirs.load_state_dict(layer.state_dict())
@@ -67,28 +93,11 @@ def cases(shape, device, dtype):
             for found, (key, exact) in zip(results, truth.items(), strict=False)
         }
 
-    def contender(function, module, compiled, gradients):
-        def prepare():
-            called = function
-            if compiled:
-                torch._dynamo.reset()
-                called = torch.compile(function, dynamic=False, fullgraph=True)
-            inputs = [x.detach().requires_grad_(), *module.parameters()]
-
-            def call():
-                with torch.set_grad_enabled(gradients):
-                    out = called(inputs[0])
-                    return (out.detach(), *torch.autograd.grad(out, inputs, grad)) if gradients else (out,)
-
-            return call
-
-        return prepare
-
     matrices = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim == 2)
     flops = 2 * len(x) * (matrices + d * (length + 1))
     for name, gradients in (("forward", False), ("both", True)):
         contenders = {
-            key: contender(function, module, compiled, gradients)
+            key: contender(function, module, compiled, gradients, x, grad)
             for key, function, module, compiled in (
                 ("miniplm", ours, layer, False),
                 ("miniplm-compile", ours, layer, True),

@@ -1,18 +1,15 @@
 """What people would use instead of miniplm to train on a corpus and to score it, each a function, written
 here from its published behaviour.
 
-    authors
-    as the paper's authors do it: batches padded to their longest chunk, with a padding mask; full logits; fp16, in training with
-                  a loss scale; AdamW neither fused nor multi-tensor; the host waits for each batch; scoring:
-                  one model after the other
+    authors       as the paper's authors do it: batches padded to their longest chunk, with a padding mask;
+                  full logits; fp16, in training with a loss scale; AdamW neither fused nor multi-tensor; the
+                  host waits for each batch; scoring: one model after the other
     transformers  Hugging Face's models with SDPA, compiled together with the loss; bf16; fused AdamW; chunks
-    padded to the full length, so
-                  that shapes are static and causal attention needs no mask
-    liger
-    the same, with Liger Kernel's norms, rotary, SwiGLU and fused linear cross-entropy (written for Liger Kernel 0.8.5)
-    plain
-    no contender but what results are compared with: transformers as it is, in any dtype. (In float64 its norms and rotary tables
-                  stay float32, as transformers has them.)
+                  padded to the full length, so that shapes are static and causal attention needs no mask
+    liger         the same, with Liger Kernel's norms, rotary, SwiGLU and fused linear cross-entropy (written
+                  for Liger Kernel 0.8.5)
+    plain         no contender but what results are compared with: transformers as it is, in any dtype. (In
+                  float64 its norms and rotary tables stay float32, as transformers has them.)
 
 In training weights, gradients and moments are float32, forward and backward run under autocast; in scoring
 the weights are in the lower dtype. Each is a context manager, (job, chunks per batch) → Contender, so that

@@ -4,30 +4,29 @@ what people would use instead.
     python benchmarks/pipeline.py train|score [--json FILE] [--quick] [--only NAME,NAME] [--profile FILE]
     python benchmarks/pipeline.py train --loss-curve STEPS [--json FILE]
 
-miniplm is the project's own core: data_order.global_batch, training.make_optimizer and train_step;
-batches.pack, scoring.score_batch; "miniplm fp8" scores as --precision fp8 does, "miniplm compiled" has its
-layers compiled by torch (is there a gain?). The others are in peers.py, models and chunks in workload.py.
-Batches are made in a background thread, for all contenders alike; where memory is short, the chunks per batch
-are halved until they fit.
+miniplm is the project's own core: data.order.global_batch, stages.train's make_optimizer and train_step;
+data.batches.pack, stages.score's score_batch; "miniplm fp8" scores as --precision fp8 does, "miniplm
+compiled" has its layers compiled by torch (is there a gain?). These are in own.py, the others in peers.py,
+models and chunks in workload.py. Batches are made in a background thread, for all contenders alike; where
+memory is short, the chunks per batch are halved until they fit.
 
 A record: op, shape (model, chunks per training step or in all, length), dtype, contender, and either skipped
 (why it failed) or
     chunks_per_batch      in a micro-batch of training, in a batch of scoring
-    tokens_per_second, _low, _high
-    predictions over time: median, lowest and highest of REPEATS passes that nothing interrupts
-    mfu
-    FLOPs that the models need (no padding, nothing twice) over time and the GEMM's rate in the same run; null on the CPU
-    peak_bytes        GPU memory at the peak of these passes, weights and optimiser included; null on the CPU
-    split
-    shares of a further, instrumented pass, on the GPU's timeline (on the CPU by the clock): data (waiting for a batch, copying
-                          it), forward, head (with its gradients where the forward pass makes them), backward,
-                          optimiser (with clipping), other
-    error, limit, accurate
-    before the first update: the loss and all gradients, or the scores, against plain transformers in float64,
-                          ‖x − x*‖ / ‖x*‖; at most twice that of plain transformers in the same dtype, plus
-                          FLOOR
-    agreement
-    of the scores with miniplm's: Spearman's rank correlation, and the share selected or dropped alike at ratio 0.5
+    tokens_per_second, _low, _high   predictions over time: median, lowest and highest of REPEATS passes that
+                          nothing interrupts
+    mfu                   FLOPs that the models need (no padding, nothing twice) over time and the GEMM's rate
+                          in the same run; null on the CPU
+    peak_bytes            GPU memory at the peak of these passes, weights and optimiser included; null on the
+                          CPU
+    split                 shares of a further, instrumented pass, on the GPU's timeline (on the CPU by the
+                          clock): data (waiting for a batch, copying it), forward, head (with its gradients
+                          where the forward pass makes them), backward, optimiser (with clipping), other
+    error, limit, accurate   before the first update: the loss and all gradients, or the scores, against plain
+                          transformers in float64, ‖x − x*‖ / ‖x*‖; at most twice that of plain transformers
+                          in the same dtype, plus FLOOR
+    agreement             of the scores with miniplm's: Spearman's rank correlation, and the share selected or
+                          dropped alike at ratio 0.5
 Exit status 1 if miniplm fails or is not accurate.
 
 --loss-curve STEPS: instead of all that, miniplm and plain transformers train a model for so many steps, from
@@ -37,7 +36,6 @@ FILE: a Chrome trace of one more pass of the first contender. Without CUDA: toys
 """
 
 import argparse
-import contextlib
 import gc
 import json
 import math
@@ -45,17 +43,14 @@ import statistics
 import sys
 
 import harness
+import own
 import peers
 import render
 import torch
 import workload
-from workload import EOS, OPTIMIZER, Contender, Job
+from workload import Job
 
 from miniplm.config import OptimizerConfig
-from miniplm.data.batches import Batch, pack, pinned, prefetch, split_by_tokens
-from miniplm.data.order import global_batch
-from miniplm.models.decoder import Decoder
-from miniplm.models.float8 import to_float8
 from miniplm.stages import score as scoring
 from miniplm.stages import train as training
 
@@ -70,101 +65,16 @@ TOYS = {
     "loss curve": [{"model": "toy", "chunks": 8, "length": 64}],
 }
 REPEATS = 3  # timed passes
-BATCH = {
-    "cuda": (64, 16),
-    "cpu": (4, 4),
-}  # chunks per batch to begin with: miniplm's default in tokens; that of the peers, most of whom hold logits
+# Chunks per batch to begin with: miniplm's default in tokens; that of the peers, most of whom hold logits.
+BATCH = {"cuda": (64, 16), "cpu": (4, 4)}
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
 
 
-@contextlib.contextmanager
-def ours(job: Job, rows: int, prepare=lambda model: model):
-    """prepare: makes of each model what is run."""
-    models, device = [], torch.device(job.device)
-    for config, state in zip(job.configs, job.states, strict=True):
-        with torch.device(job.device):
-            models.append(Decoder(config).to(job.device, torch.float32 if job.trains else job.dtype).eval())
-        models[-1].load_state_dict(state)
-        prepare(models[-1])
-    parts = {
-        "data": [(workload, "next_batch"), (Batch, "to")],
-        "forward": [(model, "forward") for model in models],
-    }
-    if not job.trains:
-        named = dict(zip(scoring.ROLES, models, strict=True))
-
-        def score(chunks):
-            groups = split_by_tokens([len(chunk) for chunk in chunks], rows * job.length)
-            with (
-                torch.inference_mode(),
-                contextlib.closing(
-                    prefetch(pinned((pack(chunks[group], EOS) for group in groups), device))
-                ) as batches,
-            ):
-                found = [
-                    scoring.score_batch(
-                        named, workload.next_batch(batches).to(job.device), job.configs[0].vocab_size
-                    )["score"]
-                    for _ in groups
-                ]
-                return torch.cat(found).cpu()
-
-        yield Contender(score, models, {**parts, "head": [(scoring, "difference_score")]})
-        return
-    optimizer = training.make_optimizer(models[0], OPTIMIZER)
-
-    def train(steps, rates):
-        with contextlib.closing(
-            prefetch(list(pinned(global_batch(chunks, EOS, rows * job.length), device)) for chunks in steps)
-        ) as batches:
-            return [
-                training.train_step(
-                    models[0],
-                    optimizer,
-                    workload.next_batch(batches),
-                    rate,
-                    OPTIMIZER.max_grad_norm,
-                    job.dtype,
-                )[0]
-                for rate in rates
-            ]
-
-    yield Contender(
-        train,
-        models,
-        {
-            **parts,
-            "head": [(training, "linear_cross_entropy")],
-            "backward": [(torch.Tensor, "backward")],
-            "optimiser": [(torch.nn.utils, "clip_grad_norm_"), (optimizer, "zero_grad"), (optimizer, "step")],
-        },
-    )
-
-
-@contextlib.contextmanager
-def float8(job: Job, rows: int):
-    with ours(job, rows, to_float8) as contender:
-        yield contender
-
-
-@contextlib.contextmanager
-def compiled(job: Job, rows: int):
-    def compile_layers(model):
-        for layer in model.model["layers"]:  # each by itself: they are all alike, so one is compiled
-            layer.compile(dynamic=True, backend="inductor" if job.device == "cuda" else "aot_eager")
-
-    try:
-        with ours(job, rows, compile_layers) as contender:
-            yield contender
-    finally:
-        torch._dynamo.reset()
-
-
 CONTENDERS = {
-    harness.OURS: ours,
+    harness.OURS: own.ours,
     **peers.PEERS,
-    harness.OURS + " fp8": float8,
-    harness.OURS + " compiled": compiled,
+    harness.OURS + " fp8": own.float8,
+    harness.OURS + " compiled": own.compiled,
 }
 
 
@@ -236,7 +146,7 @@ def loss_curve(job: Job, per_step: int, steps: int) -> dict:
     rates = [training.learning_rate(step + 1, steps, config) for step in range(steps)]
     full, curves = torch.float64 if job.device == "cpu" else torch.float32, {}
     for name, make, dtype in (
-        (harness.OURS, ours, job.dtype),
+        (harness.OURS, own.ours, job.dtype),
         ("plain", peers.plain, job.dtype),
         ("full precision", peers.plain, full),
     ):
@@ -269,7 +179,7 @@ def chunks_of(shape: dict, job: Job):
     return workload.synthetic_chunks(shape["chunks"] * (workload.STEPS if job.trains else 1), job, seed=0)
 
 
-def main():
+def read_options():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -288,17 +198,25 @@ def main():
         help="write a trace of one pass of the first contender (.json or .json.gz)",
     )
     options = parser.parse_args()
-    names = [
-        name for name, contender in CONTENDERS.items() if options.op == "score" or contender is not float8
-    ]
+    names = [name for name in CONTENDERS if options.op == "score" or CONTENDERS[name] is not own.float8]
     if unknown := set(options.only or ()) - set(names):
         sys.exit(
             f"--only: no contender {', '.join(sorted(unknown))} in {options.op}; there are {', '.join(names)}"
         )
-    options.only = options.only or names
+    options.only = [name for name in names if not options.only or name in options.only]
     if options.loss_curve and options.op != "train":
         sys.exit("--loss-curve goes with train")
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    return options
+
+
+def job_of(shape: dict, device: str, spread=True) -> Job:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return workload.make_job(shape["model"].split(" + "), device, dtype, shape["length"], spread)
+
+
+def main():
+    options = read_options()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     op = "loss curve" if options.loss_curve else options.op
     shapes = (SHAPES if device == "cuda" else TOYS)[op]
     report = {
@@ -311,70 +229,65 @@ def main():
         "finished": False,
         "records": [],
     }
-
-    def write():
-        if options.json:
-            harness.write_json(options.json, report)
-
-    def job_of(shape, spread=True):
-        return workload.make_job(shape["model"].split(" + "), device, dtype, shape["length"], spread)
-
     if options.loss_curve:
-        curve = loss_curve(job_of(shapes[0], spread=False), shapes[0]["chunks"], options.loss_curve)
+        job = job_of(shapes[0], device, spread=False)
+        curve = loss_curve(job, shapes[0]["chunks"], options.loss_curve)
         report |= {"shape": shapes[0], "loss_curve": curve, "finished": True}
-        write()
+        write(report, options)
         print(json.dumps({key: curve[key] for key in ("steps", "distance", "equal")}))
         sys.exit(not curve["equal"])
     for shape in shapes[:1] if options.quick else shapes:
-        job = job_of(shape)
-        chunks = chunks_of(shape, job)
-        checked = workload.synthetic_chunks(BATCH[device][1], job, seed=1)
-        truth, limit = truth_and_limits(job, checked)
-        own = None
-        for name in names:
-            if name in options.only:
-                print(f"{options.op}: {harness.describe(shape)}: {name}", file=sys.stderr, flush=True)
-                record = contend(name, job, chunks, checked, truth, limit, report["ceilings"]["gemm_tflops"])
-                scores = record.pop("scores", None)
-                if name == harness.OURS:
-                    own = scores
-                elif own is not None and scores is not None:
-                    record["agreement"] = scoring.rank_agreement(own, scores)
-                report["records"].append(
-                    {
-                        "op": options.op,
-                        "shape": shape,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "contender": name,
-                        **record,
-                    }
-                )
-                write()
+        measure_all(report, shape, options)
     report["finished"] = True
-    write()
+    write(report, options)
+    finish(report, options)
+
+
+def write(report: dict, options):
+    if options.json:
+        harness.write_json(options.json, report)
+
+
+def measure_all(report: dict, shape: dict, options):
+    """The records of all contenders at one shape, the report written after each."""
+    job = job_of(shape, report["device"])
+    chunks, checked = chunks_of(shape, job), workload.synthetic_chunks(BATCH[job.device][1], job, seed=1)
+    truth, limit = truth_and_limits(job, checked)
+    own_scores = None
+    for name in options.only:
+        print(f"{options.op}: {harness.describe(shape)}: {name}", file=sys.stderr, flush=True)
+        figures = contend(name, job, chunks, checked, truth, limit, report["ceilings"]["gemm_tflops"])
+        scores = figures.pop("scores", None)
+        if name == harness.OURS:
+            own_scores = scores
+        elif own_scores is not None and scores is not None:
+            figures["agreement"] = scoring.rank_agreement(own_scores, scores)
+        dtype = str(job.dtype).removeprefix("torch.")
+        report["records"].append(
+            {"op": options.op, "shape": shape, "dtype": dtype, "contender": name, **figures}
+        )
+        write(report, options)
+
+
+def finish(report: dict, options):
+    """Trace and table; exit status 1 where ours failed."""
     ran = [record for record in report["records"] if "skipped" not in record]
     if options.profile and ran:
-        profile(options.profile, ran[0], job_of)
+        profile(options.profile, ran[0], report["device"])
     print(json.dumps({key: report[key] for key in ("environment", "ceilings")}))
     print("\n".join(render.pipeline_table(report)))
     if report["toy"]:
         print("toys on the CPU: a test of this benchmark, not a measurement")
-    bad = [
-        record
-        for record in report["records"]
-        if record["contender"] == harness.OURS and not record.get("accurate")
-    ]
-    if bad:
-        sys.exit(
-            "inaccurate or not run: "
-            + ", ".join(f"{record['contender']} ({record['shape']['model']})" for record in bad)
-        )
+    ours = [record for record in report["records"] if record["contender"] == harness.OURS]
+    if bad := [record for record in ours if not record.get("accurate")]:
+        names = (f"{record['contender']} ({record['shape']['model']})" for record in bad)
+        sys.exit("inaccurate or not run: " + ", ".join(names))
 
 
-def profile(path: str, record: dict, job_of):
+def profile(path: str, record: dict, device: str):
     """A trace of one pass of the contender of this record."""
     free()
-    job = job_of(record["shape"])
+    job = job_of(record["shape"], device)
     chunks = chunks_of(record["shape"], job)
     with CONTENDERS[record["contender"]](job, record["chunks_per_batch"]) as contender:
         workload.run_pass(contender, job, chunks)

@@ -1,16 +1,15 @@
 """`miniplm prepare` against the bare fast tokenizer: the same text, the same ids, in one run.
 
-    bare
-    tokenizers' own multi-threaded encode_batch_fast over texts that are in memory; the ids are not even fetched
-    prepare
-    a .jsonl file → a complete corpus folder: worker processes are started, lines read, parsed and checked, chunks cut,
-               files written and hashed
+    bare       tokenizers' own multi-threaded encode_batch_fast over texts that are in memory; the ids are not
+               even fetched
+    prepare    a .jsonl file → a complete corpus folder: worker processes are started, lines read, parsed and
+               checked, chunks cut, files written and hashed
 
 Text: the sources of Python's standard library. Each round runs both; speed is that of the fastest round, for
 other work on the machine only slows one. CPU seconds, workers' included, show the work itself.
 
-    python benchmarks/prepare.py [--megabytes 24] [--rounds 3] [--workers N] [--tokenizer FOLDER] [--json
-    FILE]
+    python benchmarks/prepare.py [--megabytes 24] [--rounds 3] [--workers N] [--tokenizer FOLDER]
+                                 [--json FILE]
 """
 
 import argparse

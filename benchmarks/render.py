@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import harness
+from report import ratio as time_ratio
 
 RESULTS, README = harness.ROOT / "benchmarks" / "results", harness.ROOT / "README.md"
 MARKERS = "<!-- GPU figures, written by benchmarks/render.py -->", "<!-- end of the GPU figures -->"
@@ -138,7 +139,7 @@ def op_table(report: dict) -> list[str]:
             if "skipped" in record:
                 rows.append([*row, f"did not run: {record['skipped'].replace('|', '/')}", *[""] * 5])
                 continue
-            ratio, extra = harness.ratio(report, record), record["extra_bytes"]
+            ratio, extra = time_ratio(report, record), record["extra_bytes"]
             rows.append(
                 [
                     *row,

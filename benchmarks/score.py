@@ -1,11 +1,11 @@
 """Scoring on the CPU: `miniplm score`'s core against the loop that people write, same models and same chunks,
 in one run.
 
-    padded
-    transformers, right-padded batches, model(...).logits, fp32 cross-entropy, masked mean per chunk, one model after
-              the other (how the published authors score); padded to the longest chunk of a batch
-    miniplm
-    packed batches, both bodies on the same batch, both heads in difference_score; no [tokens, vocabulary] tensor
+    padded    transformers, right-padded batches, model(...).logits, fp32 cross-entropy, masked mean per
+              chunk, one model after the other (how the published authors score); padded to the longest chunk
+              of a batch
+    miniplm   packed batches, both bodies on the same batch, both heads in difference_score; no [tokens,
+              vocabulary] tensor
 
 Each runs in a process of its own: load, one small batch, then passes over all chunks. Memory is the highest
 resident size during the passes beyond that before, sampled every 2 ms. Speed is that of the fastest pass:
@@ -13,8 +13,8 @@ other work on the machine only slows a pass. The scores of both must agree.
 Chunk lengths are as prepare makes them: full, less the way back to the last sentence end (here geometric,
 mean 20 tokens).
 
-    python benchmarks/score.py [--teacher 384,1024,4,6] [--reference 192,512,2,3] [--vocab-size 32768] [--rows
-    32] [--json FILE]
+    python benchmarks/score.py [--teacher 384,1024,4,6] [--reference 192,512,2,3] [--vocab-size 32768]
+                               [--rows 32] [--json FILE]
 """
 
 import argparse

@@ -119,6 +119,43 @@ def configurations(name, where, bucket, wide):
     return [config for i, config in enumerate(found) if config not in found[:i]]
 
 
+class Timer:
+    """Stands in for tuning.launch: times all configurations of each kernel, bucket and shape once.
+
+    shape: that of the call under way.
+    """
+
+    def __init__(self, report: dict, options):
+        self.report, self.options, self.shape, self.seen = report, options, None, set()
+
+    def launch(self, name, run, device, **bucket):
+        found = configurations(name, tuning.target(device), bucket, self.options.near)
+        key = (name, *sorted(bucket.items()), *self.shape.items())
+        # What is launched on condition mostly returns at once: its time says nothing.
+        if name in self.options.only and key not in self.seen and not bucket.get("conditional"):
+            self.seen.add(key)
+            self.report["timings"] += [self.time(name, bucket, config, run) for config in found]
+            if self.options.json:
+                harness.write_json(self.options.json, self.report)
+        return run(found[0])
+
+    def time(self, name, bucket, config, run) -> dict:
+        timing = {
+            "kernel": name,
+            "bucket": bucket,
+            "shape": self.shape,
+            "blocks": config.blocks,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            "per_processor": config.per_processor,
+        }
+        try:
+            ms, low, high = harness.measure(lambda: run(config))
+        except Exception as problem:  # too many registers, too much shared memory, anything
+            return timing | {"failed": harness.reason(problem)}
+        return timing | {"ms": ms, "ms_low": low, "ms_high": high}
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -146,43 +183,11 @@ def main():
         "finished": False,
         "timings": [],
     }
-    seen, shape = set(), None
-
-    def launch(name, run, device, **bucket):
-        """In place of tuning.launch: time all configurations of a kernel and bucket that is new, then run the
-        first."""
-        where = tuning.target(device)
-        found, key = (
-            configurations(name, where, bucket, options.near),
-            (name, *sorted(bucket.items()), *shape.items()),
-        )
-        if (
-            name in options.only and key not in seen and not bucket.get("conditional")
-        ):  # what is launched on condition mostly returns at once
-            seen.add(key)
-            for config in found:
-                timing = {
-                    "kernel": name,
-                    "bucket": bucket,
-                    "shape": shape,
-                    "blocks": config.blocks,
-                    "num_warps": config.num_warps,
-                    "num_stages": config.num_stages,
-                    "per_processor": config.per_processor,
-                }
-                try:
-                    ms, low, high = harness.measure(lambda config=config: run(config))
-                    timing |= {"ms": ms, "ms_low": low, "ms_high": high}
-                except Exception as problem:  # too many registers, too much shared memory, anything
-                    timing["failed"] = harness.reason(problem)
-                report["timings"].append(timing)
-            if options.json:
-                harness.write_json(options.json, report)
-        return run(found[0])
-
-    tuning.launch = launch
+    timer = Timer(report, options)
+    tuning.launch = timer.launch
     for shape, make in calls(device, dtype):
         print("tune:", harness.describe(shape), file=sys.stderr, flush=True)
+        timer.shape = shape
         try:
             make()()
         except Exception as problem:

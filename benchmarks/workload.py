@@ -13,7 +13,7 @@ import torch
 
 from miniplm.config import OptimizerConfig, StudentConfig
 from miniplm.models.decoder import Decoder, student_config
-from miniplm.stages.prepare import cut
+from miniplm.stages.prepare import chunk_ends
 from miniplm.stages.train import training_flops
 
 EOS = 0
@@ -116,7 +116,7 @@ def synthetic_chunks(count: int, job: Job, seed: int) -> list[np.ndarray]:
     ids = (vocab_size ** rng.random(size)).astype(np.int64).clip(EOS + 1, vocab_size - 1)
     ends = np.cumsum(rng.lognormal(np.log(0.3 * job.length), 1.2, size).astype(np.int64) + 1)
     ids[ends[ends < size]] = EOS
-    chunks = np.split(ids, cut((ids == EOS) | (rng.random(size) < 1 / 20), job.length + 1))[:count]
+    chunks = np.split(ids, chunk_ends((ids == EOS) | (rng.random(size) < 1 / 20), job.length + 1))[:count]
     assert len(chunks) == count
     return chunks
 

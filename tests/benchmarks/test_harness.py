@@ -1,114 +1,18 @@
-"""The op benchmarks and their harness: every file in benchmarks/ that defines `cases` runs at toy size on the
-CPU; a wrong, missing or failing contender and a cut run are seen for what they are."""
+"""The harness of the op benchmarks: a wrong, missing or failing contender and a cut run are seen as such."""
 
-import importlib
 import json
 import math
 import os
-import re
-import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = sorted(
-    path.stem
-    for path in (ROOT / "benchmarks").glob("*.py")
-    if re.search(r"^def cases\(", path.read_text(), re.MULTILINE)
-)
-PEERS = {"eager", "compile", "torch", "liger", "liger-cutedsl", "cut-cross-entropy", "quack"}
-CONTENDERS = {  # (benchmark, pass) → who must be there
-    ("log_prob", "forward"): {"miniplm", "GEMM"} | PEERS,
-    ("cross_entropy", "forward"): {"miniplm", "GEMMs", "liger-fp32"} | PEERS,
-    ("cross_entropy", "both"): {"miniplm", "GEMMs", "liger-fp32"} | PEERS,
-    ("distillation", "forward"): {"miniplm", "GEMMs", "eager", "compile", "liger", "liger-chunked"},
-    ("distillation", "both"): {"miniplm", "GEMMs", "eager", "compile", "liger", "liger-chunked"},
-}
 WITHOUT_GPU = pytest.mark.skipif(
     torch.cuda.is_available(), reason="with a GPU the benchmarks run at full size"
 )
-
-
-@pytest.fixture
-def module(monkeypatch):
-    """module("harness") imports benchmarks/harness.py."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module
-
-
-@pytest.fixture
-def harness(module):
-    return module("harness")
-
-
-def command_line(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
-
-
-def test_the_head_benchmarks_are_found():
-    assert {"log_prob", "cross_entropy", "distillation"} <= set(BENCHMARKS)
-
-
-@WITHOUT_GPU
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_benchmark_runs_at_toy_size(name, tmp_path):
-    done = command_line(f"benchmarks/{name}.py", "--json", tmp_path / "report.json")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "toy sizes on the CPU" in done.stdout
-    assert os.listdir(tmp_path) == ["report.json"]
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["op"], report["device"], report["toy"], report["finished"]) == (name, "cpu", True, True)
-    assert report["environment"]["torch"] == torch.__version__
-    assert report["ceilings"] == {"gemm_tflops": None, "copy_gb_per_s": None}
-    assert any(record["contender"] == report["baseline"] and "ms" in record for record in report["records"])
-    found = {}
-    for record in report["records"]:
-        found.setdefault((name, record["pass"], json.dumps(record["shape"])), []).append(record["contender"])
-        assert record["contender"] in done.stdout
-        if "skipped" in record:
-            assert len(record["skipped"]) > 10 and record["skipped"] in done.stdout
-            assert "miniplm" not in record["contender"] and record["contender"] not in (
-                "eager",
-                report["baseline"],
-            )
-        else:
-            assert 0 < record["ms_low"] <= record["ms"] <= record["ms_high"]
-            assert record["percent_of_ceiling"] is record["extra_bytes"] is None
-            assert all(float(error) < 1e-5 for error in record["error"].values()), record
-            assert record["accurate"] is (True if record["error"] else None)
-        if "miniplm" in record["contender"]:
-            assert record["accurate"] is True
-    for (benchmark, name_of_pass, _), contenders in found.items():
-        assert len(set(contenders)) == len(contenders)
-        assert set(contenders) == CONTENDERS.get((benchmark, name_of_pass), set(contenders))
-
-
-@WITHOUT_GPU
-def test_a_checkout_need_not_be_installed(tmp_path):
-    """-S: the packages that are installed are found, links to checkouts (editable installs) are not."""
-    packages = os.pathsep.join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-    program = (
-        "import sys; sys.path.insert(0, 'benchmarks'); import harness, miniplm.kernels; "
-        "print(miniplm.kernels.__file__)"
-    )
-    done = command_line("-S", "-c", program, PYTHONPATH=packages, PYTHONSAFEPATH="1")
-    assert done.returncode == 0, done.stderr
-    if not (Path(sysconfig.get_path("purelib")) / "miniplm").exists():
-        assert done.stdout.strip() == str(ROOT / "kernels" / "__init__.py")
-
-
-# --- errors ---
 
 
 def test_relative_error(harness):
@@ -165,8 +69,6 @@ def test_the_truth_is_that_of_autograd(module):
         for value, want in zip(found, expected, strict=True):
             torch.testing.assert_close(value, want.detach())
 
-
-# --- a run ---
 
 SHAPES = [{"T": 8, "d": 4}, {"T": 8, "d": 6}]
 
@@ -323,9 +225,6 @@ def test_plot(harness, monkeypatch, tmp_path, capsys):
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-# --- time and memory ---
-
-
 def test_times_on_the_cpu_are_milliseconds(harness, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     median, low, high = harness.measure(lambda: time.sleep(0.02))
@@ -353,70 +252,3 @@ def test_time_on_a_gpu(harness):
     clock = 1e6  # torch.cuda._sleep counts clocks; no GPU runs at less than 0.2 or more than 5 GHz under load
     median, low, high = harness.measure(lambda: torch.cuda._sleep(int(50 * clock)))
     assert 10 < low <= median <= high < 250
-
-
-# --- tune ---
-
-
-@WITHOUT_GPU
-def test_tune_times_every_kernel(module, tmp_path):
-    pytest.importorskip("triton")
-    done = command_line("benchmarks/tune.py", "--json", tmp_path / "report.json")
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["finished"] and report["toy"] and all(timing["ms"] > 0 for timing in report["timings"])
-    assert {timing["kernel"] for timing in report["timings"]} == set(module("tune").tuning.CANDIDATES) - {
-        "divergence"
-    }  # that one hardly ever runs
-
-
-@WITHOUT_GPU
-def test_tune_goes_on_after_a_failure(module, monkeypatch, tmp_path, capsys):
-    pytest.importorskip("triton")
-    tune = module("tune")
-    monkeypatch.setenv("MINIPLM_KERNELS", "auto")
-    monkeypatch.setattr(tune.tuning, "launch", tune.tuning.launch)  # main replaces it
-    (good,) = tune.tuning.CANDIDATES["swiglu"](tune.tuning.INTERPRETER, itemsize=4)
-    monkeypatch.setitem(
-        tune.tuning.CANDIDATES,
-        "swiglu",
-        lambda *_, **__: [good, good._replace(blocks={"BLOCK_R": 3, "BLOCK_F": 64})],
-    )  # no power of two
-    monkeypatch.setattr(sys, "argv", ["tune.py", "--only", "swiglu", "--json", str(tmp_path / "report.json")])
-    with pytest.raises(SystemExit, match="some configurations failed"):
-        tune.main()
-    one, other = json.loads((tmp_path / "report.json").read_text())["timings"]
-    assert (
-        one["blocks"] == good.blocks
-        and one["ms"] > 0
-        and "ms" not in other
-        and "power of 2" in other["failed"]
-    )
-    lines = capsys.readouterr().out.splitlines()
-    assert (
-        lines[1] == "swiglu: op=swiglu d=64 itemsize=4"
-        and lines[2].endswith("(default)")
-        and "1.000" in lines[2]
-        and "failed: " in lines[3]
-    )
-
-
-def test_tune_tries_configurations_near_the_candidates(module):
-    tune = module("tune")
-    config = tune.tuning.Config({"BLOCK_R": 4, "BLOCK_D": 64, "SUM": True}, num_warps=1, num_stages=1)
-    found = tune.configurations(
-        "rms_norm_backward", tune.tuning.INTERPRETER, {"width": 64, "itemsize": 4}, wide=True
-    )
-    assert (
-        len(found) == len({str(config) for config in found})
-        and found[0] == tune.tuning.CANDIDATES["rms_norm_backward"](tune.tuning.INTERPRETER, 64, 4)[0]
-    )
-    near = list(tune.near("rms_norm_backward", config, {"width": 64}))
-    assert {other.blocks["BLOCK_R"] for other in near} == {2, 4, 8} and {
-        other.blocks["BLOCK_D"] for other in near
-    } == {64}
-    assert {other.num_warps for other in near} == {1, 2} and {other.num_stages for other in near} == {
-        1,
-        2,
-    } == {other.per_processor for other in near}
-    assert {other.per_processor for other in tune.near("swiglu", config, {})} == {1}
