@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..runtime.errors import UserError
 from .base import LanguageModel
+from .flops import forward_flops
 
 
 class TransformersLM(LanguageModel):
@@ -114,13 +115,10 @@ class TransformersLM(LanguageModel):
         causal attention if any."""
         embedding = self.wrapped.get_input_embeddings().weight
         looked_up = 0 if embedding is self.head_weight else embedding.numel()
-        text = self.config.get_text_config()
-        attention = (
-            2 * text.num_hidden_layers * text.hidden_size * (context + 1)
-            if hasattr(text, "num_attention_heads")
-            else 0
-        )
-        return 2 * (self.num_parameters() - looked_up) + attention
+        weights, text = self.num_parameters() - looked_up, self.config.get_text_config()
+        if not hasattr(text, "num_attention_heads"):
+            return forward_flops(weights, context)
+        return forward_flops(weights, context, text.num_hidden_layers, text.hidden_size)
 
     def save_pretrained(self, folder):
         with quiet_transformers():

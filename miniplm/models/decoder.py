@@ -16,6 +16,7 @@ from ..kernels import add_rms_norm, apply_rotary, flash_attention, rms_norm, swi
 from ..runtime.errors import UserError
 from . import float8
 from .base import LanguageModel
+from .flops import forward_flops
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -188,20 +189,16 @@ class Decoder(LanguageModel):
         return self.model.norm(hidden, residual)[0]
 
     def flops_per_token(self, context: int) -> int:
-        """Forward FLOPs per token in documents of `context` tokens; training takes three times as many.
-
-        2 · (weights of all matrices in the layers) + 2·d·V for the head + layers · 4·H·D · (context + 1)/2: a
-        query meets (context + 1)/2 keys on average, and q·k and p·v take 2·D each. Norms, rotary and the like
-        do not count.
-        """
+        """Forward FLOPs per token in documents of `context` tokens: forward_flops of all matrices and the head;
+        training takes three times as many."""
         matrices = sum(
             module.weight.numel() for module in self.model.layers.modules() if isinstance(module, nn.Linear)
         )
-        width = self.config.num_attention_heads * _head_dim(self.config)
-        return (
-            2 * matrices
-            + 2 * self.head_weight.numel()
-            + 2 * self.config.num_hidden_layers * width * (context + 1)
+        return forward_flops(
+            matrices + self.head_weight.numel(),
+            context,
+            self.config.num_hidden_layers,
+            self.config.num_attention_heads * _head_dim(self.config),
         )
 
     def save_pretrained(self, folder):

@@ -1,0 +1,26 @@
+"""FLOPs per token of a model's matrix products and attention."""
+
+from .base import LanguageModel
+
+
+def forward_flops(weights: int, context: int, num_layers: int = 0, attention_width: int = 0) -> int:
+    """FLOPs per token of a forward pass over documents of `context` tokens.
+
+    2 · weights + num_layers · 4 · attention_width · (context + 1) / 2: each weight of a matrix is multiplied and
+    added once; a query meets (context + 1) / 2 keys on average, and q·k and p·v take 2 · attention_width each.
+    Norms, rotary embeddings and the like do not count.
+
+    Args:
+        weights: of all matrices that a token is multiplied with; an embedding counts only as the head.
+        attention_width: query heads · width of a head.
+    """
+    return 2 * weights + 2 * num_layers * attention_width * (context + 1)
+
+
+def training_flops(model: LanguageModel, context: int, teacher: LanguageModel | None = None) -> int:
+    """FLOPs per token of a training step on documents of `context` tokens: forward, backward (twice as many),
+    and the teacher's forward."""
+    flops = 3 * model.flops_per_token(context)
+    if teacher is not None:
+        flops += teacher.flops_per_token(context)
+    return flops
