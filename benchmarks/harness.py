@@ -28,6 +28,8 @@ else.
 
 A record: op, shape, dtype, pass, contender, and either skipped or
     ms, ms_low, ms_high  median, 20% and 80% quantile of the timed calls
+    host_ms              time in which the host queues a call: where it is above ms, the host is the slower one;
+                         null on the CPU
     tflops, gb_per_s     FLOPs and bytes of the case over ms: what the operation needs, not what the contender
                          does
     percent_of_ceiling   of the bf16 GEMM's rate where the case has FLOPs, else of the copy's, both measured
@@ -74,6 +76,7 @@ PACKAGES = ("triton", "transformers", "liger-kernel", "cut-cross-entropy", "quac
 # Read before each timed call, several times any L2 cache. (What is written would be written back in the timed
 # call's time.)
 FLUSH_BYTES = 256 << 20
+MAX_FLUSHES = 32
 WARM_MS = 50  # of calls before the timed ones: an idle GPU has slow clocks
 TIMED_MS, MIN_CALLS, MAX_CALLS = 400, 7, 100  # timed calls: about TIMED_MS in sum
 
@@ -129,34 +132,59 @@ def environment() -> dict:
 def measure(function) -> tuple[float, float, float]:
     """(median, 20% quantile, 80% quantile) in ms of a call, after calls that compile, tune and warm up.
 
-    On CUDA: events around each call, what was in the L2 cache pushed out before it. On the CPU: three calls
-    by the clock.
+    On CUDA: events around each call, what was in the L2 cache pushed out before it, for long enough that the
+    host has queued all of the call by then: else its pauses would be timed. On the CPU: three calls by the
+    clock.
     """
     function()
-    if torch.cuda.is_available():
-        flush = torch.zeros(FLUSH_BYTES // 4, device="cuda")
-
-        def timed(count):
-            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-            for start, end in events:
-                flush.amax()
-                start.record()
-                function()
-                end.record()
-            torch.cuda.synchronize()
-            return [start.elapsed_time(end) for start, end in events]
-
-        estimate = min(timed(2))
-        timed(min(MAX_CALLS, int(WARM_MS / estimate)))
-        times = timed(min(MAX_CALLS, max(MIN_CALLS, int(TIMED_MS / estimate))))
-    else:
+    if not torch.cuda.is_available():
         times = []
         for _ in range(3):
             began = time.perf_counter()
             function()
             times.append(1e3 * (time.perf_counter() - began))
+        return _quantiles(times)
+    flush = torch.zeros(FLUSH_BYTES // 4, device="cuda")
+
+    def timed(call, count, flushes=1):
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for start, end in events:
+            for _ in range(flushes):
+                flush.amax()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in events]
+
+    flushes = flushes_for(host_time(function), min(timed(flush.amax, 3)))
+    estimate = min(timed(function, 2, flushes))
+    timed(function, min(MAX_CALLS, int(WARM_MS / estimate)), flushes)
+    count = min(MAX_CALLS, max(MIN_CALLS, int(TIMED_MS / estimate)))
+    return _quantiles(timed(function, count, flushes))
+
+
+def _quantiles(times: list[float]) -> tuple[float, float, float]:
     cuts = statistics.quantiles(times, n=5, method="inclusive")
     return statistics.median(times), cuts[0], cuts[-1]
+
+
+def host_time(function) -> float:
+    """ms that the host takes to queue a call on the GPU: the least of three."""
+    times = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        function()
+        times.append(1e3 * (time.perf_counter() - began))
+    torch.cuda.synchronize()
+    return min(times)
+
+
+def flushes_for(host_ms: float, flush_ms: float) -> int:
+    """How many flushes last twice as long as the host takes to queue the call behind them; one at least, and
+    MAX_FLUSHES at most, for a call that waits for the GPU itself takes the host as long whatever goes before."""
+    return min(MAX_FLUSHES, max(1, math.ceil(2 * host_ms / flush_ms)))
 
 
 def peak_memory(function) -> Optional[int]:
@@ -226,6 +254,7 @@ def contend(case: Case, name: str, dtype: torch.dtype, ceilings: dict) -> dict:
         del result
         peak = peak_memory(function)
         ms, low, high = measure(function)
+        host_ms = host_time(function) if torch.cuda.is_available() else None
     except Exception as problem:
         return {"skipped": reason(problem)}
     tflops, gb_per_s = case.flops / ms / 1e9 or None, case.bytes / ms / 1e6 or None
@@ -234,6 +263,7 @@ def contend(case: Case, name: str, dtype: torch.dtype, ceilings: dict) -> dict:
         "ms": ms,
         "ms_low": low,
         "ms_high": high,
+        "host_ms": host_ms,
         "tflops": tflops,
         "gb_per_s": gb_per_s,
         "percent_of_ceiling": 100 * rate / ceiling if rate and ceiling else None,

@@ -54,7 +54,7 @@ tests() {  # tests NAME LIMIT SELECTION FILES...; side by side where pytest-xdis
 
 step environment 40 "$python" -c "import sys; sys.path.insert(0, '$root/benchmarks'); import harness
 harness.write_json('$out/environment.json', {'environment': harness.environment(), 'ceilings': harness.ceilings()})"
-tests tests 90 gpu "$root/tests/test_triton_stages.py" "$root/tests/kernels"
+tests tests 90 gpu "$root/tests/stages/test_triton_stages.py" "$root/tests/kernels"
 bench train 200 pipeline.py train --quick --profile "$out/train-trace.json.gz"
 bench score 130 pipeline.py score --quick
 for file in log_prob cross_entropy attention distillation $(cd "$root/benchmarks" && grep -l '^def cases(' ./*.py | sed 's|^\./||; s|\.py$||'); do

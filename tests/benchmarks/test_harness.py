@@ -252,3 +252,25 @@ def test_time_on_a_gpu(harness):
     clock = 1e6  # torch.cuda._sleep counts clocks; no GPU runs at less than 0.2 or more than 5 GHz under load
     median, low, high = harness.measure(lambda: torch.cuda._sleep(int(50 * clock)))
     assert 10 < low <= median <= high < 250
+
+
+@pytest.mark.parametrize(
+    "host_ms, flush_ms, flushes", [(0.01, 0.08, 1), (0.4, 0.08, 10), (0.041, 0.08, 2), (50.0, 0.08, 32)]
+)
+def test_the_flush_outlasts_the_host(harness, host_ms, flush_ms, flushes):
+    assert harness.flushes_for(host_ms, flush_ms) == flushes
+    assert flushes in (1, harness.MAX_FLUSHES) or flushes * flush_ms >= 2 * host_ms
+
+
+@pytest.mark.gpu
+def test_the_host_is_not_timed(harness):
+    """A call of many small launches: the events hold no pause of the host."""
+    x = torch.zeros(8, device="cuda")
+    launches = 100
+    one = harness.measure(lambda: x.add_(1))[0]
+
+    def many():
+        for _ in range(launches):
+            x.add_(1)
+
+    assert harness.measure(many)[0] < 3 * launches * one
