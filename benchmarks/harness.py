@@ -28,8 +28,8 @@ else.
 
 A record: op, shape, dtype, pass, contender, and either skipped or
     ms, ms_low, ms_high  median, 20% and 80% quantile of the timed calls
-    host_ms              time in which the host queues a call: where it is above ms, the host is the slower one;
-                         null on the CPU
+    host_ms              time in which the host queues a call: where it is above ms, the host is the slower
+                         one; null on the CPU
     tflops, gb_per_s     FLOPs and bytes of the case over ms: what the operation needs, not what the contender
                          does
     percent_of_ceiling   of the bf16 GEMM's rate where the case has FLOPs, else of the copy's, both measured
@@ -183,7 +183,7 @@ def host_time(function) -> float:
 
 def flushes_for(host_ms: float, flush_ms: float) -> int:
     """How many flushes last twice as long as the host takes to queue the call behind them; one at least, and
-    MAX_FLUSHES at most, for a call that waits for the GPU itself takes the host as long whatever goes before."""
+    MAX_FLUSHES at most, since a call that waits for the GPU takes the host long whatever goes before."""
     return min(MAX_FLUSHES, max(1, math.ceil(2 * host_ms / flush_ms)))
 
 
