@@ -4,7 +4,7 @@ bytes that each op needs to move.
     rms_norm        x [T, d]; the heads of q [T, 12, 64] as a view of a fused projection where d is 64
     add_rms_norm    x, residual [T, d] → norm, sum; with residual=float32 the sum and its gradient are float32
     rotary          q, k [T, d/D heads of D], positions of documents of 1,024 tokens
-    swiglu          gate, up [T, f], two tensors; fused_linear: one tensor [T, 2f], and so its gradient
+    swiglu          gate, up [T, f], two tensors; swiglu_joined: one tensor [T, 2f], and so its gradient
     quantize_rows   x [T, d] → float8, scales; forward alone
 
     eager, compile  plain PyTorch, statistics in float32 as in transformers; rotary gets tables of cosines and
@@ -47,7 +47,7 @@ def swiglu(gate, up):
     return torch.nn.functional.silu(gate) * up
 
 
-def fused_linear(both):
+def swiglu_joined(both):
     return swiglu(*both.chunk(2, -1))
 
 
@@ -74,7 +74,7 @@ def liger(name):
             "rms_norm": lambda x, w: functional.liger_rms_norm(x, w, EPS, in_place=False),
             "add_rms_norm": lambda x, r, w: functional.liger_fused_add_rms_norm(x, r, w, EPS, in_place=False),
             "swiglu": functional.liger_swiglu,
-            "fused_linear": lambda both: functional.liger_swiglu(*both.chunk(2, -1)),
+            "swiglu_joined": lambda both: functional.liger_swiglu(*both.chunk(2, -1)),
         }[name]
 
     return prepare
@@ -100,7 +100,7 @@ def ours(name):
             "add_rms_norm": lambda x, r, w: kernels.add_rms_norm(x, r, w, EPS),
             "rotary": lambda q, k: kernels.apply_rotary(q, k, *constants[2:]),
             "swiglu": kernels.swiglu,
-            "fused_linear": kernels.swiglu,
+            "swiglu_joined": kernels.swiglu,
             "quantize_rows": kernels.quantize_rows,
         }[name]
 
@@ -247,7 +247,7 @@ if __name__ == "__main__":
     SHAPES += [{"op": "rotary", "T": T, "d": d, "D": D} for d, D in ((768, 64), (1536, 96), (2048, 128))]
     SHAPES += [
         {"op": op, "T": T, "d": d}
-        for op in ("swiglu", "fused_linear")
+        for op in ("swiglu", "swiglu_joined")
         for d in (1408, 2112, 2816, 4224, 5504)
     ]
     SHAPES += [{"op": "quantize_rows", "T": T, "d": d} for d in (512, 2048, 5504)]
@@ -260,7 +260,7 @@ if __name__ == "__main__":
         {"op": "rms_norm", "T": 33, "d": 64},
         {"op": "add_rms_norm", "T": 33, "d": 48},
         {"op": "rotary", "T": 33, "d": 64, "D": 32},
-        {"op": "fused_linear", "T": 33, "d": 44},
+        {"op": "swiglu_joined", "T": 33, "d": 44},
         {"op": "quantize_rows", "T": 33, "d": 44},
     ]
     run("elementwise", __doc__, cases, SHAPES, quick=QUICK, toy=TOY, baseline="eager", by="d")

@@ -11,7 +11,7 @@ from miniplm.data.order import global_batch
 from miniplm.models.decoder import Decoder
 from miniplm.models.float8 import to_float8
 from miniplm.stages import score as scoring
-from miniplm.stages import train as training
+from miniplm.training import step as training
 
 
 @contextlib.contextmanager

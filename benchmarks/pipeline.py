@@ -52,7 +52,7 @@ from workload import Job
 
 from miniplm.config import OptimizerConfig
 from miniplm.stages import score as scoring
-from miniplm.stages import train as training
+from miniplm.training import step as training
 
 SHAPES = {
     "train": [{"model": model, "chunks": 64, "length": 1024} for model in ("200M", "104M", "500M", "1.2B")],

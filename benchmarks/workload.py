@@ -13,8 +13,8 @@ import torch
 
 from miniplm.config import OptimizerConfig, StudentConfig
 from miniplm.models.decoder import Decoder, student_config
+from miniplm.models.flops import training_flops
 from miniplm.stages.prepare import chunk_ends
-from miniplm.stages.train import training_flops
 
 EOS = 0
 OPTIMIZER = OptimizerConfig()

@@ -170,7 +170,7 @@ for d in (512, 1024, 2048):
 
 
 def test_memory_at_the_aims():
-    """At the shapes of the aims, with everything that a launcher allocates counted: scoring takes O(T) per
+    """At the shapes of the aims (docs/design.md), with everything that a launcher allocates counted: scoring takes O(T) per
     split of the vocabulary, the losses 1 GiB of logits, and the weight's gradient in float32 until it is
     rounded. (No value is looked at, so the host never waits.)"""
     result = subprocess.run(

@@ -1,0 +1,199 @@
+"""A roofline on paper: FLOPs, bytes, waves and a predicted time for each op at the shapes of docs/design.md.
+
+    python benchmarks/roofline.py [--gpu H100|H200] [--gemm TFLOPS] [--copy GB_PER_S] [--chunk TOKENS]
+                                  [--json FILE]
+
+Nothing is measured here. A prediction is written down before an op is timed, so that a figure can show it to
+be wrong; its table names what the time is made of. The ceilings are those of a public data sheet or log, or
+given: take the ones that a benchmark of the same card measured.
+
+    ideal       the larger of FLOPs over the GEMM's rate and bytes over the copy's rate
+    waves       share of the processors that work, on average over the waves of output tiles
+    epilogue    of the logits' tiles: what is done to a tile while no product runs, in steps of the product
+                (EPILOGUE_STEPS, from the compiler's schedule of the loop for sm_90, not from a clock)
+    predicted   products over their waves with the epilogue, plus the traffic that no product covers; of
+                attention the products alone, without its exponentials
+"""
+
+import argparse
+import json
+import math
+from typing import NamedTuple
+
+V = 151_936
+TOKENS = 16_384
+BF16, FP32 = 2, 4
+TILE = (128, 256, 64)  # rows, columns and depth of a step of a GEMM-shaped kernel
+EPILOGUE_STEPS = 2.55  # 24% of a tile's cycles at d = 512, 14% at 1,024, 7% at 2,048
+
+
+class Gpu(NamedTuple):
+    """Ceilings: processors, TFLOP/s of an 8192³ bf16 product, GB/s of a copy (read plus written)."""
+
+    processors: int
+    gemm_tflops: float
+    copy_gb_per_s: float
+
+
+# H200: docs/design.md. H100 (SXM): the same processors; the copy by its data sheet's 3,350 GB/s times H200's
+# share of its own (4,300 of 4,800).
+GPUS = {"H100": Gpu(132, 790, 3000), "H200": Gpu(132, 790, 4300)}
+
+
+class Part(NamedTuple):
+    """One piece of an op: a product (flops, output tiles) or a pass over memory (bytes alone)."""
+
+    name: str
+    flops: float = 0
+    tiles: int = 0
+    bytes: float = 0
+    overhead: float = 0  # of a tile, as a share of its products
+
+
+def product(name: str, rows: int, columns: int, depth: int, written: int, overhead: float = 0) -> Part:
+    """[rows, depth] × [depth, columns] in bf16, the result `written` bytes an element."""
+    tiles = math.ceil(rows / TILE[0]) * math.ceil(columns / TILE[1])
+    size = BF16 * depth * (rows + columns) + written * rows * columns
+    return Part(name, 2.0 * rows * columns * depth, tiles, size, overhead)
+
+
+def logits(name: str, tokens: int, d: int, written: int = 0) -> Part:
+    return product(name, tokens, V, d, written, EPILOGUE_STEPS / (d / TILE[2]))
+
+
+def waves(tiles: int, processors: int) -> float:
+    """Share of the processors that have a tile, over all waves."""
+    return tiles / (math.ceil(tiles / processors) * processors)
+
+
+def seconds(part: Part, gpu: Gpu) -> float:
+    memory = part.bytes / gpu.copy_gb_per_s / 1e9
+    if not part.flops:
+        return memory
+    compute = part.flops / gpu.gemm_tflops / 1e12 / waves(part.tiles, gpu.processors)
+    return max(compute * (1 + part.overhead), memory)
+
+
+def cross_entropy(tokens: int, d: int, chunk: int) -> list[Part]:
+    """Loss and both gradients, in chunks: logits, dx, dW; dW's float32 sum is read and written by each chunk
+    but the first, and cast once."""
+    parts = []
+    for number, start in enumerate(range(0, tokens, chunk)):
+        size = min(chunk, tokens - start)
+        parts += [
+            logits("logits", size, d, BF16),
+            product("dx", size, d, V, BF16),
+            product("dW", V, d, size, FP32),
+            Part("dW's sum", bytes=FP32 * V * d * (number > 0)),  # read; the product's own write is counted
+        ]
+    return [*parts, Part("dW's cast", bytes=(FP32 + BF16) * V * d)]
+
+
+def distillation(tokens: int, d: int, d_teacher: int, chunk: int) -> list[Part]:
+    """As cross_entropy, with the teacher's logits and a pass that reads both exponentials and writes one."""
+    parts = []
+    for start in range(0, tokens, chunk):
+        size = min(chunk, tokens - start)
+        parts += [
+            logits("teacher's logits", size, d_teacher, BF16),
+            Part("combining", bytes=3 * BF16 * size * V),
+        ]
+    return cross_entropy(tokens, d, chunk) + parts
+
+
+def attention(tokens: int, heads: int, D: int, document: int, products: int) -> list[Part]:
+    """Causal attention of packed documents: `products` of 2 forward, 5 (7 in two passes) backward."""
+    pairs = tokens * (document + 1) / 2
+    tensors = 4 if products == 2 else 8
+    tiles = tokens * heads // TILE[0]
+    size = BF16 * tensors * tokens * heads * D
+    return [Part("attention", 2.0 * products * pairs * heads * D, tiles, size)]
+
+
+def elementwise(elements_per_token: float, d: int, tokens: int = 65_536) -> list[Part]:
+    return [Part("memory", bytes=BF16 * elements_per_token * tokens * d)]
+
+
+def rows(chunk: int):
+    """(op, shape, parts, parts of what it is compared with)."""
+    for d in (512, 768, 1024, 1536, 2048):
+        bare = [product("GEMM", TOKENS, V, d, BF16)]
+        yield "linear_log_prob", {"T": TOKENS, "d": d}, [logits("logits", TOKENS, d)], bare
+    for d in (512, 768, 1024, 1536, 2048):
+        bare = [
+            product("logits", TOKENS, V, d, BF16),
+            product("dx", TOKENS, d, V, BF16),
+            product("dW", V, d, TOKENS, BF16),
+        ]
+        yield "linear_cross_entropy", {"T": TOKENS, "d": d}, cross_entropy(TOKENS, d, chunk), bare
+        bare = [*bare, product("teacher", TOKENS, V, 2048, BF16)]
+        shape = {"T": TOKENS, "d": d, "d_teacher": 2048}
+        yield "linear_distillation_loss", shape, distillation(TOKENS, d, 2048, chunk), bare
+    for heads, D in ((12, 64), (16, 128)):
+        shape = {"T": TOKENS, "D": D, "document": 1024}
+        yield "flash_attention", shape, attention(TOKENS, heads, D, 1024, 2), None
+        yield "flash_attention backward", shape, attention(TOKENS, heads, D, 1024, 7), None
+    for op, elements, d in (("rms_norm", 2, 768), ("add_rms_norm", 4, 768), ("swiglu", 3, 2112)):
+        yield op, {"T": 65_536, "d": d}, elementwise(elements, d), None
+
+
+def record(op: str, shape: dict, parts: list[Part], bare, gpu: Gpu) -> dict:
+    """The counted and predicted figures of one op at one shape."""
+    flops, size = (sum(getattr(part, key) for part in parts) for key in ("flops", "bytes"))
+    products = [part for part in parts if part.flops]
+    busy = sum(part.flops / waves(part.tiles, gpu.processors) for part in products)
+    by_part: dict[str, float] = {}
+    for part in parts:
+        by_part[part.name] = by_part.get(part.name, 0) + 1e3 * seconds(part, gpu)
+    predicted = sum(by_part.values())
+    return {
+        "op": op,
+        "shape": shape,
+        "gflops": flops / 1e9,
+        "mb": size / 1e6,
+        "waves": flops / busy if busy else None,
+        "ideal_ms": 1e3 * max(flops / gpu.gemm_tflops / 1e12, size / gpu.copy_gb_per_s / 1e9),
+        "predicted_ms": predicted,
+        "over_bare_products": predicted / sum(1e3 * seconds(part, gpu) for part in bare) if bare else None,
+        "parts_ms": by_part,
+    }
+
+
+def table(records: list[dict]) -> str:
+    heads = ("GFLOP", "MB", "waves", "ideal ms", "predicted", "/ bare")
+    lines = [f"{'op':<26}{'shape':<28}" + "".join(f"{head:>11}" for head in heads)]
+    for found in records:
+        shape = " ".join(f"{key}={value}" for key, value in found["shape"].items())
+        keys = (("gflops", ".0f"), ("mb", ".0f"), ("waves", ".2f"), ("ideal_ms", ".3f"))
+        cells = [*keys, ("predicted_ms", ".3f"), ("over_bare_products", ".2f")]
+        figures = ("-" if found[key] is None else format(found[key], form) for key, form in cells)
+        lines.append(f"{found['op']:<26}{shape:<28}" + "".join(f"{figure:>11}" for figure in figures))
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gpu", choices=list(GPUS), default="H200")
+    parser.add_argument("--gemm", type=float, metavar="TFLOPS", help="the GEMM ceiling that was measured")
+    parser.add_argument("--copy", type=float, metavar="GB_PER_S", help="the copy ceiling that was measured")
+    parser.add_argument("--chunk", type=int, metavar="TOKENS", default=8192, help="of the two losses")
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args()
+    gpu = GPUS[options.gpu]
+    gpu = Gpu(gpu.processors, options.gemm or gpu.gemm_tflops, options.copy or gpu.copy_gb_per_s)
+    records = [record(op, shape, parts, bare, gpu) for op, shape, parts, bare in rows(options.chunk)]
+    print(
+        f"{options.gpu}: {gpu._asdict()}, chunks of {options.chunk:,} tokens. On paper: nothing is measured."
+    )
+    print(table(records))
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(
+                {"gpu": options.gpu, **gpu._asdict(), "predicted": True, "records": records}, file, indent=1
+            )
+
+
+if __name__ == "__main__":
+    main()
