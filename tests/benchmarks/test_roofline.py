@@ -20,7 +20,7 @@ def test_waves(roofline):
 
 
 def test_cross_entropy_is_counted(roofline):
-    """T = 1,000, d = 512, two chunks: three products, and the sum of dW read once more by the second chunk."""
+    """T = 1,000, d = 512, two chunks: three products; the second chunk reads the sum of dW once more."""
     tokens, d = 1000, 512
     parts = roofline.cross_entropy(tokens, d, 600)
     assert sum(part.flops for part in parts) == 3 * 2 * tokens * V * d
