@@ -13,6 +13,7 @@ import sys
 
 from . import __version__, config
 from .runtime.errors import UserError
+from .runtime.text import printable
 
 # command → (its settings, the module whose function has the command's name); a module is imported only when
 # its command runs
@@ -101,7 +102,7 @@ def _fail(command: str, error: BaseException, debug: bool, code: int) -> int:
         text += "".join(f": {remedy}" for reason, remedy in REMEDIES.items() if reason in text)
     if code == 1:
         text = f"{type(error).__name__}: {text} (--debug shows the traceback)"
-    print(f"miniplm {command}: {text}", file=sys.stderr)
+    print(printable(f"miniplm {command}: {text}"), file=sys.stderr)
     return code
 
 

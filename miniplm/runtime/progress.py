@@ -5,12 +5,14 @@ import time
 
 from tqdm import tqdm
 
+from .text import printable
+
 LOG_INTERVAL = 30.0  # seconds between plain lines
 
 
-def note(text: str):
+def note(text: str) -> None:
     """A line on stderr, above the bar if there is one."""
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(printable(text), file=sys.stderr)
 
 
 class Progress:
