@@ -1,11 +1,14 @@
 """Files that survive a kill: atomic writes, and hashes of contents."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 
@@ -64,40 +67,92 @@ def atomic_write(path):
 
 
 @contextlib.contextmanager
-def atomic_folder(path):
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a new temporary folder beside `path`; when the block ends well it is fsynced and renamed to
-    `path`, which must not exist, else removed. What an earlier kill left of the temporary folder is removed
-    first."""
+    `path`, which must not exist or be an empty folder, else removed. What an earlier kill left of the
+    temporary folder is removed first.
+
+    Raises:
+        UserError: another process is writing the same folder, or has written it in the meantime.
+    """
     path = Path(path)
     temporary = _temporary(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary.mkdir(exist_ok=True)
+    with _only_writer(temporary, path):
+        for leftover in temporary.iterdir():
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+        try:
+            yield temporary
+            umask = os.umask(0)
+            os.umask(umask)
+            for found in [*temporary.rglob("*"), temporary]:
+                if found.is_file():
+                    found.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
+                _fsync(found)
+            try:
+                os.rename(temporary, path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                raise UserError(
+                    f"{path} was written by another process in the meantime: look at it, or choose another "
+                    f"--output"
+                ) from None
+            _fsync(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _only_writer(temporary: Path, path: Path) -> Iterator[None]:
+    """Hold a lock on the temporary folder of `path`, which a kill ends too; UserError if another process has
+    it."""
     try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        for found in [*temporary.rglob("*"), temporary]:
-            if found.is_file():
-                found.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
-            _fsync(found)
-        os.rename(temporary, path)
-        _fsync(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    refusal = UserError(f"another process is writing {path}: wait for it, or choose another --output")
+    try:
+        descriptor = os.open(temporary, os.O_RDONLY)
+    except FileNotFoundError:  # it has just finished
+        raise refusal from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise refusal from None
+        except OSError:  # a file system without locks
+            pass
+        if not temporary.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(temporary)):
+            raise refusal  # what is locked was renamed or removed in the meantime
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path, value):
     """Write a JSON-able value atomically, keys in the order given."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        try:
+            temporary.write_text(text, encoding="utf-8")
+        except UnicodeEncodeError:  # half a surrogate pair: a byte of a file's name that is no UTF-8
+            temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def read_json(path) -> dict:
+def read_json(path: str | os.PathLike) -> Any:
+    """The value that a JSON file holds, of any type; UserError when there is no such file or it is no
+    JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): restore it or make it again") from None
+    except (ValueError, RecursionError) as error:  # JSON's, UTF-8's, or a number of thousands of digits
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not valid JSON ({reason}): restore it or make it again") from None
