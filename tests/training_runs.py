@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config
 
 from miniplm.config import CheckpointConfig, EvalConfig, OptimizerConfig, StudentConfig, TrainConfig
 from miniplm.runtime.artifacts import complete_output, open_output
-from miniplm.runtime.files import read_json
-from miniplm.stages import train as training
+from miniplm.runtime.files import fingerprint, hash_files, read_json, write_json
+from miniplm.runtime.interrupts import Interrupted
+from miniplm.stages.train import train
+from miniplm.training import loop
 
 STUDENT = StudentConfig(
     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
@@ -64,7 +67,7 @@ def check_equal_runs(output, other):
 
 def stop_after(config, step, monkeypatch):
     """A run stopped after `step` steps."""
-    original, calls = training.train_step, []
+    original, calls = loop.train_step, []
 
     def stopping(*arguments):
         calls.append(1)
@@ -72,9 +75,31 @@ def stop_after(config, step, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(training.Interrupted):
-        patch.setattr(training, "train_step", stopping)
-        training.train(config)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(loop, "train_step", stopping)
+        train(config)
+
+
+TEACHERS = {
+    "wider": dict(hidden_size=64, num_hidden_layers=3),
+    "higher head": dict(vocab_size=512, tie_word_embeddings=False),
+    "lower head": dict(vocab_size=480),
+    "adapted": dict(config_class=GPT2Config, n_embd=48, n_layer=1, n_head=2),
+}
+
+
+def make_teachers(tiny_model, root) -> dict[str, str]:
+    """Random models of all kinds that can teach, by name."""
+    return {name: tiny_model(root / name, seed=7, **settings) for name, settings in TEACHERS.items()}
+
+
+def seal(checkpoint: Path, identity: str | None = None) -> None:
+    """Make a checkpoint that a test has changed a whole one, of the run with this identity's fingerprint."""
+    path = checkpoint / "trainer_state.json"
+    found = read_json(path)
+    files = {name: hash_files([checkpoint / name]) for name in found["files"]}
+    content = {"identity": identity or found["identity"], "state": found["state"], "files": files}
+    write_json(path, {**content, "checksum": fingerprint(content)})
 
 
 def truncate(path):

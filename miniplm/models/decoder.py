@@ -189,8 +189,8 @@ class Decoder(LanguageModel):
         return self.model.norm(hidden, residual)[0]
 
     def flops_per_token(self, context: int) -> int:
-        """Forward FLOPs per token in documents of `context` tokens: forward_flops of all matrices and the head;
-        training takes three times as many."""
+        """Forward FLOPs per token in documents of `context` tokens: forward_flops of the layers' matrices and
+        the head; training takes three times as many."""
         matrices = sum(
             module.weight.numel() for module in self.model.layers.modules() if isinstance(module, nn.Linear)
         )

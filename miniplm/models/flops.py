@@ -6,9 +6,9 @@ from .base import LanguageModel
 def forward_flops(weights: int, context: int, num_layers: int = 0, attention_width: int = 0) -> int:
     """FLOPs per token of a forward pass over documents of `context` tokens.
 
-    2 · weights + num_layers · 4 · attention_width · (context + 1) / 2: each weight of a matrix is multiplied and
-    added once; a query meets (context + 1) / 2 keys on average, and q·k and p·v take 2 · attention_width each.
-    Norms, rotary embeddings and the like do not count.
+    2 · weights + num_layers · 4 · attention_width · (context + 1) / 2: each weight of a matrix is multiplied
+    and added once; a query meets (context + 1) / 2 keys on average, and q·k and p·v take 2 · attention_width
+    each. Norms, rotary embeddings and the like do not count.
 
     Args:
         weights: of all matrices that a token is multiplied with; an embedding counts only as the head.

@@ -95,6 +95,14 @@ def complete_output(folder, results: dict):
     write_json(Path(folder) / MANIFEST, {**manifest, **results, "complete": True})
 
 
+def reopen_output(folder) -> None:
+    """Take back that the run in `folder` is complete, and its results: a part of it is to be made again."""
+    manifest = read_json(Path(folder) / MANIFEST)
+    if manifest["complete"]:
+        reopened = {"stage": manifest["stage"], "complete": False, "identity": manifest["identity"]}
+        write_json(Path(folder) / MANIFEST, reopened)
+
+
 def read_manifest(folder, *stages: str, what: str = "folder") -> dict:
     """The manifest of a complete output; UserError when missing, incomplete, or of none of `stages` (any if
     none are given)."""

@@ -5,7 +5,7 @@ All that the card says comes from the manifests: training output → corpus → 
 comes from data (names of domains, sources, models) is escaped.
 """
 
-import json
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -18,8 +18,9 @@ from ..models.decoder import Decoder
 from ..models.loading import load_model, model_hash
 from ..runtime.artifacts import MANIFEST, open_output
 from ..runtime.errors import UserError
-from ..runtime.files import atomic_folder, atomic_write, fingerprint, hash_files, read_json, write_json
-from ..training.checkpoints import STATE, latest_checkpoint
+from ..runtime.files import atomic_folder, atomic_write, fingerprint, read_json, write_json
+from ..training.checkpoints import read_training_output, training_output
+from ..training.metrics import latest_figures
 
 MAX_DOMAINS = 40  # lines of the card's table; a corpus can have thousands of domains
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -41,12 +42,13 @@ def export(config: ExportConfig) -> None:
         UserError: no whole checkpoint of a training output; an evaluation of other weights; weights that are
             not finite in config.dtype; another folder in the way; a failed upload.
     """
-    checkpoint, manifest, state = _read_checkpoint(config.checkpoint)
+    found, manifest = read_training_output(config.checkpoint)
+    checkpoint, state = found.folder, dataclasses.asdict(found.state)
     evaluation = _read_evaluation(config.evaluation, checkpoint) if config.evaluation else None
     output = Path(config.output)
     name = config.name or output.resolve().name
     identity = {
-        "checkpoint": hash_files([checkpoint / STATE]),
+        "checkpoint": found.fingerprint,
         "training": fingerprint(manifest),
         "dtype": config.dtype,
         "name": name,
@@ -58,7 +60,7 @@ def export(config: ExportConfig) -> None:
     facts = {
         "manifest": manifest,
         "state": state,
-        "losses": _losses(checkpoint, state["step"]),
+        "losses": latest_figures(training_output(checkpoint), ("loss", "eval_loss"), state["step"]),
         "evaluation": evaluation,
     }
     occupied = output.is_file() or (output.is_dir() and any(output.iterdir()))
@@ -79,49 +81,6 @@ def export(config: ExportConfig) -> None:
             output,
             lambda repository: model_card(config, name, repository, read_json(output / "config.json"), facts),
         )
-
-
-def _read_checkpoint(name) -> tuple[Path, dict, dict]:
-    """(folder, manifest of its training output, training state) of the latest checkpoint of an output, or of
-    the one given."""
-    checkpoint = Path(latest_checkpoint(name))
-    run = checkpoint.resolve().parent.parent
-    if not checkpoint.is_dir():
-        raise UserError(f"checkpoint {name} does not exist")
-    if not (checkpoint / STATE).exists() or not (run / MANIFEST).exists():
-        raise UserError(
-            f"{name} is neither a training output with a checkpoint nor a checkpoint in one: give what "
-            f"`miniplm train` wrote"
-        )
-    manifest, state = read_json(run / MANIFEST), read_json(checkpoint / STATE)
-    if manifest.get("stage") != "train" or state.get("identity") != fingerprint(manifest.get("identity")):
-        raise UserError(
-            f"checkpoint {checkpoint} does not belong to the run whose manifest is in {run}: give it in its "
-            f"own training output"
-        )
-    for file, content in state["files"].items():
-        if file != "optimizer.safetensors" and (
-            not (checkpoint / file).exists() or hash_files([checkpoint / file]) != content
-        ):
-            raise UserError(
-                f"checkpoint {checkpoint} is damaged ({file} is not as it was written): export an earlier "
-                f"one, or train again"
-            )
-    return checkpoint, manifest, state["state"]
-
-
-def _losses(checkpoint: Path, step: int) -> dict:
-    """{"loss", "eval_loss": (step, value or None where not finite)}: the latest of each up to `step` in the
-    run's metrics.jsonl."""
-    losses, path = {}, checkpoint.resolve().parent.parent / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a killed run can leave half a line
-        if entry["step"] <= step:
-            losses |= {key: (entry["step"], entry[key]) for key in ("loss", "eval_loss") if key in entry}
-    return losses
 
 
 def _read_evaluation(path, checkpoint: Path) -> dict:

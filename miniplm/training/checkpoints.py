@@ -1,71 +1,172 @@
-"""What a training run keeps on disk: checkpoints to continue from, and metrics.
+"""The layout of a training output: its checkpoints, and where its metrics lie.
 
-A checkpoint is a folder that transformers opens (config.json, model.safetensors, the tokenizer's files) with
-optimizer.safetensors (`exp_avg.<parameter>`, `exp_avg_sq.<parameter>`) and trainer_state.json beside. It is
-written whole or not at all, and holds no time, so equal runs write equal bytes. torch.distributed.checkpoint
-is not used: its .metadata file is a pickle, and nothing here is unpickled.
+    manifest.json                  what runtime/artifacts.py writes for every stage
+    metrics.jsonl, tensorboard/    what training/metrics.py writes
+    checkpoints/step-00001000/     a folder that transformers opens (config.json, model.safetensors, the
+                                   tokenizer's files), with optimizer.safetensors (`exp_avg.<parameter>`,
+                                   `exp_avg_sq.<parameter>`) and trainer_state.json beside
+
+trainer_state.json (see state.py) holds a hash of every other file, and a checksum of itself; what is read is
+verified. A checkpoint is written whole or not at all, and holds no time, so equal runs write equal bytes.
+torch.distributed.checkpoint is not used: its .metadata file is a pickle, and nothing here is unpickled.
 """
 
-import dataclasses
 import json
-import os
+import re
 import shutil
-import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from ..models.base import LanguageModel
+from ..runtime.artifacts import MANIFEST
 from ..runtime.errors import UserError
-from ..runtime.files import atomic_folder, atomic_write, hash_files, read_json, write_json
+from ..runtime.files import atomic_folder, fingerprint, hash_files, read_json, write_json
+from ..runtime.progress import note
+from .state import TrainState, state_from_json, state_to_json
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names
-STATE = "trainer_state.json"
-
-
-@dataclasses.dataclass
-class TrainState:
-    """What a checkpoint holds beside weights and moments."""
-
-    step: int = 0  # steps done, skipped ones among them
-    updates: int = 0  # steps that were not skipped
-    tokens: int = 0  # predictions gone through
-    skipped_in_a_row: int = 0
-    grad_norm: float | None = None  # of the last step; None where it was not finite
-    losses: list[float] = dataclasses.field(
-        default_factory=list
-    )  # of the steps since the last line of metrics.jsonl
-    parts: list[list[float]] = dataclasses.field(
-        default_factory=list
-    )  # [cross-entropy, KL divergence] of those steps, with a teacher
-    line_step: int = 0  # the step of that line
-    micro_batch_tokens: int | None = None  # chosen by memory: a continued run adds up in the same order
+STATE_FILE, OPTIMIZER_FILE = "trainer_state.json", "optimizer.safetensors"
+OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq")  # AdamW's names
+STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
-def checkpoint_folder(output, step: int) -> Path:
+class Checkpoint(NamedTuple):
+    """A checkpoint whose files are as they were written."""
+
+    folder: Path
+    identity: str  # fingerprint of the run's identity
+    state: TrainState
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its content: the state holds a hash of every file."""
+        return hash_files([self.folder / STATE_FILE])
+
+
+class DamagedCheckpoint(UserError):
+    """A file of a checkpoint is missing or is not as it was written; `reason` says which."""
+
+    def __init__(self, folder: Path, reason: str):
+        super().__init__(
+            f"checkpoint {folder} is damaged ({reason}): give an earlier one, or run its train command "
+            f"again, which continues from the latest whole one"
+        )
+        self.reason = reason
+
+
+# ---- where things lie ----
+
+
+def metrics_file(output: str | Path) -> Path:
+    return Path(output) / "metrics.jsonl"
+
+
+def tensorboard_folder(output: str | Path) -> Path:
+    return Path(output) / "tensorboard"
+
+
+def checkpoint_folder(output: str | Path, step: int) -> Path:
     return Path(output) / "checkpoints" / f"step-{step:08d}"
 
 
-def save_checkpoint(folder: Path, model, optimizer, state: TrainState, tokenizer: str, identity: str):
+def training_output(checkpoint: Path) -> Path:
+    """The training output that a checkpoint lies in."""
+    return checkpoint.resolve().parent.parent
+
+
+def checkpoint_folders(output: str | Path) -> list[Path]:
+    """The checkpoints of a training output, damaged ones among them, the earliest first."""
+    found = []
+    for folder in Path(output).glob("checkpoints/*"):
+        match = STEP_FOLDER.fullmatch(folder.name)
+        if match and folder.is_dir():
+            found.append((int(match[1]), folder))
+    return [folder for _, folder in sorted(found)]
+
+
+def latest_checkpoint(name: str | Path) -> str:
+    """The latest checkpoint where `name` is a training output, else `name` itself (a Hugging Face id, a
+    folder, a file).
+
+    Raises:
+        DamagedCheckpoint: it is a checkpoint, and a file that a model is loaded from is not as it was
+            written.
+    """
+    folders = checkpoint_folders(name)
+    folder = folders[-1] if folders else Path(name)
+    if (folder / STATE_FILE).exists() and not _is_of_another_trainer(folder):
+        read_checkpoint(folder, with_optimizer=False)
+    return str(folder if folders else name)
+
+
+def _is_of_another_trainer(folder: Path) -> bool:
+    """transformers' Trainer writes a file of the same name."""
+    try:
+        found = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "global_step" in found
+
+
+def read_training_output(name: str | Path) -> tuple[Checkpoint, dict]:
+    """(the latest checkpoint of a training output, or the one that `name` is; the output's manifest).
+
+    Raises:
+        UserError: there is none, it is damaged, or the output it lies in is not that of its run.
+    """
+    folders = checkpoint_folders(name)
+    folder = folders[-1] if folders else Path(name)
+    run = training_output(folder)
+    if not folder.is_dir():
+        raise UserError(f"checkpoint {name} does not exist")
+    if not (folder / STATE_FILE).exists() or not (run / MANIFEST).exists():
+        raise UserError(
+            f"{name} is neither a training output with a checkpoint nor a checkpoint in one: give what "
+            f"`miniplm train` wrote"
+        )
+    checkpoint, manifest = read_checkpoint(folder, with_optimizer=False), read_json(run / MANIFEST)
+    of_training = isinstance(manifest, dict) and manifest.get("stage") == "train"
+    if not of_training or checkpoint.identity != fingerprint(manifest.get("identity")):
+        raise UserError(
+            f"checkpoint {folder} does not belong to the run whose manifest is in {run}: give it in its own "
+            f"training output"
+        )
+    return checkpoint, manifest
+
+
+# ---- writing and reading a checkpoint ----
+
+
+def save_checkpoint(
+    folder: Path,
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    tokenizer: str,
+    identity: str,
+) -> None:
     """Write a checkpoint.
 
     Args:
         tokenizer: the folder whose files are copied.
-        identity: fingerprint of the run.
+        identity: fingerprint of the run's identity.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic_folder(folder) as temporary:
         shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
-        moments = {}
+        tensors = {}
         for name, parameter in model.named_parameters():
-            for moment in MOMENTS:
-                moments[f"{moment}.{name}"] = (
-                    optimizer.state[parameter][moment] if state.updates else torch.zeros_like(parameter)
+            for key in OPTIMIZER_STATE:
+                has_state = state.optimizer_steps > 0
+                tensors[f"{key}.{name}"] = (
+                    optimizer.state[parameter][key] if has_state else torch.zeros_like(parameter)
                 )
         try:
             model.save_pretrained(temporary)
-            save_file(moments, temporary / "optimizer.safetensors")
+            save_file(tensors, temporary / OPTIMIZER_FILE)
         except SafetensorError as error:  # how the library reports a full disk
             raise OSError(f"cannot write checkpoint {folder}: {error}") from error
         files = {
@@ -73,28 +174,57 @@ def save_checkpoint(folder: Path, model, optimizer, state: TrainState, tokenizer
             for file in sorted(temporary.rglob("*"))
             if file.is_file()
         }
-        write_json(
-            temporary / STATE, {"identity": identity, "state": dataclasses.asdict(state), "files": files}
-        )
+        write_json(temporary / STATE_FILE, state_to_json(identity, state, files))
 
 
-def load_optimizer(optimizer, model, checkpoint: Path, updates: int):
-    """Fill the AdamW of `model` from a checkpoint made after `updates` updates."""
+def read_checkpoint(folder: Path, with_optimizer: bool = True) -> Checkpoint:
+    """A checkpoint, its files verified; without the optimizer's file if it is not needed.
+
+    Raises:
+        DamagedCheckpoint: a file is missing or is not as it was written.
+    """
+    try:
+        identity, state, files = state_from_json(read_json(folder / STATE_FILE))
+    except (ValueError, RecursionError) as error:  # a UserError is a ValueError
+        reason = " ".join(str(error).replace(f"{folder}/", "").split())[:200]
+        raise DamagedCheckpoint(folder, f"{STATE_FILE} is not as it was written: {reason}") from None
+    if not {OPTIMIZER_FILE, "config.json"} <= files.keys():
+        raise DamagedCheckpoint(folder, f"{STATE_FILE} is not as it was written: it lacks files")
+    match = STEP_FOLDER.fullmatch(folder.name)
+    if match and int(match[1]) != state.step:
+        raise DamagedCheckpoint(folder, f"{STATE_FILE} is that of step {state.step}")
+    for name, content_hash in files.items():
+        if name == OPTIMIZER_FILE and not with_optimizer:
+            continue
+        if not (folder / name).is_file():
+            raise DamagedCheckpoint(folder, f"{name} is missing")
+        if hash_files([folder / name]) != content_hash:
+            raise DamagedCheckpoint(folder, f"{name} is not as it was written")
+    return Checkpoint(folder, identity, state)
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, model: LanguageModel, checkpoint: Path, optimizer_steps: int
+) -> None:
+    """Fill the AdamW of `model` from a checkpoint made after so many steps of the optimiser."""
     from safetensors import safe_open
 
-    moments = {}
-    with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
+    states = {}
+    with safe_open(checkpoint / OPTIMIZER_FILE, "pt") as file:
         for index, (name, parameter) in enumerate(model.named_parameters()):
             # Copies, because the tensors of an open file are the file.
-            moments[index] = {
-                moment: file.get_tensor(f"{moment}.{name}").to(parameter.device, copy=True)
-                for moment in MOMENTS
+            states[index] = {
+                key: file.get_tensor(f"{key}.{name}").to(parameter.device, copy=True)
+                for key in OPTIMIZER_STATE
             }
-            moments[index]["step"] = torch.tensor(float(updates))
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+            states[index]["step"] = torch.tensor(float(optimizer_steps))
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def find_checkpoint(output, identity: str) -> tuple[Path, TrainState] | None:
+# ---- the checkpoints of a run ----
+
+
+def find_checkpoint(output: str | Path, identity: str) -> Checkpoint | None:
     """The latest whole checkpoint of a run, None if there is none. Damaged later ones are removed, with a
     warning; so is what a kill left of one that was being written.
 
@@ -103,27 +233,21 @@ def find_checkpoint(output, identity: str) -> tuple[Path, TrainState] | None:
     """
     for leftover in Path(output).glob("checkpoints/.step-*.tmp"):
         shutil.rmtree(leftover)
-    damaged = {}
-    for checkpoint in sorted(Path(output).glob("checkpoints/step-*"), reverse=True):
+    damaged: dict[Path, str] = {}
+    for folder in reversed(checkpoint_folders(output)):
         try:
-            found = read_json(checkpoint / STATE)
-            for name, content in found["files"].items():
-                if hash_files([checkpoint / name]) != content:
-                    raise UserError(f"{name} is not as it was written")
-        except (UserError, FileNotFoundError, KeyError, TypeError) as error:
-            damaged[checkpoint] = str(error)
+            checkpoint = read_checkpoint(folder)
+        except DamagedCheckpoint as error:
+            damaged[folder] = error.reason
             continue
-        if found["identity"] != identity:
+        if checkpoint.identity != identity:
             raise UserError(
-                f"checkpoint {checkpoint} belongs to another run: remove it, or choose another --output"
+                f"checkpoint {folder} belongs to another run: remove it, or choose another --output"
             )
         for path, reason in damaged.items():
-            print(
-                f"checkpoint {path} is damaged ({reason}): removed, continuing from {checkpoint.name}",
-                file=sys.stderr,
-            )
+            note(f"checkpoint {path} is damaged ({reason}): removed, continuing from {folder.name}")
             shutil.rmtree(path)
-        return checkpoint, TrainState(**found["state"])
+        return checkpoint
     if damaged:
         path, reason = next(iter(damaged.items()))
         raise UserError(
@@ -133,65 +257,7 @@ def find_checkpoint(output, identity: str) -> tuple[Path, TrainState] | None:
     return None
 
 
-def prune_checkpoints(output, keep: int):
+def prune_checkpoints(output: str | Path, keep: int) -> None:
     """Remove all but the latest `keep` checkpoints."""
-    for checkpoint in sorted(Path(output).glob("checkpoints/step-*"))[:-keep]:
-        shutil.rmtree(checkpoint)
-
-
-class Metrics:
-    """metrics.jsonl, and the same figures for tensorboard.
-
-    What an earlier process wrote past `step`, where this one starts, is dropped: the file reads as that of
-    one run. `last` is the latest line, {"step": 0} before the first.
-    """
-
-    def __init__(self, output, step: int):
-        path, self.last = Path(output) / "metrics.jsonl", {"step": 0}
-        kept = []
-        for text in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:  # where a kill cut it off
-                break
-            if line["step"] > step or not text.endswith("\n"):
-                break
-            kept.append(text)
-            self.last = line
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
-        self.file = open(path, "a", encoding="utf-8")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            print("tensorboard is not installed: the figures go to metrics.jsonl alone", file=sys.stderr)
-            self.tensorboard = None
-        else:
-            self.tensorboard = SummaryWriter(
-                str(Path(output) / "tensorboard"), purge_step=self.last["step"] + 1
-            )
-
-    def write(self, line: dict):
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        self.last = line
-        if self.tensorboard:
-            for name, value in line.items():
-                if isinstance(value, float):
-                    self.tensorboard.add_scalar(name, value, line["step"])
-
-    def sync(self):
-        """Make what was written survive a power failure."""
-        os.fsync(self.file.fileno())
-
-    def close(self):
-        self.file.close()
-        if self.tensorboard:
-            self.tensorboard.close()
-
-
-def latest_checkpoint(name: str) -> str:
-    """The latest checkpoint folder where `name` is a training output, else `name` itself (a Hugging Face id,
-    a folder, a file)."""
-    steps = sorted(Path(name).glob("checkpoints/step-*"))
-    return str(steps[-1]) if steps else str(name)
+    for folder in checkpoint_folders(output)[:-keep]:
+        shutil.rmtree(folder)

@@ -11,8 +11,8 @@ from miniplm.cli import main
 from miniplm.config import ScoreConfig
 from miniplm.runtime.errors import UserError
 from miniplm.runtime.profiling import FIRST, STEPS, trace
-from miniplm.stages import train as training
 from miniplm.stages.score import score
+from miniplm.stages.train import train
 
 
 def traced_steps(path):
@@ -25,10 +25,10 @@ def traced_steps(path):
 
 def test_training(tiny_corpus, tmp_path, capsys):
     config = make_config(tiny_corpus, tmp_path / "plain")
-    training.train(config)
+    train(config)
     path = tmp_path / "trace.json.gz"
     capsys.readouterr()
-    training.train(replace(config, output=str(tmp_path / "traced"), profile=str(path)))
+    train(replace(config, output=str(tmp_path / "traced"), profile=str(path)))
     assert f"a trace is in {path}: open it in chrome://tracing" in capsys.readouterr().err
     assert traced_steps(path) == STEPS
     check_equal_runs(tmp_path / "plain", tmp_path / "traced")
@@ -42,7 +42,7 @@ def test_a_run_that_is_stopped_writes_what_was_traced(tiny_corpus, tmp_path, mon
 
 
 def test_a_run_that_is_too_short_says_so(tiny_corpus, tmp_path, capsys):
-    training.train(
+    train(
         replace(
             make_config(tiny_corpus, tmp_path / "run"), steps=FIRST - 1, profile=str(tmp_path / "trace.json")
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_runs import seal
 
 from miniplm.config import (
     CheckpointConfig,
@@ -24,9 +25,10 @@ from miniplm.config import (
 from miniplm.models.loading import model_hash
 from miniplm.runtime.artifacts import MANIFEST
 from miniplm.runtime.errors import UserError
-from miniplm.runtime.files import fingerprint, hash_files, read_json, write_json
+from miniplm.runtime.files import fingerprint, read_json, write_json
 from miniplm.stages.evaluate import evaluate
 from miniplm.stages.export import export
+from miniplm.training.checkpoints import latest_checkpoint
 
 TINY = StudentConfig(
     model_type="llama",
@@ -133,8 +135,8 @@ def rewrite(run, change):
     manifest = read_json(run / MANIFEST)
     change(manifest)
     write_json(run / MANIFEST, manifest)
-    for path in run.glob("checkpoints/*/trainer_state.json"):
-        write_json(path, {**read_json(path), "identity": fingerprint(manifest["identity"])})
+    for checkpoint in run.glob("checkpoints/step-*"):
+        seal(checkpoint, fingerprint(manifest["identity"]))
 
 
 def contents(folder):
@@ -311,9 +313,7 @@ def test_weights_that_are_not_finite(run, tmp_path):
     tensors = load_file(path)
     tensors["model.norm.weight"][3] = 1e6  # finite, but not in float16
     save_file(tensors, path, metadata={"format": "pt"})
-    state = read_json(path.with_name("trainer_state.json"))
-    state["files"]["model.safetensors"] = hash_files([path])
-    write_json(path.with_name("trainer_state.json"), state)
+    seal(path.parent)
     with pytest.raises(UserError, match=r"1 tensors .* not finite in float16 \(model.norm.weight\)"):
         publish(run, tmp_path / "out", dtype="float16")
     publish(run, tmp_path / "out")
@@ -344,9 +344,7 @@ def test_tokenizer_that_auto_tokenizer_reads_otherwise(work, tiny_tokenizer, tmp
         for name, weight in weights.items():  # biases start at 0, where one that is lost would not show
             weight += 0.1 * torch.randn(weight.shape) if name.endswith("bias") else 0
         save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
-    state = read_json(checkpoint / "trainer_state.json")
-    state["files"]["model.safetensors"] = hash_files([checkpoint / "model.safetensors"])
-    write_json(checkpoint / "trainer_state.json", state)
+    seal(checkpoint)
     publish(run, tmp_path / "llama")
     exported, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), torch.arange(60)[None]
     assert exported.config.model_type == "llama" and any("q_proj.bias" in name for name in weights)
@@ -363,14 +361,10 @@ def test_tokenizer_that_auto_tokenizer_reads_otherwise(work, tiny_tokenizer, tmp
     )
     words = Qwen2Tokenizer().backend_tokenizer
     own.normalizer, own.pre_tokenizer = words.normalizer, words.pre_tokenizer
-    state = read_json(checkpoint / "trainer_state.json")
     PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(own.to_str()), eos_token="<|endoftext|>"
     ).save_pretrained(checkpoint)
-    state["files"] |= {
-        name: hash_files([checkpoint / name]) for name in ("tokenizer.json", "tokenizer_config.json")
-    }
-    write_json(checkpoint / "trainer_state.json", state)
+    seal(checkpoint)
     folder = publish(run, tmp_path / "out")
     text = "It's 2024 e\u0301\n\n  x"
     assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == own.encode(text).ids
@@ -402,7 +396,7 @@ def test_card_says_what_was_trained_on_what(work, tmp_path):
     )
     parameters = sum(value.numel() for value in load(folder).parameters())
     losses = read_json(work / "losses.json")
-    assert losses["weights"] == model_hash(work / "refined-student")
+    assert losses["weights"] == model_hash(latest_checkpoint(work / "refined-student"))
     for line in [
         "# MiniPLM-tiny",
         "| Architecture | LlamaForCausalLM: 2 layers, 32 wide, 64 wide feed-forward, 500 ids, 4 heads (2 "

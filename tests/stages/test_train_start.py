@@ -17,13 +17,22 @@ from training_runs import (
     truncate,
     write_corpus,
 )
+from transformers import AutoModelForCausalLM, GPT2Config
 
-from miniplm.config import CheckpointConfig, EvalConfig, OptimizerConfig, StudentConfig
+from miniplm.config import (
+    CheckpointConfig,
+    EvalConfig,
+    OptimizerConfig,
+    StudentConfig,
+)
+from miniplm.data.corpus import Corpus
 from miniplm.data.order import DataOrder
 from miniplm.runtime.errors import UserError
 from miniplm.runtime.files import read_json
-from miniplm.stages import train as training
+from miniplm.stages import train as stage
 from miniplm.stages.train import train
+from miniplm.training import loop
+from miniplm.training import step as training_step
 from miniplm.training.checkpoints import latest_checkpoint
 
 
@@ -91,11 +100,10 @@ def test_warm_up_past_the_end_is_said(config, capsys):
 
 
 def test_starts_from_weights(config, tiny_model, tiny_corpus, tmp_path):
-    from transformers import AutoModelForCausalLM
 
     start = tiny_model(tmp_path / "start", seed=3)
     train(replace(config, model=StudentConfig(), init_from=start, steps=1, log_interval=1))
-    corpus = training.Corpus(tiny_corpus)
+    corpus = Corpus(tiny_corpus)
     rows = corpus.rows(DataOrder(corpus.num_tokens, 200, config.seed).step(0))
     with torch.no_grad():
         assert metrics(config.output)[0]["loss"] == pytest.approx(
@@ -150,15 +158,15 @@ def test_starts_from_any_architecture(config, architecture, monkeypatch, tmp_pat
 
 
 def test_equal_seeds_give_equal_weights_and_leave_the_callers_numbers_alone(config):
-    setup = training._set_up(config)
+    setup, sources = stage._set_up(config)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    first = training._initial_model(config, setup)
+    first = stage._initial_model(config, setup, sources)
     assert torch.equal(torch.rand(3), expected)
     second, other = (
-        training._initial_model(config, setup),
-        training._initial_model(replace(config, seed=11), setup),
+        stage._initial_model(config, setup, sources),
+        stage._initial_model(replace(config, seed=11), setup, sources),
     )
     pairs = list(zip(first.parameters(), second.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -172,7 +180,6 @@ def test_activation_checkpointing(tiny_corpus, tmp_path):
     for each in (config, again):
         train(each)
     check_equal_runs(tmp_path / "plain", tmp_path / "again")
-    from transformers import GPT2Config
 
     GPT2Config(vocab_size=500, n_embd=16, n_layer=1, n_head=2).save_pretrained(tmp_path / "gpt2")
     refused = replace(
@@ -194,7 +201,7 @@ def test_out_of_memory_is_one_line(tiny_corpus, tmp_path, monkeypatch):
     def fail(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(training, "train_step", fail)
+    monkeypatch.setattr(loop, "train_step", fail)
     with pytest.raises(
         UserError,
         match=r"^out of GPU memory: lower micro_batch_tokens \(now 70\), or set activation_checkpointing; "
@@ -209,7 +216,7 @@ def test_micro_batches_shrink_until_they_fit(tiny_corpus, tmp_path, monkeypatch,
     config = replace(
         make_config(tiny_corpus, tmp_path / "run"), micro_batch_tokens=None, batch_tokens=4000, steps=8
     )
-    original, sizes = training.summed_loss, []
+    original, sizes = training_step.summed_loss, []
 
     def small_memory(model, batch, dtype):
         sizes.append(len(batch.input_ids))
@@ -218,7 +225,7 @@ def test_micro_batches_shrink_until_they_fit(tiny_corpus, tmp_path, monkeypatch,
         return original(model, batch, dtype)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "summed_loss", small_memory)
+        patch.setattr(training_step, "summed_loss", small_memory)
         stop_after(config, 5, monkeypatch)
         notes = [line for line in capsys.readouterr().err.splitlines() if "out of GPU memory" in line]
         assert notes == [

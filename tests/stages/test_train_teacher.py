@@ -1,12 +1,10 @@
-"""train --teacher: Vanilla KD against plain PyTorch with whole logits, and the runs that it makes."""
+"""train with a teacher (Vanilla KD): the runs that it makes."""
 
 import json
 import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 from training_runs import (
-    EOS,
     STUDENT,
     check_equal_runs,
     make_config,
+    make_teachers,
     metrics,
     plain_loss,
     stop_after,
     truncate,
 )
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM
 
 from miniplm.config import (
     CheckpointConfig,
@@ -34,193 +32,27 @@ from miniplm.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from miniplm.data.order import global_batch
+from miniplm.data.corpus import Corpus
+from miniplm.data.order import DataOrder
 from miniplm.models.loading import load_model
 from miniplm.runtime.errors import UserError
 from miniplm.runtime.files import read_json
-from miniplm.stages import train as training
+from miniplm.runtime.interrupts import Interrupted
+from miniplm.stages import train as stage
 from miniplm.stages.export import export
-from miniplm.stages.train import Teacher, make_optimizer, train, train_step
+from miniplm.stages.train import train
+from miniplm.training import loop
+from miniplm.training import step as training_step
 from miniplm.training.checkpoints import latest_checkpoint
-
-TEACHERS = {
-    "wider": dict(hidden_size=64, num_hidden_layers=3),
-    "higher head": dict(vocab_size=512, tie_word_embeddings=False),
-    "lower head": dict(vocab_size=480),
-    "adapted": dict(config_class=GPT2Config, n_embd=48, n_layer=1, n_head=2),
-}
 
 
 @pytest.fixture(scope="module")
 def teachers(tiny_model, tmp_path_factory):
-    root = tmp_path_factory.mktemp("teachers")
-    return {name: tiny_model(root / name, seed=7, **settings) for name, settings in TEACHERS.items()}
-
-
-@pytest.fixture(scope="module")
-def student(tiny_model, tmp_path_factory):
-    return tiny_model(
-        tmp_path_factory.mktemp("student") / "model", seed=1, tie_word_embeddings=False, initializer_range=0.1
-    )
-
-
-@pytest.fixture(scope="module")
-def rows():
-    """Chunks of very different lengths with EOS inside, ids below 480, one without a target."""
-    generator = np.random.default_rng(0)
-    chunks = [generator.integers(1, 480, n) for n in (40, 3, 65, 2, 17, 64, 9, 33)]
-    for chunk in chunks:
-        chunk[generator.random(len(chunk)) < 0.15] = EOS
-    chunks[3][:] = EOS
-    return chunks
-
-
-def one_step(model, batches, teacher=None, lr=0.0, dtype=torch.float32):
-    """A step without clipping, so that the gradients stay."""
-    return train_step(
-        model, make_optimizer(model, OptimizerConfig()), batches, lr, 1e9, dtype, teacher=teacher
-    )
+    return make_teachers(tiny_model, tmp_path_factory.mktemp("teachers"))
 
 
 def with_teacher(config, teacher):
     return replace(config, distill=replace(config.distill, teacher=teacher))
-
-
-def load_teacher(folder, alpha, temperature=1.0, dtype=torch.float32):
-    return Teacher(load_model(folder, dtype).requires_grad_(False), alpha, temperature)
-
-
-def plain_losses(student, teacher, rows, alpha, temperature, document_mask):
-    """(loss, cross-entropy, KL divergence) over all positions whose input is not EOS: transformers' models,
-    whole logits, in float64."""
-    cross_entropies, divergences = [], []
-    vocabulary = min(student.config.vocab_size, teacher.config.vocab_size)
-    for row in rows:
-        bounds = np.flatnonzero(row[:-1] == EOS) + 1 if document_mask else []
-        for inputs, targets in zip(np.split(row[:-1], bounds), np.split(row[1:], bounds), strict=True):
-            if len(inputs):
-                ids, counted = torch.tensor(inputs)[None], torch.tensor(inputs != EOS)
-                z, teacher_z = (
-                    model(input_ids=ids).logits[0, counted, :vocabulary] for model in (student, teacher)
-                )
-                cross_entropies.append(
-                    -z.log_softmax(-1).gather(1, torch.tensor(targets)[counted, None])[:, 0]
-                )
-                p, q = (teacher_z / temperature).softmax(-1), (z / temperature).softmax(-1)
-                divergences.append((p * (p / q).log()).sum(-1))
-    cross_entropy, divergence = torch.cat(cross_entropies).mean(), torch.cat(divergences).mean()
-    return (1 - alpha) * cross_entropy + alpha * divergence, cross_entropy, divergence
-
-
-# ---- the step ----
-
-
-@pytest.mark.parametrize("micro_batch_tokens, document_mask", [(1, False), (70, False), (10_000, True)])
-@pytest.mark.parametrize(
-    "name, alpha, temperature",
-    [
-        ("wider", 0.3, 1.0),
-        ("higher head", 0.5, 2.0),
-        ("lower head", 0.9, 0.7),
-        ("adapted", 0.5, 1.0),
-        ("wider", 1.0, 1.0),
-    ],
-)
-def test_loss_and_gradients_are_those_of_plain_pytorch(
-    student, teachers, rows, name, alpha, temperature, micro_batch_tokens, document_mask
-):
-    theirs, their_teacher = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).double()
-        for folder in (student, teachers[name])
-    )
-    expected = plain_losses(
-        theirs, their_teacher.requires_grad_(False), rows, alpha, temperature, document_mask
-    )
-    expected[0].backward()
-    ours, teacher = load_model(student), load_teacher(teachers[name], alpha, temperature)
-    batches = global_batch(rows, EOS, micro_batch_tokens, document_mask)
-    counts = [training.num_targets([batch]) for batch in batches]
-    assert len(counts) == {1: 8, 70: 5, 10_000: 1}[micro_batch_tokens] and (
-        len(counts) == 1 or len(set(counts)) > 2
-    )
-    loss, grad_norm, *parts = one_step(ours, batches, teacher)
-    assert [loss, *parts] == pytest.approx([value.item() for value in expected], rel=1e-5)
-    gradients = {parameter_name: parameter.grad for parameter_name, parameter in theirs.named_parameters()}
-    assert grad_norm == pytest.approx(
-        torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item(), rel=1e-4
-    )
-    for parameter_name, parameter in ours.named_parameters():
-        exact = gradients[parameter_name]
-        assert (parameter.grad - exact).norm() <= 2e-5 * exact.norm() + 1e-9, parameter_name
-    assert (name == "lower head") == (not ours.head_weight.grad[480:].any())
-
-
-def test_alpha_0_is_training_without_a_teacher_to_rounding_and_alpha_1_leaves_the_targets_out(
-    student, teachers, rows
-):
-    def gradients(rows, alpha=None):
-        model = load_model(student)
-        teacher = None if alpha is None else load_teacher(teachers["wider"], alpha)
-        results = one_step(model, global_batch(rows, EOS, 70), teacher)
-        return results, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-
-    (loss, norm), plain = gradients(rows)
-    (kd_loss, kd_norm, cross_entropy, _), kd = gradients(rows, 0.0)
-    assert (kd_loss, cross_entropy, kd_norm) == pytest.approx((loss, loss, norm), rel=1e-6)
-    assert (kd - plain).norm() <= 1e-6 * plain.norm()  # the count of targets is divided by in another order
-
-    (loss, _, cross_entropy, divergence), by_divergence = gradients(rows, 1.0)
-    assert loss == divergence != cross_entropy
-    others = [row.copy() for row in rows]
-    for row in others:  # the last id of a chunk is a target alone, no input
-        row[-1] = 7
-    (_, _, other_cross_entropy, other_divergence), by_others = gradients(others, 1.0)
-    assert other_divergence == divergence and other_cross_entropy != cross_entropy
-    assert torch.allclose(by_others, by_divergence, rtol=0, atol=1e-8) and by_divergence.abs().max() > 1e-3
-
-
-def test_teacher_is_frozen(student, teachers, rows):
-    model, teacher = load_model(student), load_teacher(teachers["wider"], 0.5)
-    before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
-    optimizer = make_optimizer(model, OptimizerConfig())
-    for _ in range(2):
-        train_step(model, optimizer, global_batch(rows, EOS, 70), 1e-2, 1.0, torch.float32, teacher=teacher)
-    assert all(parameter.grad is None for parameter in teacher.model.parameters())
-    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.model.state_dict().items())
-    assert not any(
-        tensor is parameter
-        for group in optimizer.param_groups
-        for tensor in group["params"]
-        for parameter in teacher.model.parameters()
-    )
-
-
-def test_bfloat16_step_is_close_and_its_gradients_are_float32(student, teachers, rows):
-    results = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        model = load_model(student)
-        teacher = load_teacher(teachers["wider"], 0.5, dtype=dtype)
-        results[dtype] = one_step(model, global_batch(rows, EOS, 70), teacher, dtype=dtype)
-        assert all(
-            parameter.dtype == parameter.grad.dtype == torch.float32 for parameter in model.parameters()
-        )
-    assert (
-        results[torch.bfloat16] == pytest.approx(results[torch.float32], rel=3e-2)
-        and results[torch.bfloat16] != results[torch.float32]
-    )
-
-
-def test_step_without_a_target_is_skipped(student, teachers):
-    model = load_model(student)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    results = one_step(
-        model, global_batch([np.full(5, EOS)], EOS, 10), load_teacher(teachers["wider"], 0.5), lr=1e-2
-    )
-    assert all(math.isnan(value) for value in (results[0], *results[2:]))
-    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
-
-
-# ---- whole runs ----
 
 
 @pytest.fixture
@@ -251,13 +83,13 @@ def test_run_writes_what_it_says(config, whole, tiny_corpus, tmp_path, capsys):
         )
 
     model, teacher = load_model(latest_checkpoint(output)), load_model(whole.distill.teacher)
-    order = training.DataOrder(training.Corpus(tiny_corpus).num_tokens, 200, whole.seed)
+    order = DataOrder(Corpus(tiny_corpus).num_tokens, 200, whole.seed)
     context = order.epoch_tokens // len(order.rows)
     flops = 3 * model.flops_per_token(context) + teacher.flops_per_token(context)
     for line in lines:
         assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / 1e11)
 
-    checkpoint, corpus = latest_checkpoint(output), training.Corpus(tiny_corpus)
+    checkpoint, corpus = latest_checkpoint(output), Corpus(tiny_corpus)
     with torch.no_grad():  # plain cross-entropy, as without a teacher
         held_out = plain_loss(AutoModelForCausalLM.from_pretrained(checkpoint), corpus.rows(range(6))).item()
     assert lines[-1]["eval_loss"] == pytest.approx(held_out, abs=1e-5)
@@ -297,7 +129,7 @@ def test_run_writes_what_it_says(config, whole, tiny_corpus, tmp_path, capsys):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_teacher_of_a_run_is_frozen_and_computes_in_the_runs_dtype(config, dtype, monkeypatch):
-    original, seen = training.distillation_losses, []
+    original, seen = training_step.distillation_losses, []
 
     def watching(student, teacher, batch, compute):
         seen.append(
@@ -308,7 +140,7 @@ def test_teacher_of_a_run_is_frozen_and_computes_in_the_runs_dtype(config, dtype
         )
         return original(student, teacher, batch, compute)
 
-    monkeypatch.setattr(training, "distillation_losses", watching)
+    monkeypatch.setattr(training_step, "distillation_losses", watching)
     train(replace(config, steps=1, eval=EvalConfig(), dtype=dtype))
     assert seen and all(found == (False, {(getattr(torch, dtype), False)}) for found in seen)
     assert metrics(config.output)[0]["loss"] > 0
@@ -323,23 +155,12 @@ def test_runs_without_a_teacher_say_nothing_of_one(config):
     )
 
 
-def test_state_of_a_run_from_before_there_were_teachers_continues(config, monkeypatch):
-    config = replace(config, distill=DistillConfig())
-    stop_after(config, 14, monkeypatch)
-    path = Path(latest_checkpoint(config.output)) / "trainer_state.json"
-    found = read_json(path)
-    assert found["state"].pop("parts") == []
-    path.write_text(json.dumps(found))
-    train(config)
-    assert metrics(config.output)[-1]["step"] == 26
-
-
 class Killed(BaseException):
     """Nothing catches it: what is on disk is what SIGKILL would leave."""
 
 
 def kill_in_step(config, step, monkeypatch):
-    original, calls = training.train_step, []
+    original, calls = loop.train_step, []
 
     def dying(*arguments):
         calls.append(1)
@@ -348,7 +169,7 @@ def kill_in_step(config, step, monkeypatch):
         return original(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(training, "train_step", dying)
+        patch.setattr(loop, "train_step", dying)
         train(config)
 
 
@@ -359,7 +180,7 @@ def test_stopped_or_killed_it_ends_in_the_same_bits(config, whole, end, step, mo
     state = read_json(Path(latest_checkpoint(config.output)) / "trainer_state.json")["state"]
     assert state["step"] == (12 if end is kill_in_step else step)
     assert (
-        len(state["parts"]) == len(state["losses"]) == {12: 3, 14: 2, 16: 0}[state["step"]]
+        len(state["loss_components"]) == len(state["losses"]) == {12: 3, 14: 2, 16: 0}[state["step"]]
     )  # since the line at 9, 12 or 16
     train(config)
     check_equal_runs(config.output, whole.output)
@@ -367,7 +188,7 @@ def test_stopped_or_killed_it_ends_in_the_same_bits(config, whole, end, step, mo
 
 @pytest.mark.parametrize("call", [1, 30])
 def test_stopped_within_a_step_it_ends_in_the_same_bits(config, whole, call, monkeypatch):
-    original, calls = training.distillation_losses, []
+    original, calls = training_step.distillation_losses, []
 
     def stopping(*arguments):
         calls.append(1)
@@ -375,32 +196,12 @@ def test_stopped_within_a_step_it_ends_in_the_same_bits(config, whole, call, mon
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
-    with monkeypatch.context() as patch, suppress(training.Interrupted):
-        patch.setattr(training, "distillation_losses", stopping)
+    with monkeypatch.context() as patch, suppress(Interrupted):
+        patch.setattr(training_step, "distillation_losses", stopping)
         train(config)
         raise AssertionError("not stopped")
     train(config)
     check_equal_runs(config.output, whole.output)
-
-
-def test_skipped_steps_have_no_losses(config, monkeypatch):
-    original, calls = training.distillation_losses, []
-
-    def poisoned(*arguments):
-        calls.append(1)
-        return original(*arguments) * (math.nan if 5 <= len(calls) <= 8 else 1)  # one micro-batch to a step
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "distillation_losses", poisoned)
-        train(replace(config, steps=12, log_interval=5, micro_batch_tokens=10_000, eval=EvalConfig()))
-    lines = {line["step"]: line for line in metrics(config.output)}
-    assert sorted(lines) == [5, 6, 7, 8, 10, 12] and [
-        step for step, line in lines.items() if line.get("skipped")
-    ] == [5, 6, 7, 8]
-    for step, line in lines.items():
-        assert all(
-            (line[name] is None) == (step in (6, 7, 8)) for name in ("loss", "cross_entropy", "kl_divergence")
-        )
 
 
 def test_every_setting_of_the_teacher_makes_another_run(config, whole, teachers):
@@ -428,7 +229,7 @@ def test_every_setting_of_the_teacher_makes_another_run(config, whole, teachers)
 
 
 def test_complete_run_is_left_alone_without_loading_the_teacher(whole, monkeypatch, capsys):
-    monkeypatch.setattr(training, "load_model", None)
+    monkeypatch.setattr(stage, "load_model", None)
     train(whole)
     assert "complete, nothing to do" in capsys.readouterr().out
 
@@ -464,9 +265,6 @@ def test_student_learns_the_teachers_distribution(tiny_corpus, tmp_path):
     )
 
 
-# ---- refusals ----
-
-
 def test_teacher_that_does_not_fit_leaves_nothing_behind(config, tiny_model, tmp_path):
     broken, reordered = (Path(tiny_model(tmp_path / name)) for name in ("broken", "reordered"))
     truncate(broken / "model.safetensors")
@@ -492,7 +290,7 @@ def test_teacher_that_does_not_fit_leaves_nothing_behind(config, tiny_model, tmp
 def test_teacher_below_the_tokenizer_but_above_the_corpus_is_taken_with_a_word(
     config, tiny_model, tiny_corpus, tmp_path, capsys
 ):
-    highest = training.Corpus(tiny_corpus).highest_id
+    highest = Corpus(tiny_corpus).highest_id
     assert highest < 499
     with pytest.raises(UserError, match=f"has ids up to {highest}"):
         train(with_teacher(config, tiny_model(tmp_path / "one-less", vocab_size=highest)))
@@ -530,72 +328,6 @@ def test_teacher_below_the_tokenizer_but_above_the_corpus_is_taken_with_a_word(
 def test_settings_out_of_range_and_without_a_teacher(config, changed, message):
     with pytest.raises(ValueError, match=message):
         replace(config.distill, **changed)
-
-
-# ---- the command line, the model card ----
-
-
-def command(data, output, *arguments, **settings):
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "miniplm.cli",
-            "train",
-            "--data",
-            data,
-            "--output",
-            str(output),
-            "--device",
-            "cpu",
-            *arguments,
-        ],
-        capture_output=True,
-        text=True,
-        **settings,
-    )
-
-
-def test_command_line(tiny_corpus, teachers, tmp_path):
-    shape = [
-        "--model.hidden_size",
-        "32",
-        "--model.num_hidden_layers",
-        "1",
-        "--model.num_attention_heads",
-        "4",
-        "--model.intermediate_size",
-        "64",
-    ]
-    shape += ["--steps", "3", "--batch_tokens", "300", "--peak_tflops", "1"]
-    done = command(
-        tiny_corpus,
-        tmp_path / "out",
-        "--teacher",
-        teachers["adapted"],
-        "--alpha",
-        "0.3",
-        "--temperature",
-        "2",
-        *shape,
-    )
-    assert done.returncode == 0, done.stderr
-    (line,) = metrics(tmp_path / "out")
-    assert (
-        line["loss"] == pytest.approx(0.7 * line["cross_entropy"] + 0.3 * line["kl_divergence"], rel=1e-5)
-        and line["kl_divergence"] > 0
-    )
-    assert "0.7 · cross-entropy + 0.3 · KL divergence" in done.stderr and "trained 3 steps" in done.stdout
-    manifest = read_json(tmp_path / "out" / "manifest.json")
-    assert manifest["complete"] and manifest["teacher"] == "adapted"
-    for arguments in (
-        ["--teacher", teachers["wider"], "--alpha", "2"],
-        ["--alpha", "0.3"],
-        ["--teacher", str(tmp_path / "nowhere")],
-    ):
-        refused = command(tiny_corpus, tmp_path / "other", *arguments, *shape)
-        assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1, refused.stderr
-        assert not (tmp_path / "other").exists()
 
 
 def test_model_card_says_what_the_loss_was(whole, tmp_path):

@@ -13,9 +13,9 @@ from miniplm.config import OptimizerConfig
 from miniplm.data.batches import pack
 from miniplm.models.decoder import Decoder
 from miniplm.models.float8 import to_float8
-from miniplm.stages import train as training
 from miniplm.stages.score import score_batch
-from miniplm.stages.train import Teacher, make_optimizer, train_step
+from miniplm.training import step as training_step
+from miniplm.training.step import Teacher, make_optimizer, train_step
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -132,8 +132,8 @@ def test_a_step_that_is_not_finite_changes_nothing(dtype, monkeypatch):
 
     def step(scale):
         with monkeypatch.context() as patch:
-            original = training.summed_loss
-            patch.setattr(training, "summed_loss", lambda *arguments: original(*arguments) * scale)
+            original = training_step.summed_loss
+            patch.setattr(training_step, "summed_loss", lambda *arguments: original(*arguments) * scale)
             return train_step(model, optimizer, [batch(False)], 1e-3, 1.0, dtype)
 
     def everything():
