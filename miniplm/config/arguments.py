@@ -1,17 +1,74 @@
-"""Flags, YAML and plain values → settings, with one-line errors."""
+"""Flags, YAML and plain values → settings, with one-line errors.
+
+All three become one table, dotted name → value (see `fields.Schema`); jsonargparse turns text into what a
+setting's type says, and shows the help.
+"""
 
 import json
-import re
-from dataclasses import fields
-from typing import get_args, get_origin, get_type_hints
+import numbers
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from typing import Any, TypeVar, get_type_hints
+
+from . import yaml_files
+from .fields import Schema, expected, settings_of, shown, takes_none
+from .flags import read_flags
+
+Config = TypeVar("Config")
+LARGEST = 2**64  # no setting is a larger whole number than a seed
 
 
-def _parser(config_class, **options):
-    from jsonargparse import ArgumentParser, set_parsing_settings
+def from_dict(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    """Build settings from plain values as YAML holds them.
+
+    Groups are mappings inside, their settings class, or dotted names; old names (ALIASES) work.
+
+    Raises:
+        ValueError: an unknown name, a missing value, one of a wrong type or out of range.
+    """
+    return _build(config_class, Schema(config_class).flatten(values))
+
+
+def from_arguments(config_class: type[Config], arguments: Sequence[str], prog: str) -> Config:
+    """Build settings from command-line flags and YAML files.
+
+    A setting is `--some-name value` or `--some_name=value`, in a group `--group.some-name value`. A list is
+    several values, or the flag several times; a boolean stands alone, or with true or false, and `--no-name`
+    is false. `--config FILE` takes settings from a YAML file; flags after it win. Exits after --help and
+    --print_config.
+
+    Raises:
+        ValueError: as `from_dict`; an unknown flag.
+    """
+    schema = Schema(config_class)
+    given = read_flags(schema, arguments)
+    if given.help:
+        _parser(config_class, prog).print_help()
+        sys.exit(0)
+    if given.print_config is not None:
+        # The one parser call that takes values without checking that none is missing.
+        values = json.dumps({name: _plain(value) for name, value in given.values.items()})
+        _parser(config_class, prog).parse_args([f"--config={values}", f"--print_config={given.print_config}"])
+    return _build(config_class, given.values)
+
+
+def _bare_parser(**options: Any) -> Any:
+    from jsonargparse import ArgumentParser, set_loader
+
+    set_loader("miniplm", yaml_files.load, exceptions=(ValueError,))
+    return ArgumentParser(exit_on_error=False, parser_mode="miniplm", **options)
+
+
+def _parser(config_class: type, prog: str) -> Any:
+    """The parser that shows the help."""
+    from jsonargparse import set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(exit_on_error=False, description=config_class.__doc__, **options)
-    if "config" not in {field.name for field in fields(config_class)}:
+    schema = Schema(config_class)
+    parser = _bare_parser(prog=prog, description=config_class.__doc__, epilog=_epilog(schema))
+    if "config" not in schema.kinds:
         parser.add_argument(
             "--config", action="config", help="A YAML file with any of these settings; flags after it win."
         )
@@ -19,82 +76,67 @@ def _parser(config_class, **options):
     return parser
 
 
-def _build(parser, config_class, namespace):
-    values = {
-        name: value
-        for name, value in vars(parser.instantiate(namespace)).items()
-        if name in {field.name for field in fields(config_class)}
-    }
-    return config_class(**values)
+def _epilog(schema: Schema) -> str:
+    text = ""
+    if bool in schema.kinds.values():
+        text += "A flag of true or false may stand alone (true) or as --no-NAME (false). "
+    if schema.aliases:
+        old = ", ".join(f"--{old} (now --{new})" for old, new in schema.aliases.items())
+        text += f"Old names that still work: {old}."
+    return text.strip()
 
 
-def from_dict(config_class, values: dict):
-    """Build a config from plain values as YAML holds them, nested ones too. ValueError on an unknown key or a
-    wrong type."""
+def _build(config_class: type[Config], given: dict[str, Any]) -> Config:
+    schema = Schema(config_class)
+    if missing := [name for name in schema.required if name not in given]:
+        raise ValueError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} required")
+    return _construct(config_class, _typed(schema, given), "")
+
+
+def _typed(schema: Schema, given: dict[str, Any]) -> dict[str, Any]:
+    """The values as their types want them; text is read as YAML where the type is not text."""
     from jsonargparse import ArgumentError
 
-    parser = _parser(config_class)
-    try:
-        return _build(parser, config_class, parser.parse_object(values))
-    except (ArgumentError, TypeError) as error:
-        raise ValueError(_one_line(error)) from None
+    parser = _bare_parser()
+    for name in given:
+        parser.add_argument(f"--{name}", type=schema.kinds[name])
+    typed = {}
+    for name, value in given.items():
+        kind, value = schema.kinds[name], _plain(value)
+        wrong = ValueError(f"{name}: expected {expected(kind)}, got {shown(value)}")
+        if value is None and not takes_none(kind):
+            raise wrong
+        try:
+            typed[name] = parser.parse_object({name: value})[name]
+        except (ArgumentError, TypeError, ValueError, RecursionError):
+            raise wrong from None
+        if isinstance(typed[name], int) and abs(typed[name]) >= LARGEST:
+            raise ValueError(f"{name} is out of range: {shown(typed[name])}")
+    return typed
 
 
-def from_arguments(config_class, arguments: list, prog: str):
-    """Build a config from command-line flags (--some-name or --some_name, lists by repetition or as "a b")
-    and --config YAML. ValueError on an unknown flag or a wrong value; exits after --help and
-    --print_config."""
-    from jsonargparse import ArgumentError
-
-    parser = _parser(config_class, prog=prog)
-    try:
-        return _build(parser, config_class, parser.parse_args(_normalize(config_class, arguments)))
-    except (ArgumentError, TypeError) as error:
-        raise ValueError(_one_line(error)) from None
-
-
-def _normalize(config_class, arguments: list) -> list:
-    """Spell the flags as jsonargparse wants them: underscores, booleans with a value, lists as one JSON
-    value."""
-    kinds, result, lists = get_type_hints(config_class), [], {}
-    position = 0
-    while position < len(arguments):
-        flag, equals, value = arguments[position].partition("=")
-        position += 1
-        if not flag.startswith("--"):
-            result.append(arguments[position - 1])
-            continue
-        flag = flag.replace("-", "_").replace("__", "--", 1)
-        kind = kinds.get(flag[2:].split(".")[0])
-        values = [value] if equals else []
-        while not equals and position < len(arguments) and not arguments[position].startswith("--"):
-            values.append(arguments[position])
-            position += 1
-        if get_origin(kind) in (list, tuple) and values and not values[0].startswith("["):
-            lists.setdefault(flag, []).extend(values)
-        elif kind is bool and not values:
-            result.append(f"{flag}=true")
-        elif len(values) == 1:
-            result.append(f"{flag}={values[0]}")
-        else:
-            result.extend([flag, *values])
-    for flag, values in lists.items():
-        kind = get_args(kinds[flag[2:]])[0]
-        result.append(
-            f"{flag}={json.dumps([value if kind is str else json.loads(value) for value in values])}"
-        )
-    return result
+def _plain(value: Any) -> Any:
+    """A value as YAML could hold it: paths as text, numpy's numbers as Python's, tuples as lists."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    return value
 
 
-def _one_line(error) -> str:
-    """jsonargparse's message without its structure of several lines."""
-    text = " ".join(str(error).split())
-    key, value = re.search(r'Parser key "([^"]*)"', text), re.search(r"Given value: (.*)$", text)
-    kinds = [
-        kind
-        for kind in dict.fromkeys(re.findall(r"<class '(\w+)'>", text.partition("Given value type")[0]))
-        if kind != "NoneType"
-    ]
-    if key and value and kinds:
-        return f"{key[1]}: expected {' or '.join(kinds)}, got {value[1]!r}"
-    return text
+def _construct(config_class: type[Config], values: Mapping[str, Any], prefix: str) -> Config:
+    """The settings class, with its groups, from dotted names that begin with `prefix`."""
+    hints, own = get_type_hints(config_class), {}
+    for field in settings_of(config_class):
+        name = prefix + field.name
+        if is_dataclass(hints[field.name]):
+            own[field.name] = _construct(hints[field.name], values, f"{name}.")
+        elif name in values:
+            own[field.name] = values[name]
+    return config_class(**own)

@@ -89,7 +89,7 @@ def test_yaml_and_flags_together(tmp_path):
         (
             config.SelectConfig,
             ["--data", "d", "--output", "o", "--scores", "a", "--ratio", "half"],
-            "ratio: expected float, got 'half'",
+            "ratio: expected a number, got 'half'",
         ),
         (config.SelectConfig, ["--data", "d"], "required"),
         (config.ScoreConfig, ["--data", "d", "--output", "o"], "--teacher, --reference, or both"),
