@@ -5,6 +5,7 @@ field.
 """
 
 from .arguments import from_arguments, from_dict
+from .checks import BATCH_TOKENS, SHARD_CHUNKS
 from .data import PrepareConfig, ScoreConfig, SelectConfig
 from .publishing import DemoConfig, EvaluateConfig, ExportConfig, GenerateConfig, RunConfig
 from .training import (
@@ -28,6 +29,8 @@ STAGES = {
 }
 
 __all__ = [
+    "BATCH_TOKENS",
+    "SHARD_CHUNKS",
     "STAGES",
     "CheckpointConfig",
     "DemoConfig",

@@ -8,7 +8,7 @@ import json
 import numbers
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
@@ -45,34 +45,41 @@ def from_arguments(config_class: type[Config], arguments: Sequence[str], prog: s
     schema = Schema(config_class)
     given = read_flags(schema, arguments)
     if given.help:
-        _parser(config_class, prog).print_help()
+        _help_parser(schema, prog).print_help()
         sys.exit(0)
     if given.print_config is not None:
         # The one parser call that takes values without checking that none is missing.
         values = json.dumps({name: _plain(value) for name, value in given.values.items()})
-        _parser(config_class, prog).parse_args([f"--config={values}", f"--print_config={given.print_config}"])
+        _help_parser(schema, prog).parse_args([f"--config={values}", f"--print_config={given.print_config}"])
     return _build(config_class, given.values)
 
 
-def _bare_parser(**options: Any) -> Any:
+def _parser(schema: Schema, names: Iterable[str], **options: Any) -> Any:
+    """A parser of these settings, none of them required."""
     from jsonargparse import ArgumentParser, set_loader
 
     set_loader("miniplm", yaml_files.load, exceptions=(ValueError,))
-    return ArgumentParser(exit_on_error=False, parser_mode="miniplm", **options)
+    parser = ArgumentParser(exit_on_error=False, parser_mode="miniplm", **options)
+    for name in names:
+        parser.add_argument(f"--{name}", type=schema.kinds[name])
+    return parser
 
 
-def _parser(config_class: type, prog: str) -> Any:
-    """The parser that shows the help."""
-    from jsonargparse import set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    schema = Schema(config_class)
-    parser = _bare_parser(prog=prog, description=config_class.__doc__, epilog=_epilog(schema))
+def _help_parser(schema: Schema, prog: str) -> Any:
+    """The parser of the help and of --print_config, which shows the defaults too."""
+    description = schema.config_class.__doc__
+    parser = _parser(schema, (), prog=prog, description=description, epilog=_epilog(schema))
     if "config" not in schema.kinds:
         parser.add_argument(
             "--config", action="config", help="A YAML file with any of these settings; flags after it win."
         )
-    parser.add_class_arguments(config_class)
+    parts = {"": parser.add_argument_group("settings")}
+    for group in schema.groups:
+        text = f"{schema.docs[group]} (--{group} FILE takes them from a YAML file.)"
+        parts[group] = parser.add_argument_group(group, text)
+    for name, kind in schema.kinds.items():
+        default = {"default": schema.defaults[name]} if name in schema.defaults else {"required": True}
+        parts[name.rpartition(".")[0]].add_argument(f"--{name}", type=kind, help=schema.docs[name], **default)
     return parser
 
 
@@ -88,7 +95,8 @@ def _epilog(schema: Schema) -> str:
 
 def _build(config_class: type[Config], given: dict[str, Any]) -> Config:
     schema = Schema(config_class)
-    if missing := [name for name in schema.required if name not in given]:
+    required = [name for name in schema.kinds if name not in schema.defaults]
+    if missing := [name for name in required if name not in given]:
         raise ValueError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} required")
     return _construct(config_class, _typed(schema, given), "")
 
@@ -97,9 +105,7 @@ def _typed(schema: Schema, given: dict[str, Any]) -> dict[str, Any]:
     """The values as their types want them; text is read as YAML where the type is not text."""
     from jsonargparse import ArgumentError
 
-    parser = _bare_parser()
-    for name in given:
-        parser.add_argument(f"--{name}", type=schema.kinds[name])
+    parser = _parser(schema, given)
     typed = {}
     for name, value in given.items():
         kind, value = schema.kinds[name], _plain(value)

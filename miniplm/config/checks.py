@@ -1,17 +1,103 @@
-"""What the settings of several stages share: their checks and types."""
+"""What the settings of several stages share: their types, and the rules for a value."""
 
-from typing import Literal, Optional
+import math
+import os
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Optional
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+MAX_BATCH_TOKENS = 2**24  # of one forward pass: more fits into no memory
+MAX_COUNT = 2**63 - 1  # of what is only counted (steps, chunks, tokens): numpy's and Arrow's largest integer
+MAX_SEED = 2**64 - 1  # torch's
 
-def _require(holds: bool, rule: str):
+
+@dataclass(frozen=True)
+class ByDevice:
+    """A default that depends on the device. As `metadata["default"]` of a field it is shown by the help."""
+
+    cpu: int
+    gpu: int
+
+    def on(self, device_type: str) -> int:
+        return self.cpu if device_type == "cpu" else self.gpu
+
+    def __str__(self) -> str:
+        return f"{self.cpu:,} on the CPU, {self.gpu:,} on a GPU"
+
+
+BATCH_TOKENS = ByDevice(2_048, 65_536)
+SHARD_CHUNKS = ByDevice(256, 16_384)
+
+
+def require(holds: bool, rule: str) -> None:
+    """ValueError with the rule, unless it holds."""
     if not holds:
         raise ValueError(rule)
 
 
-def _require_trace(profile: Optional[str]):
-    _require(
-        profile is None or profile.endswith((".json", ".json.gz")),
-        f"profile must be a .json or .json.gz file, got {profile}",
+def require_count(settings: Any, *names: str, low: int = 1, high: int = MAX_COUNT, group: str = "") -> None:
+    """ValueError unless the whole numbers under these names lie from `low` to `high`; None is left out.
+
+    Args:
+        group: what comes before the names in a message, with its dot.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None:
+            require(value >= low, f"{group}{name} must be at least {low}, got {value}")
+            require(value <= high, f"{group}{name} must be at most {high:,}, got {value:,}")
+
+
+def require_finite(settings: Any, *names: str, positive: bool = False, group: str = "") -> None:
+    """ValueError unless the numbers under these names are finite, and at least 0, or above 0 where they must
+    be positive; None is left out."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None:
+            holds = math.isfinite(value) and (value > 0 if positive else value >= 0)
+            rule = "above 0" if positive else "at least 0"
+            require(holds, f"{group}{name} must be {rule} and finite, got {value}")
+
+
+def require_texts(settings: Any, *may_be_empty: str, group: str = "") -> None:
+    """ValueError unless every text among the settings can be a name: not empty, without NUL, and of
+    characters that a file's name can have."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(text, str):
+                continue
+            name = group + field.name
+            require(bool(text) or field.name in may_be_empty, f"{name} must not be empty")
+            require("\0" not in text, f"{name} must not hold a NUL character")
+            try:
+                os.fsencode(text)
+            except UnicodeEncodeError:
+                raise ValueError(f"{name} holds half of a surrogate pair, which is no character") from None
+
+
+def require_output(path: Optional[str], name: str = "output") -> None:
+    """ValueError unless the path names a file or folder of its own, and no device, pipe or socket."""
+    if path is None:
+        return
+    require(Path(path).name not in ("", ".."), f"{name} must have a name of its own, got {path!r}")
+    plain = os.path.isdir(path) or os.path.isfile(path) or not os.path.exists(path)
+    require(plain, f"{name} {path} is neither a folder nor a file: choose another")
+
+
+def require_trace(path: Optional[str]) -> None:
+    require_output(path, "profile")
+    require(
+        path is None or path.endswith((".json", ".json.gz")),
+        f"profile must be a .json or .json.gz file, got {path}",
+    )
+
+
+def require_device(device: str) -> None:
+    require(
+        re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", device) is not None,
+        f"device {device!r} is not known: give auto, cpu, cuda or cuda:1",
     )

@@ -1,9 +1,29 @@
 """Settings of prepare, score and select: text → corpus → scores → refined corpus."""
 
-from dataclasses import dataclass
-from typing import List, Literal, Optional, Tuple
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, List, Literal, Optional, Tuple
 
-from .checks import Dtype, _require, _require_trace
+from .checks import (
+    BATCH_TOKENS,
+    MAX_BATCH_TOKENS,
+    MAX_SEED,
+    SHARD_CHUNKS,
+    Dtype,
+    require,
+    require_count,
+    require_device,
+    require_output,
+    require_texts,
+    require_trace,
+)
+
+MAX_CHUNK_LENGTH = 2**20
+MAX_SHARD_TOKENS = 2**30  # an Arrow file's offsets are int32
+MAX_SHARD_CHUNKS = 2**24
+MAX_VOCABULARY = 2**24
+MAX_WORKERS = 1_024
+DEFAULT_RATIO = 0.5
 
 
 @dataclass(frozen=True)
@@ -42,22 +62,27 @@ class PrepareConfig:
     """Tokens per file of the corpus; a killed run continues after the last whole file."""
 
     def __post_init__(self):
-        _require(self.max_length >= 1, f"max_length must be at least 1, got {self.max_length}")
-        _require(
+        require_texts(self)
+        require_output(self.output)
+        require_count(self, "max_length", high=MAX_CHUNK_LENGTH)
+        require(
             0 <= self.take[0] < self.take[1] <= 1,
             f"take must be two numbers 0 <= from < to <= 1, got {list(self.take)}",
         )
-        _require(
+        require(
             0 <= self.max_bad_fraction <= 1,
             f"max_bad_fraction must be between 0 and 1, got {self.max_bad_fraction}",
         )
-        _require(self.workers is None or self.workers >= 1, f"workers must be at least 1, got {self.workers}")
-        _require(self.shard_tokens >= 1, f"shard_tokens must be at least 1, got {self.shard_tokens}")
+        require_count(self, "workers", high=MAX_WORKERS)
+        require_count(self, "shard_tokens", high=MAX_SHARD_TOKENS)
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
     """Score every chunk of a corpus with a teacher, a reference model, or both."""
+
+    ALIASES: ClassVar[dict[str, str]] = {"shard_rows": "shard_chunks"}
+    """Old names."""
 
     data: str
     """The corpus folder that prepare wrote."""
@@ -76,11 +101,10 @@ class ScoreConfig:
     chunks agree with those without is told at the end. Default: all in dtype."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, …"""
-    batch_tokens: Optional[int] = None
-    """Tokens per packed batch; default 2,048 on the CPU, 65,536 on a GPU."""
-    shard_rows: Optional[int] = None
-    """Chunks per score file; default 256 on the CPU, 16,384 on a GPU. A killed run continues after the last
-    whole file."""
+    batch_tokens: Optional[int] = field(default=None, metadata={"default": BATCH_TOKENS})
+    """Tokens per packed batch."""
+    shard_chunks: Optional[int] = field(default=None, metadata={"default": SHARD_CHUNKS})
+    """Chunks per score file; a killed run continues after the last whole file."""
     vocab_size: Optional[int] = None
     """Softmax over the first so many ids; default: the lower head of the two models (one model alone: its
     own). Needed only when models with heads of unequal height are scored one at a time."""
@@ -90,11 +114,14 @@ class ScoreConfig:
     """Write a Chrome trace of three batches near the start to this file (.json or .json.gz)."""
 
     def __post_init__(self):
-        _require(bool(self.teacher or self.reference), "give --teacher, --reference, or both")
-        _require_trace(self.profile)
-        for name in ("batch_tokens", "shard_rows", "vocab_size"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        require_texts(self)
+        require_output(self.output)
+        require(bool(self.teacher or self.reference), "give --teacher, --reference, or both")
+        require_device(self.device)
+        require_trace(self.profile)
+        require_count(self, "batch_tokens", high=MAX_BATCH_TOKENS)
+        require_count(self, "shard_chunks", high=MAX_SHARD_CHUNKS)
+        require_count(self, "vocab_size", high=MAX_VOCABULARY)
 
 
 @dataclass(frozen=True)
@@ -108,7 +135,7 @@ class SelectConfig:
     output: str
     """The refined corpus folder to write."""
     ratio: Optional[float] = None
-    """Keep the int(ratio * rows) best chunks. The default rule, with 0.5."""
+    """Keep the int(ratio * chunks) best chunks. Where no rule is given, this one, with half of the chunks."""
     token_budget: Optional[int] = None
     """Instead: keep the best chunks as long as their tokens fit into this budget."""
     threshold: Optional[float] = None
@@ -120,28 +147,28 @@ class SelectConfig:
     score are left out here too."""
 
     def __post_init__(self):
+        require_texts(self)
+        require_output(self.output)
         rules = [name for name in ("ratio", "token_budget", "threshold") if getattr(self, name) is not None]
-        _require(len(rules) <= 1, f"give one of ratio, token_budget and threshold, got {' and '.join(rules)}")
+        require(len(rules) <= 1, f"give one of ratio, token_budget and threshold, got {' and '.join(rules)}")
         if not rules:
-            object.__setattr__(self, "ratio", 0.5)
-        _require(
+            object.__setattr__(self, "ratio", DEFAULT_RATIO)
+        require(
             self.ratio is None or 0 < self.ratio <= 1,
             f"ratio must be above 0 and at most 1, got {self.ratio}",
         )
-        _require(
-            self.token_budget is None or self.token_budget >= 1,
-            f"token_budget must be at least 1, got {self.token_budget}",
+        require_count(self, "token_budget")
+        require(
+            self.threshold is None or math.isfinite(self.threshold),
+            f"threshold must be finite, got {self.threshold}",
         )
-        _require(
+        require(
             not (self.threshold is not None and self.per_domain),
             "per_domain changes nothing with threshold: leave one out",
         )
-        _require(
+        require(
             not (self.threshold is not None and self.random_seed is not None),
             "random_seed needs ratio or token_budget, not threshold",
         )
-        _require(
-            self.random_seed is None or self.random_seed >= 0,
-            f"random_seed must not be negative, got {self.random_seed}",
-        )
-        _require(1 <= len(self.scores) <= 2, f"scores takes one or two folders, got {len(self.scores)}")
+        require_count(self, "random_seed", low=0, high=MAX_SEED)
+        require(1 <= len(self.scores) <= 2, f"scores takes one or two folders, got {len(self.scores)}")

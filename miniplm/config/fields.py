@@ -1,10 +1,13 @@
 """A settings class as a flat table: dotted names, types, old names."""
 
 import difflib
+import functools
 import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import docstring_parser
 
 from .yaml_files import read_mapping
 
@@ -15,15 +18,19 @@ class Schema:
     Attributes:
         kinds: dotted name → type, of every setting, those in groups too.
         groups: dotted name → settings class.
-        required: dotted names of the settings without a default.
+        defaults: dotted name → default, of the settings that have one.
+        notes: dotted name → what the help says of a default that depends on the device.
+        docs: dotted name → what the class says of a setting or a group.
         aliases: old dotted name → present one; a class lists its own as
             `ALIASES: ClassVar[dict[str, str]]`.
     """
 
     def __init__(self, config_class: type):
+        self.config_class = config_class
         self.kinds: dict[str, Any] = {}
         self.groups: dict[str, type] = {}
-        self.required: list[str] = []
+        self.defaults: dict[str, Any] = {}
+        self.notes: dict[str, str] = {}
         self.aliases: dict[str, str] = {}
         self._add(config_class, "")
 
@@ -38,8 +45,20 @@ class Schema:
                 self._add(kind, f"{name}.")
                 continue
             self.kinds[name] = kind
-            if field.default is MISSING and field.default_factory is MISSING:
-                self.required.append(name)
+            if field.default is not MISSING:
+                self.defaults[name] = field.default
+            if "default" in field.metadata:
+                self.notes[name] = f"Default: {field.metadata['default']}."
+
+    @functools.cached_property
+    def docs(self) -> dict[str, str]:
+        docs = {}
+        for prefix, config_class in {"": self.config_class, **self.groups}.items():
+            for found in docstring_parser.parse_from_object(config_class).params:
+                name = f"{prefix}.{found.arg_name}" if prefix else found.arg_name
+                text = " ".join((found.description or "").split())
+                docs[name] = f"{text} {self.notes[name]}" if name in self.notes else text
+        return docs
 
     def flatten(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Nested settings → present dotted name → value.

@@ -1,9 +1,22 @@
 """Settings of evaluate, generate and export, and of run and demo, which chain the stages."""
 
-from dataclasses import dataclass
-from typing import List, Literal, Optional
+from dataclasses import dataclass, field
+from typing import Literal, Optional, Tuple
 
-from .checks import Dtype, _require
+from .checks import (
+    BATCH_TOKENS,
+    MAX_BATCH_TOKENS,
+    MAX_SEED,
+    Dtype,
+    require,
+    require_count,
+    require_device,
+    require_finite,
+    require_output,
+    require_texts,
+)
+
+MAX_NEW_TOKENS = 2**20
 
 
 @dataclass(frozen=True)
@@ -22,16 +35,16 @@ class EvaluateConfig:
     """The model's dtype; auto: bfloat16 on a GPU, float32 on the CPU."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, …"""
-    batch_tokens: Optional[int] = None
-    """Tokens per packed batch; default 2,048 on the CPU, 65,536 on a GPU."""
+    batch_tokens: Optional[int] = field(default=None, metadata={"default": BATCH_TOKENS})
+    """Tokens per packed batch."""
     trust_remote_code: bool = False
     """Run code that comes with a model. Only for models that you trust."""
 
     def __post_init__(self):
-        _require(
-            self.batch_tokens is None or self.batch_tokens >= 1,
-            f"batch_tokens must be at least 1, got {self.batch_tokens}",
-        )
+        require_texts(self)
+        require_output(self.output)
+        require_device(self.device)
+        require_count(self, "batch_tokens", high=MAX_BATCH_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -58,9 +71,12 @@ class GenerateConfig:
     """Run code that comes with a model. Only for models that you trust."""
 
     def __post_init__(self):
-        _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        _require(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
-        _require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
+        require_texts(self, "prompt")
+        require_device(self.device)
+        require_count(self, "max_new_tokens", high=MAX_NEW_TOKENS)
+        require_finite(self, "temperature")
+        require_count(self, "seed", low=0, high=MAX_SEED)
+        require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
 
 
 @dataclass(frozen=True)
@@ -77,9 +93,9 @@ class ExportConfig:
     """The dtype of the published weights."""
     license: str = "apache-2.0"
     """The licence on the card."""
-    language: List[str] = ("en",)
+    language: Tuple[str, ...] = ("en",)
     """The languages on the card."""
-    datasets: List[str] = ()
+    datasets: Tuple[str, ...] = ()
     """Hugging Face ids of the datasets on the card; default: the corpus's source, where that is one."""
     evaluation: Optional[str] = None
     """A JSON file that evaluate wrote, for the card's table of losses."""
@@ -87,6 +103,10 @@ class ExportConfig:
     """Upload the folder to this Hugging Face repository (log in first)."""
     private: bool = False
     """Make that repository private."""
+
+    def __post_init__(self):
+        require_texts(self)
+        require_output(self.output)
 
 
 @dataclass(frozen=True)
@@ -98,6 +118,9 @@ class RunConfig:
     output: str
     """The folder under which each stage gets a folder of its own."""
 
+    def __post_init__(self):
+        require_texts(self)
+
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -105,3 +128,6 @@ class DemoConfig:
 
     output: str = "miniplm-demo"
     """The folder to write."""
+
+    def __post_init__(self):
+        require_texts(self)

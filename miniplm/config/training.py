@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Optional, Tuple
 
-from .checks import Dtype, _require, _require_trace
+from .checks import Dtype, require, require_trace
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class StudentConfig:
     """Standard deviation of the initial weights."""
 
     def __post_init__(self):
-        _require(
+        require(
             self.head_dim is not None or self.hidden_size % self.num_attention_heads == 0,
             f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
             f"{self.num_attention_heads}: change one or set head_dim",
         )
         kv_heads = self.num_key_value_heads or self.num_attention_heads
-        _require(
+        require(
             self.num_attention_heads % kv_heads == 0,
             f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
             f"{kv_heads}",
@@ -72,12 +72,10 @@ class OptimizerConfig:
     """Gradients are clipped to this norm."""
 
     def __post_init__(self):
-        _require(self.lr > 0, f"lr must be above 0, got {self.lr}")
-        _require(
-            0 <= self.min_lr_ratio <= 1, f"min_lr_ratio must be between 0 and 1, got {self.min_lr_ratio}"
-        )
-        _require(self.warmup_steps >= 0, f"warmup_steps must not be negative, got {self.warmup_steps}")
-        _require(self.max_grad_norm > 0, f"max_grad_norm must be above 0, got {self.max_grad_norm}")
+        require(self.lr > 0, f"lr must be above 0, got {self.lr}")
+        require(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio must be between 0 and 1, got {self.min_lr_ratio}")
+        require(self.warmup_steps >= 0, f"warmup_steps must not be negative, got {self.warmup_steps}")
+        require(self.max_grad_norm > 0, f"max_grad_norm must be above 0, got {self.max_grad_norm}")
 
 
 @dataclass(frozen=True)
@@ -92,9 +90,9 @@ class DistillConfig:
     """Both models' logits are divided by this in the KL divergence, which is not multiplied by its square."""
 
     def __post_init__(self):
-        _require(0 <= self.alpha <= 1, f"distill.alpha must be between 0 and 1, got {self.alpha}")
-        _require(self.temperature > 0, f"distill.temperature must be above 0, got {self.temperature}")
-        _require(
+        require(0 <= self.alpha <= 1, f"distill.alpha must be between 0 and 1, got {self.alpha}")
+        require(self.temperature > 0, f"distill.temperature must be above 0, got {self.temperature}")
+        require(
             bool(self.teacher) or (self.alpha, self.temperature) == (0.5, 1.0),
             "distill.alpha and distill.temperature have no say without distill.teacher: leave them out",
         )
@@ -112,7 +110,7 @@ class CheckpointConfig:
     def __post_init__(self):
         for name in ("interval", "keep"):
             value = getattr(self, name)
-            _require(value >= 1, f"checkpoint.{name} must be at least 1, got {value}")
+            require(value >= 1, f"checkpoint.{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ class EvalConfig:
     def __post_init__(self):
         for name in ("interval", "chunks"):
             value = getattr(self, name)
-            _require(value >= 1, f"eval.{name} must be at least 1, got {value}")
+            require(value >= 1, f"eval.{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -197,19 +195,19 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("batch_tokens", "log_interval", "max_skipped_steps"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        _require(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
-        _require(
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        require(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        require(
             self.micro_batch_tokens is None or self.micro_batch_tokens >= 1,
             f"micro_batch_tokens must be at least 1, got {self.micro_batch_tokens}",
         )
-        _require(not (self.init_from and self.model_config), "give init_from or model_config, not both")
-        _require(
+        require(not (self.init_from and self.model_config), "give init_from or model_config, not both")
+        require(
             self.model == StudentConfig() or not (self.init_from or self.model_config),
             "model.* has no say beside init_from or model_config: leave it out",
         )
-        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
-        _require_trace(self.profile)
-        _require(
+        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        require_trace(self.profile)
+        require(
             self.dtype != "float16", "float16 needs loss scaling, which is not built: use bfloat16 or float32"
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..config import EvaluateConfig
+from ..config import BATCH_TOKENS, EvaluateConfig
 from ..data.batches import IGNORE_INDEX, pack, prefetch, split_by_tokens
 from ..data.corpus import Corpus
 from ..data.tokenizer import check_same_tokens, load_tokenizer
@@ -63,7 +63,7 @@ def evaluate(config: EvaluateConfig) -> dict:
                 f"to {corpus.highest_id}: "
                 "evaluate a model that was made for its tokenizer"
             )
-        batch_tokens = config.batch_tokens or (2_048 if device.type == "cpu" else 65_536)
+        batch_tokens = config.batch_tokens or BATCH_TOKENS.on(device.type)
         losses, tokens = _row_losses(model, corpus, config.document_mask, batch_tokens, device)
         codes, names = corpus.domains
         domains = {

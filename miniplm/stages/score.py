@@ -3,7 +3,7 @@
 For every chunk the mean log-probability of its unmasked tokens under each model, and their difference, the
 score r(x) = mean log p_teacher(x) − mean log p_reference(x) in nats per token (Gu et al., arXiv 2410.17215).
 
-The rows of the corpus are cut into files of `shard_rows`; batches are packed within a file only. So a file
+The rows of the corpus are cut into files of `shard_chunks`; batches are packed within a file only. So a file
 depends on nothing but its own rows: a killed run continues at the first file that is not there, and ends in
 the same bytes.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..config import ScoreConfig
+from ..config import BATCH_TOKENS, SHARD_CHUNKS, ScoreConfig
 from ..data.batches import IGNORE_INDEX, Batch, pack, pinned, prefetch, split_by_tokens
 from ..data.corpus import Corpus
 from ..data.tokenizer import check_same_tokens, load_tokenizer
@@ -50,8 +50,8 @@ def score(config: ScoreConfig) -> None:
         check_same_tokens(tokenizer, load_tokenizer(folders[role], config.trust_remote_code), name)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    batch_tokens = config.batch_tokens or (2_048 if device.type == "cpu" else 65_536)
-    shard_rows = config.shard_rows or (256 if device.type == "cpu" else 16_384)
+    batch_tokens = config.batch_tokens or BATCH_TOKENS.on(device.type)
+    shard_rows = config.shard_chunks or SHARD_CHUNKS.on(device.type)
     identity = {
         "corpus": corpus.fingerprint,
         **{role: model_hash(folders[role]) if role in names else None for role in ROLES},

@@ -21,7 +21,7 @@ from miniplm.runtime import artifacts
 from miniplm.runtime.errors import UserError
 from miniplm.stages.score import score
 
-SMALL = dict(shard_rows=7, batch_tokens=100, device="cpu")  # 6 files, several batches in each
+SMALL = dict(shard_chunks=7, batch_tokens=100, device="cpu")  # 6 files, several batches in each
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_rows_with_nothing_to_score_are_null(tiny_corpus, teacher, reference, tm
             teacher=teacher,
             reference=reference,
             output=str(tmp_path / "s"),
-            shard_rows=3,
+            shard_chunks=3,
             device="cpu",
         )
     )
@@ -190,7 +190,7 @@ def test_batches_and_files_change_no_score(tiny_corpus, teacher, reference, scor
             teacher=teacher,
             reference=reference,
             output=str(tmp_path / "s"),
-            shard_rows=1000,
+            shard_chunks=1000,
             batch_tokens=1,
             device="cpu",
         )
@@ -330,7 +330,7 @@ for target in [*targets, None]:
 
 @pytest.mark.slow
 def test_kill_at_random_moments_ends_in_the_same_bytes(tiny_corpus, teacher, reference, tmp_path):
-    options = dict(data=tiny_corpus, teacher=teacher, reference=reference, shard_rows=1, device="cpu")
+    options = dict(data=tiny_corpus, teacher=teacher, reference=reference, shard_chunks=1, device="cpu")
     score(ScoreConfig(output=str(tmp_path / "whole"), **options))
     folder = tmp_path / "killed"
     targets = [0, *sorted(random.Random(1).sample(range(1, 36), 5))]
