@@ -13,7 +13,7 @@ from dataclasses import is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
 from . import yaml_files
-from .fields import Schema, expected, settings_of, shown, takes_none
+from .fields import Schema, expected, settings_of, shown, takes_none, takes_text
 from .flags import read_flags
 
 Config = TypeVar("Config")
@@ -110,15 +110,23 @@ def _typed(schema: Schema, given: dict[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         kind, value = schema.kinds[name], _plain(value)
         wrong = ValueError(f"{name}: expected {expected(kind)}, got {shown(value)}")
-        if value is None and not takes_none(kind):
+        if (value is None and not takes_none(kind)) or _is_long_number(kind, value):
             raise wrong
         try:
             typed[name] = parser.parse_object({name: value})[name]
-        except (ArgumentError, TypeError, ValueError, RecursionError):
+        except (ArgumentError, TypeError, ValueError, ArithmeticError, RecursionError):
             raise wrong from None
         if isinstance(typed[name], int) and abs(typed[name]) >= LARGEST:
             raise ValueError(f"{name} is out of range: {shown(typed[name])}")
     return typed
+
+
+def _is_long_number(kind: Any, value: Any) -> bool:
+    """Whether text is longer than any number or boolean, where one is wanted: jsonargparse would read it as
+    YAML of any kind."""
+    if isinstance(value, list):
+        return any(_is_long_number(kind, inner) for inner in value)
+    return isinstance(value, str) and not takes_text(kind) and len(value) > yaml_files.MAX_NUMBER_LENGTH
 
 
 def _plain(value: Any) -> Any:

@@ -130,6 +130,11 @@ def takes_none(kind: Any) -> bool:
     return get_origin(kind) is Union and type(None) in get_args(kind)
 
 
+def takes_text(kind: Any) -> bool:
+    """Whether a text can be a value as it is, or an element of one."""
+    return kind is str or get_origin(kind) is Literal or any(map(takes_text, get_args(kind)))
+
+
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
