@@ -5,7 +5,7 @@ field.
 """
 
 from .arguments import from_arguments, from_dict
-from .checks import BATCH_TOKENS, SHARD_CHUNKS
+from .checks import BATCH_TOKENS, MICRO_BATCH_TOKENS, SHARD_CHUNKS
 from .data import PrepareConfig, ScoreConfig, SelectConfig
 from .publishing import DemoConfig, EvaluateConfig, ExportConfig, GenerateConfig, RunConfig
 from .training import (
@@ -30,6 +30,7 @@ STAGES = {
 
 __all__ = [
     "BATCH_TOKENS",
+    "MICRO_BATCH_TOKENS",
     "SHARD_CHUNKS",
     "STAGES",
     "CheckpointConfig",

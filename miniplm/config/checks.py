@@ -10,6 +10,7 @@ from typing import Any, Literal, Optional
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 MAX_BATCH_TOKENS = 2**24  # of one forward pass: more fits into no memory
+MAX_VOCABULARY = 2**24
 MAX_COUNT = 2**63 - 1  # of what is only counted (steps, chunks, tokens): numpy's and Arrow's largest integer
 MAX_SEED = 2**64 - 1  # torch's
 
@@ -29,6 +30,7 @@ class ByDevice:
 
 
 BATCH_TOKENS = ByDevice(2_048, 65_536)
+MICRO_BATCH_TOKENS = ByDevice(4_096, 65_536)
 SHARD_CHUNKS = ByDevice(256, 16_384)
 
 
@@ -57,9 +59,11 @@ def require_finite(settings: Any, *names: str, positive: bool = False, group: st
     for name in names:
         value = getattr(settings, name)
         if value is not None:
-            holds = math.isfinite(value) and (value > 0 if positive else value >= 0)
-            rule = "above 0" if positive else "at least 0"
-            require(holds, f"{group}{name} must be {rule} and finite, got {value}")
+            require(math.isfinite(value), f"{group}{name} must be finite, got {value}")
+            if positive:
+                require(value > 0, f"{group}{name} must be above 0, got {value}")
+            else:
+                require(value >= 0, f"{group}{name} must not be negative, got {value}")
 
 
 def require_texts(settings: Any, *may_be_empty: str, group: str = "") -> None:

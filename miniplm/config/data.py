@@ -8,6 +8,7 @@ from .checks import (
     BATCH_TOKENS,
     MAX_BATCH_TOKENS,
     MAX_SEED,
+    MAX_VOCABULARY,
     SHARD_CHUNKS,
     Dtype,
     require,
@@ -21,7 +22,6 @@ from .checks import (
 MAX_CHUNK_LENGTH = 2**20
 MAX_SHARD_TOKENS = 2**30  # an Arrow file's offsets are int32
 MAX_SHARD_CHUNKS = 2**24
-MAX_VOCABULARY = 2**24
 MAX_WORKERS = 1_024
 DEFAULT_RATIO = 0.5
 

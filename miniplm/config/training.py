@@ -1,9 +1,32 @@
 """Settings of train: the student, the optimiser, the run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Optional, Tuple
 
-from .checks import Dtype, require, require_trace
+from .checks import (
+    MAX_BATCH_TOKENS,
+    MAX_SEED,
+    MAX_VOCABULARY,
+    MICRO_BATCH_TOKENS,
+    Dtype,
+    require,
+    require_count,
+    require_device,
+    require_finite,
+    require_output,
+    require_texts,
+    require_trace,
+)
+
+# Well above any model that one machine trains: what is larger is a slip of the keyboard.
+MAX_WIDTH = 2**16
+MAX_FEED_FORWARD = 2**18
+MAX_LAYERS = 1_024
+MAX_HEADS = 1_024
+MAX_HEAD_DIM = 256  # what the attention kernels are tested with
+MAX_POSITIONS = 2**31 - 1
+MAX_STEP_TOKENS = 2**26  # a step's ids are in memory at once
+MAX_STEPS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -39,10 +62,24 @@ class StudentConfig:
     """Standard deviation of the initial weights."""
 
     def __post_init__(self):
+        group = "model."
+        require_count(self, "hidden_size", high=MAX_WIDTH, group=group)
+        require_count(self, "intermediate_size", high=MAX_FEED_FORWARD, group=group)
+        require_count(self, "num_hidden_layers", high=MAX_LAYERS, group=group)
+        require_count(self, "num_attention_heads", "num_key_value_heads", high=MAX_HEADS, group=group)
+        require_count(self, "vocab_size", high=MAX_VOCABULARY, group=group)
+        require_count(self, "max_position_embeddings", high=MAX_POSITIONS, group=group)
+        require_finite(self, "rope_theta", "rms_norm_eps", positive=True, group=group)
+        require_finite(self, "initializer_range", group=group)
         require(
             self.head_dim is not None or self.hidden_size % self.num_attention_heads == 0,
             f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
             f"{self.num_attention_heads}: change one or set head_dim",
+        )
+        head_dim = self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+        require(
+            2 <= head_dim <= MAX_HEAD_DIM and head_dim % 2 == 0,
+            f"model.head_dim must be even, from 2 to {MAX_HEAD_DIM}, got {head_dim}",
         )
         kv_heads = self.num_key_value_heads or self.num_attention_heads
         require(
@@ -69,12 +106,18 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     """Weight decay, on all parameters."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
+    """Gradients are clipped to this norm; .inf: never."""
 
     def __post_init__(self):
-        require(self.lr > 0, f"lr must be above 0, got {self.lr}")
+        group = "optimizer."
+        require_finite(self, "lr", "eps", positive=True, group=group)
+        require_finite(self, "weight_decay", group=group)
+        require_count(self, "warmup_steps", low=0, high=MAX_STEPS, group=group)
+        require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"optimizer.betas must be two numbers from 0 to below 1, got {list(self.betas)}",
+        )
         require(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio must be between 0 and 1, got {self.min_lr_ratio}")
-        require(self.warmup_steps >= 0, f"warmup_steps must not be negative, got {self.warmup_steps}")
         require(self.max_grad_norm > 0, f"max_grad_norm must be above 0, got {self.max_grad_norm}")
 
 
@@ -91,7 +134,8 @@ class DistillConfig:
 
     def __post_init__(self):
         require(0 <= self.alpha <= 1, f"distill.alpha must be between 0 and 1, got {self.alpha}")
-        require(self.temperature > 0, f"distill.temperature must be above 0, got {self.temperature}")
+        require_finite(self, "temperature", positive=True, group="distill.")
+        require_texts(self, group="distill.")
         require(
             bool(self.teacher) or (self.alpha, self.temperature) == (0.5, 1.0),
             "distill.alpha and distill.temperature have no say without distill.teacher: leave them out",
@@ -108,9 +152,7 @@ class CheckpointConfig:
     """How many of the latest checkpoints to keep."""
 
     def __post_init__(self):
-        for name in ("interval", "keep"):
-            value = getattr(self, name)
-            require(value >= 1, f"checkpoint.{name} must be at least 1, got {value}")
+        require_count(self, "interval", "keep", high=MAX_STEPS, group="checkpoint.")
 
 
 @dataclass(frozen=True)
@@ -125,9 +167,9 @@ class EvalConfig:
     """Chunks of the evaluation corpus to evaluate on, from its start."""
 
     def __post_init__(self):
-        for name in ("interval", "chunks"):
-            value = getattr(self, name)
-            require(value >= 1, f"eval.{name} must be at least 1, got {value}")
+        require_count(self, "interval", high=MAX_STEPS, group="eval.")
+        require_count(self, "chunks", group="eval.")
+        require_texts(self, group="eval.")
 
 
 @dataclass(frozen=True)
@@ -164,9 +206,9 @@ class TrainConfig:
     """Optimiser steps; default: one pass over the corpus."""
     batch_tokens: int = 524_288
     """Tokens per optimiser step (the global batch)."""
-    micro_batch_tokens: Optional[int] = None
-    """Tokens per forward and backward pass; default 4,096 on the CPU, on a GPU what fits, up to 65,536. Does
-    not change the mathematics."""
+    micro_batch_tokens: Optional[int] = field(default=None, metadata={"default": MICRO_BATCH_TOKENS})
+    """Tokens per forward and backward pass; by default fewer where they do not fit into a GPU. Does not
+    change the mathematics."""
     activation_checkpointing: bool = False
     """Keep only the layers' inputs and compute each layer anew in the backward pass: less memory, a third
     more of the layers' FLOPs."""
@@ -194,19 +236,19 @@ class TrainConfig:
     """Write a Chrome trace of three steps near the start to this file (.json or .json.gz)."""
 
     def __post_init__(self):
-        for name in ("batch_tokens", "log_interval", "max_skipped_steps"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        require(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
-        require(
-            self.micro_batch_tokens is None or self.micro_batch_tokens >= 1,
-            f"micro_batch_tokens must be at least 1, got {self.micro_batch_tokens}",
-        )
+        require_texts(self)
+        require_output(self.output)
+        require_device(self.device)
+        require_count(self, "batch_tokens", high=MAX_STEP_TOKENS)
+        require_count(self, "micro_batch_tokens", high=MAX_BATCH_TOKENS)
+        require_count(self, "steps", "log_interval", "max_skipped_steps", high=MAX_STEPS)
+        require_count(self, "seed", low=0, high=MAX_SEED)
+        require_finite(self, "peak_tflops", positive=True)
         require(not (self.init_from and self.model_config), "give init_from or model_config, not both")
         require(
             self.model == StudentConfig() or not (self.init_from or self.model_config),
             "model.* has no say beside init_from or model_config: leave it out",
         )
-        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         require_trace(self.profile)
         require(
             self.dtype != "float16", "float16 needs loss scaling, which is not built: use bfloat16 or float32"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..config import TrainConfig
+from ..config import MICRO_BATCH_TOKENS, TrainConfig
 from ..data.batches import Batch
 from ..data.corpus import Corpus
 from ..data.order import DataOrder, global_batch
@@ -39,7 +39,6 @@ from ..training.checkpoints import (
     load_optimizer,
 )
 from ..training.loop import Setup, TrainingRun
-from ..training.memory import CPU_MICRO_BATCH_TOKENS, MAX_MICRO_BATCH_TOKENS
 from ..training.metrics import Metrics
 from ..training.results import is_complete, run_results
 from ..training.state import TrainState
@@ -192,8 +191,7 @@ def _eval_batches(
             f"corpora {config.data} and {data} have different tokenizers: prepare both with the same one"
         )
     rows = evaluation.rows(range(min(config.eval.chunks, len(evaluation))))
-    default_tokens = CPU_MICRO_BATCH_TOKENS if device.type == "cpu" else MAX_MICRO_BATCH_TOKENS
-    tokens = config.micro_batch_tokens or default_tokens
+    tokens = config.micro_batch_tokens or MICRO_BATCH_TOKENS.on(device.type)
     batches = global_batch(rows, corpus.eos_token_id, tokens, config.document_mask)
     if not num_targets(batches):
         raise UserError(

@@ -2,12 +2,11 @@
 
 import torch
 
+from ..config import MICRO_BATCH_TOKENS
 from ..models.base import LanguageModel
 from ..runtime.progress import note
 
-CPU_MICRO_BATCH_TOKENS = 4_096
 MIN_MICRO_BATCH_TOKENS = 1_024  # on a GPU; sizes are multiples of it
-MAX_MICRO_BATCH_TOKENS = 65_536
 HEAD_CHUNK_TOKENS = 8_192  # of the logits in a GPU's memory at a time
 USABLE_SHARE = 0.9  # of the free memory; the rest is left to what is not counted
 UNKNOWN_MODEL_LAYERS = 64  # of a decoder that keeps as much as a model whose config does not tell its sizes
@@ -46,7 +45,7 @@ def micro_batch_tokens(
     """Tokens of a micro-batch that fit into `free_bytes` of GPU memory, beside the gradients, AdamW's state,
     the head's gradient (all float32) and `head_bytes` of logits.
 
-    A multiple of MIN_MICRO_BATCH_TOKENS up to MAX_MICRO_BATCH_TOKENS.
+    A multiple of MIN_MICRO_BATCH_TOKENS up to MICRO_BATCH_TOKENS.gpu.
     """
     gradients_and_optimizer_state = 12 * model.num_parameters()
     head_gradient = 4 * model.head_weight.numel()
@@ -56,7 +55,7 @@ def micro_batch_tokens(
     except AttributeError:
         bytes_per_token = UNKNOWN_MODEL_LAYERS * 24 * itemsize * model.head_weight.shape[1]
     tokens = int(left / bytes_per_token) // MIN_MICRO_BATCH_TOKENS * MIN_MICRO_BATCH_TOKENS
-    return min(MAX_MICRO_BATCH_TOKENS, max(MIN_MICRO_BATCH_TOKENS, tokens))
+    return min(MICRO_BATCH_TOKENS.gpu, max(MIN_MICRO_BATCH_TOKENS, tokens))
 
 
 def choose_micro_batch_tokens(
@@ -64,7 +63,7 @@ def choose_micro_batch_tokens(
 ) -> int:
     """Tokens of a micro-batch for `model` on its device: on a GPU by the memory that is free there now."""
     if device.type == "cpu":
-        return CPU_MICRO_BATCH_TOKENS
+        return MICRO_BATCH_TOKENS.cpu
     head_bytes = head_logits_bytes(model, dtype.itemsize, 2 if with_teacher else 1)
     free_bytes = torch.cuda.mem_get_info(device)[0]
     tokens = micro_batch_tokens(model, free_bytes, dtype.itemsize, head_bytes, checkpointing)
