@@ -5,7 +5,6 @@ import pytest
 from miniplm.runtime.artifacts import complete_output, open_output, read_manifest
 from miniplm.runtime.errors import UserError
 from miniplm.runtime.files import atomic_folder, atomic_write, fingerprint, hash_files, write_json
-from miniplm.training.checkpoints import latest_checkpoint
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path):
@@ -78,10 +77,3 @@ def test_hashes_follow_content_and_order(tmp_path):
     a, b, c = (tmp_path / name for name in "abc")
     assert hash_files([a, b]) == hash_files([c, b]) != hash_files([b, a])
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 2, "b": 1})
-
-
-def test_latest_checkpoint(tmp_path):
-    assert latest_checkpoint("org/name") == "org/name"
-    for step in (900, 1000):
-        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
-    assert latest_checkpoint(str(tmp_path)).endswith("step-00001000")

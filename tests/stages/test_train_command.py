@@ -7,15 +7,34 @@ import time
 from pathlib import Path
 
 import pytest
-from training_runs import (
-    make_config,
-    make_teachers,
-    metrics,
-)
+from training_runs import make_config, make_teachers, metrics
 
 from miniplm.runtime.artifacts import exclusive
 from miniplm.runtime.errors import UserError
 from miniplm.runtime.files import read_json
+
+SHAPE = (
+    "--model.hidden_size 32 --model.intermediate_size 64 --model.num_hidden_layers 1 "
+    "--model.num_attention_heads 4"
+).split()
+
+
+def command(data, output, *arguments) -> list[str]:
+    """The command that trains a tiny model."""
+    paths = ["--data", data, "--output", str(output)]
+    return [sys.executable, "-m", "miniplm.cli", "train", *paths, "--device", "cpu", *SHAPE, *arguments]
+
+
+def run(data, output, *arguments):
+    return subprocess.run(command(data, output, *arguments), capture_output=True, text=True)
+
+
+def wait_for(pattern, output, process):
+    """Until a file of this pattern is in `output`; what the process said, should it end before."""
+    deadline = time.monotonic() + 120
+    while not list(Path(output).glob(pattern)) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -24,78 +43,38 @@ def config(tiny_corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_stopped_command_exits_with_the_signal_and_one_line(config, tiny_corpus, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "miniplm.cli",
-        "train",
-        "--data",
-        tiny_corpus,
-        "--output",
-        config.output,
-        "--model.hidden_size",
-        "32",
-        "--model.num_hidden_layers",
-        "1",
-        "--model.num_attention_heads",
-        "4",
-        "--steps",
-        "100000",
-        "--batch_tokens",
-        "300",
-        "--device",
-        "cpu",
-    ]
+def test_stopped_command_exits_with_the_signal_and_one_line(config, tmp_path):
+    arguments = command(config.data, config.output, "--steps", "100000", "--batch_tokens", "300")
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
     )
-    deadline = time.monotonic() + 120
-    while not Path(config.output, "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for("metrics.jsonl", config.output, process)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert err.splitlines()[-1].startswith("stopped at step ") and err.endswith(
-        ": the same command continues\n"
-    )
+    last = err.splitlines()[-1]
+    assert last.startswith("stopped at step ") and last.endswith(": the same command continues")
     assert "Traceback" not in err and out == ""
 
 
 def test_two_processes_do_not_train_into_one_folder(config):
     """The second is refused in one line, while the first lives; a kill frees the folder."""
-    arguments = [
-        "--data",
+    arguments = command(
         config.data,
-        "--output",
         config.output,
-        "--steps",
-        "100000",
-        "--batch-tokens",
-        "200",
-        "--device",
-        "cpu",
-    ]
-    arguments += [
-        f"--model.{name}={getattr(config.model, name)}"
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    ]
-    command = [sys.executable, "-m", "miniplm.cli", "train", *arguments, "--checkpoint-interval", "5"]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        *["--steps", "100000", "--batch-tokens", "200", "--checkpoint.interval", "5"],
+    )
+    first = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
-        while not list(Path(config.output).glob("checkpoints/step-*")) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        second = subprocess.run(command, capture_output=True, text=True)
-        assert (
-            second.returncode == 2
-            and f"another process is writing to {config.output}: wait for it" in second.stderr
-        ), second.stderr
+        wait_for("checkpoints/step-*", config.output, first)
+        second = subprocess.run(arguments, capture_output=True, text=True)
+        assert second.returncode == 2, second.stderr
+        assert f"another process is writing to {config.output}: wait for it" in second.stderr
         assert first.poll() is None
     finally:
         first.kill()
-        first.wait()
+        first.communicate()
     with exclusive(config.output):
         pass
     with (
@@ -111,64 +90,23 @@ def teachers(tiny_model, tmp_path_factory):
     return make_teachers(tiny_model, tmp_path_factory.mktemp("teachers"))
 
 
-def command(data, output, *arguments, **settings):
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "miniplm.cli",
-            "train",
-            "--data",
-            data,
-            "--output",
-            str(output),
-            "--device",
-            "cpu",
-            *arguments,
-        ],
-        capture_output=True,
-        text=True,
-        **settings,
-    )
-
-
-def test_command_line(tiny_corpus, teachers, tmp_path):
-    shape = [
-        "--model.hidden_size",
-        "32",
-        "--model.num_hidden_layers",
-        "1",
-        "--model.num_attention_heads",
-        "4",
-        "--model.intermediate_size",
-        "64",
-    ]
-    shape += ["--steps", "3", "--batch_tokens", "300", "--peak_tflops", "1"]
-    done = command(
-        tiny_corpus,
-        tmp_path / "out",
-        "--teacher",
-        teachers["adapted"],
-        "--alpha",
-        "0.3",
-        "--temperature",
-        "2",
-        *shape,
-    )
+def test_flags_of_a_teacher(tiny_corpus, teachers, tmp_path):
+    """By their names of before there were groups, which stay."""
+    short = "--steps 3 --batch_tokens 300 --peak_tflops 1".split()
+    distill = ["--teacher", teachers["adapted"], "--alpha", "0.3", "--temperature", "2"]
+    done = run(tiny_corpus, tmp_path / "out", *distill, *short)
     assert done.returncode == 0, done.stderr
     (line,) = metrics(tmp_path / "out")
-    assert (
-        line["loss"] == pytest.approx(0.7 * line["cross_entropy"] + 0.3 * line["kl_divergence"], rel=1e-5)
-        and line["kl_divergence"] > 0
-    )
+    expected = 0.7 * line["cross_entropy"] + 0.3 * line["kl_divergence"]
+    assert line["loss"] == pytest.approx(expected, rel=1e-5) and line["kl_divergence"] > 0
     assert "0.7 · cross-entropy + 0.3 · KL divergence" in done.stderr and "trained 3 steps" in done.stdout
     manifest = read_json(tmp_path / "out" / "manifest.json")
     assert manifest["complete"] and manifest["teacher"] == "adapted"
     for arguments in (
-        ["--teacher", teachers["wider"], "--alpha", "2"],
+        ["--distill.teacher", teachers["wider"], "--distill.alpha", "2"],
         ["--alpha", "0.3"],
         ["--teacher", str(tmp_path / "nowhere")],
     ):
-        refused = command(tiny_corpus, tmp_path / "other", *arguments, *shape)
+        refused = run(tiny_corpus, tmp_path / "other", *arguments, *short)
         assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1, refused.stderr
         assert not (tmp_path / "other").exists()

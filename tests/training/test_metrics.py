@@ -1,25 +1,71 @@
-"""metrics.jsonl, written and read."""
+"""metrics.jsonl, written and read: what a kill, a disk or a hand does to it."""
 
 import json
 
-from miniplm.training.metrics import Metrics
+import pytest
+
+from miniplm.training.metrics import Metrics, latest_figures, read_metrics
 from miniplm.training.state import TrainState
 
+LINES = [json.dumps({"step": step, "loss": step / 3}).encode() + b"\n" for step in (2, 4, 6, 8)]
+DAMAGED = {
+    "no object": b"[6]",
+    "null": b"null",
+    "no step": b'{"loss": 2.0}',
+    "a step in text": b'{"step": "6", "loss": 2.0}',
+    "a step that is a flag": b'{"step": true, "loss": 2.0}',
+    "a step below 1": b'{"step": 0, "loss": 2.0}',
+    "NaN": b'{"step": 6, "loss": NaN}',
+    "infinite": b'{"step": 6, "loss": 1e999}',
+    "a figure in text": b'{"step": 6, "loss": "low"}',
+    "a huge number": b'{"step": 6, "loss": ' + b"9" * 400 + b"}",
+    "more digits than Python reads": b'{"step": 6, "loss": ' + b"9" * 5000 + b"}",
+    "deep": b"[" * 100_000,
+    "no UTF-8": b'{"step": 6, "lo\xff": 2.0}',
+    "empty": b"",
+    "half": LINES[2][:-9],
+}
 
-def test_metrics_of_a_cut_off_line_and_of_later_steps_are_dropped(tmp_path):
-    lines = [json.dumps({"step": step, "loss": step / 3}) + "\n" for step in (2, 4, 6, 8)]
-    for cut, kept in [
-        (lines[3][:-9], lines[:3]),
-        (lines[3][:-1], lines[:3]),
-        (lines[3], lines[:4]),
-        ("", lines[:3]),
-    ]:
-        (tmp_path / "metrics.jsonl").write_text("".join(lines[:3]) + cut)
+
+def test_lines_that_a_kill_cut_off_and_lines_of_later_steps_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for cut, kept in [(LINES[3][:-9], 3), (LINES[3][:-1], 3), (LINES[3], 4), (b"", 3)]:
+        path.write_bytes(b"".join(LINES[:3]) + cut)
         written = Metrics(tmp_path, TrainState(step=100))
-        assert written.last == json.loads(kept[-1])
+        assert written.last == json.loads(LINES[kept - 1])
         written.close()
-        assert (tmp_path / "metrics.jsonl").read_text() == "".join(kept)
+        assert path.read_bytes() == b"".join(LINES[:kept])
     written = Metrics(tmp_path, TrainState(step=5))
     written.write({"step": 6, "loss": 0.5})
     written.close()
-    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:2]) + '{"step": 6, "loss": 0.5}\n'
+    assert path.read_bytes() == b"".join(LINES[:2]) + b'{"step": 6, "loss": 0.5}\n'
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_lines_are_left_out_with_a_word(tmp_path, damage, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(LINES[:2]) + DAMAGED[damage] + b"\n" + LINES[3])
+    whole = [json.loads(LINES[index]) for index in (0, 1, 3)]
+    assert read_metrics(tmp_path) == whole
+    assert capsys.readouterr().err == f"{path}: 1 damaged lines are left out\n"
+    assert latest_figures(tmp_path, ("loss", "eval_loss"), step=7) == {"loss": (4, 4 / 3)}
+    capsys.readouterr()
+    Metrics(tmp_path, TrainState(step=8)).close()
+    assert f"{path}: 1 damaged lines are removed\n" in capsys.readouterr().err
+    assert path.read_bytes() == LINES[0] + LINES[1] + LINES[3]
+
+
+def test_lines_that_are_lost_are_told(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    for kept, lost in [(LINES, False), (LINES[:3], False), (LINES[:2], True), ([], True)]:
+        path.write_bytes(b"".join(kept))
+        Metrics(tmp_path, TrainState(step=8, last_logged_step=6)).close()
+        assert (f"{path}: the last lines up to step 6 are lost" in capsys.readouterr().err) == lost
+
+
+def test_latest_figures_of_an_early_step(tmp_path):
+    assert read_metrics(tmp_path) == [] and latest_figures(tmp_path, ("loss",), 3) == {}
+    lines = [{"step": 2, "loss": 1.5, "eval_loss": 2.5}, {"step": 4, "loss": None}, {"step": 6, "loss": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert latest_figures(tmp_path, ("loss", "eval_loss"), 5) == {"loss": (4, None), "eval_loss": (2, 2.5)}
+    assert latest_figures(tmp_path, ("loss",), 6) == {"loss": (6, 0.5)}
