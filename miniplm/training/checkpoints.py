@@ -183,6 +183,8 @@ def read_checkpoint(folder: Path, with_optimizer: bool = True) -> Checkpoint:
     Raises:
         DamagedCheckpoint: a file is missing or is not as it was written.
     """
+    if not (folder / STATE_FILE).exists():
+        raise DamagedCheckpoint(folder, f"{STATE_FILE} is missing")
     try:
         identity, state, files = state_from_json(read_json(folder / STATE_FILE))
     except (ValueError, RecursionError) as error:  # a UserError is a ValueError

@@ -1,6 +1,8 @@
 """train and what it finds damaged, lost or in the way: a run ends like one without, or says what to do."""
 
 import json
+import random
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -10,19 +12,21 @@ import pytest
 from training_runs import (
     check_equal_runs,
     files,
+    flip_bit,
     make_config,
     metrics,
     stop_after,
     truncate,
 )
 
+from miniplm.cli import main
 from miniplm.config import (
     CheckpointConfig,
 )
 from miniplm.runtime.errors import UserError
 from miniplm.runtime.files import read_json
 from miniplm.stages.train import train
-from miniplm.training.checkpoints import find_checkpoint, latest_checkpoint
+from miniplm.training.checkpoints import checkpoint_folder, find_checkpoint, latest_checkpoint
 
 
 @pytest.fixture
@@ -84,6 +88,109 @@ def test_all_checkpoints_damaged_is_an_error_that_removes_nothing(config, monkey
     ):
         train(config)
     assert files(config.output) == before
+
+
+# ---- a complete run of which something is lost ----
+
+
+@pytest.fixture
+def done(whole, tmp_path):
+    """The config of a complete run, to be damaged."""
+    shutil.copytree(whole.output, tmp_path / "done")
+    return replace(whole, output=str(tmp_path / "done"))
+
+
+@pytest.mark.parametrize("damage", [truncate, Path.unlink, flip])
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json", "trainer_state.json"],
+)
+def test_a_complete_run_mends_its_last_checkpoint(done, whole, damage, name, capsys):
+    damage(checkpoint_folder(done.output, 26) / name)
+    train(done)
+    said = capsys.readouterr()
+    assert "nothing to do" not in said.out and "trained 26 steps" in said.out
+    assert re.search(rf"was complete, but checkpoint step-00000026 is damaged \({name} is ", said.err)
+    assert "continuing after step 24" in said.err
+    check_equal_runs(done.output, whole.output)
+
+
+def test_a_complete_run_mends_what_else_it_lost(done, whole, capsys):
+    """Its last checkpoint, the last lines of its metrics, the results in its manifest."""
+
+    def mended(lost):
+        train(done)
+        said = capsys.readouterr()
+        assert f"was complete, but {lost}" in said.err and "trained 26 steps" in said.out
+        check_equal_runs(done.output, whole.output)
+
+    shutil.rmtree(checkpoint_folder(done.output, 26))
+    mended("its last checkpoint is gone")
+    lines = Path(done.output, "metrics.jsonl")
+    truncate(lines)
+    mended("the last line of its metrics is gone")
+    manifest = Path(done.output, "manifest.json")
+    manifest.write_text(manifest.read_text().replace('"skipped": 0', '"skipped": 4'))
+    mended("its manifest.json does not hold its results")
+    lines.unlink()
+    train(done)
+    assert "the last lines up to step 24 are lost" in capsys.readouterr().err
+    assert metrics(done.output) == metrics(whole.output)[-1:]  # what the checkpoint knows
+    train(done)
+    assert "complete, nothing to do" in capsys.readouterr().out
+
+
+def test_a_complete_run_says_what_it_cannot_mend(done, capsys):
+    before = files(done.output)
+    flip(checkpoint_folder(done.output, 24) / "model.safetensors")
+    train(done)
+    said = capsys.readouterr()
+    assert "nothing to do" in said.out
+    assert "step-00000024 is damaged (model.safetensors is not as it was written)" in said.err
+    flip(checkpoint_folder(done.output, 26) / "model.safetensors")
+    with pytest.raises(UserError, match=r"step-00000026 is damaged .* and there is no whole one before it"):
+        train(done)
+    manifest = read_json(Path(done.output) / "manifest.json")
+    assert manifest["complete"] and files(done.output).keys() == before.keys()
+    shutil.rmtree(Path(done.output) / "checkpoints")
+    with pytest.raises(UserError, match="was complete, but its checkpoints are gone: delete it"):
+        train(done)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate", "export"])
+def test_no_command_reads_a_damaged_checkpoint(done, command, tmp_path, capsys):
+    """A bit of each file that it reads: one line, and nothing written."""
+    generator, folder = random.Random(command), checkpoint_folder(done.output, 26)
+    arguments = {
+        "evaluate": ["--model", done.output, "--data", done.data, "--output", str(tmp_path / "out")],
+        "generate": ["--model", done.output, "--prompt", "a"],
+        "export": ["--checkpoint", done.output, "--output", str(tmp_path / "out")],
+    }[command]
+    read = [path for path in sorted(folder.iterdir()) if path.name != "optimizer.safetensors"]
+    for path in read:
+        content = path.read_bytes()
+        while True:  # a flip that leaves the state as it was, in the layout of its JSON, changes nothing
+            flip_bit(path, generator)
+            if path.name != "trainer_state.json" or not _is_same_json(path, content):
+                break
+            path.write_bytes(content)
+        assert main([command, *arguments]) == 2, path.name
+        said = capsys.readouterr()
+        assert said.out == "" and len(said.err.splitlines()) == 1
+        assert re.search(rf"step-00000026 is damaged \({path.name} is not", said.err)
+        assert not (tmp_path / "out").exists()
+        path.write_bytes(content)
+    assert main([command, *arguments]) == 0
+
+
+def _is_same_json(path, content):
+    try:
+        return json.loads(path.read_text()) == json.loads(content)
+    except ValueError:
+        return False
+
+
+# ---- what else may have changed ----
 
 
 def test_checkpoint_of_another_run_is_refused(config, whole, monkeypatch):
