@@ -1,5 +1,14 @@
 """The ops of MiniPLM. They stand on torch alone (and on Triton where there is a GPU) and know nothing of the
-rest of the package."""
+rest of the package.
+
+Every op takes float32, float16 or bfloat16 tensors (float64 too, on the reference path), keeps its statistics
+in float32, and returns the dtype of its inputs unless stated. Under autocast, floating-point inputs are cast
+to autocast's dtype first. Inputs may be strided; none is changed. A wrong shape, dtype or device raises
+ValueError. A target outside the vocabulary raises ValueError on the CPU; on a GPU it gives NaN, because a
+check would make the host wait.
+
+Document b of a packed batch is the tokens cu_seqlens[b]:cu_seqlens[b + 1], cu_seqlens [B + 1] int32.
+"""
 
 if __name__ == "kernels":
     # Not imported as miniplm.kernels: the repository's root is on sys.path (python -m … run there), and
@@ -25,8 +34,8 @@ else:
 
     # Each registers its launchers; without Triton every op runs on its reference. Before the ops: two files
     # bear the name of one.
-    for name in (
-        (
+    if find_spec("triton"):
+        for name in (
             "attention",
             "attention_backward",
             "cross_entropy",
@@ -36,25 +45,18 @@ else:
             "rms_norm",
             "rotary",
             "swiglu",
-        )
-        if find_spec("triton")
-        else ()
-    ):
-        import_module(f".{name}", __name__)
+        ):
+            import_module(f".{name}", __name__)
 
-    from .ops import (
+    from .ops_attention import flash_attention
+    from .ops_elementwise import add_rms_norm, apply_rotary, quantize_rows, rms_norm, swiglu
+    from .ops_head import (
         DifferenceScore,
         DistillationLoss,
-        add_rms_norm,
-        apply_rotary,
         difference_score,
-        flash_attention,
         linear_cross_entropy,
         linear_distillation_loss,
         linear_log_prob,
-        quantize_rows,
-        rms_norm,
-        swiglu,
     )
 
     __all__ = [

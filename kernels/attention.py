@@ -163,9 +163,8 @@ def _forward_kernel(
         (q, q_rest), start + row, end, head, stride_qt, stride_qh, BLOCK_M, D, PARTS, DESCRIPTORS, False
     )  # [BLOCK_M, D]
     queries = row + tl.arange(0, BLOCK_M)
-    largest = tl.full(
-        [BLOCK_M], -float("inf"), tl.float32
-    )  # of the scores in base 2; finite after the first tile, which holds key 0
+    # Of the scores in base 2; finite after the first tile, which holds key 0.
+    largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     out = zeros(BLOCK_M, PARTS)
     scale *= LOG2_E
@@ -224,7 +223,8 @@ def padded(x: torch.Tensor) -> torch.Tensor:
 
 def parts_of(dim: int) -> tuple:
     """The powers of two that make up a multiple of 16, largest first."""
-    return tuple(1 << bit for bit in reversed(range(4, dim.bit_length())) if dim >> bit & 1)
+    powers = [1 << bit for bit in reversed(range(4, dim.bit_length()))]
+    return tuple(power for power in powers if dim & power)
 
 
 def describable(where: tuning.Target, *tensors: torch.Tensor) -> bool:
@@ -242,25 +242,21 @@ def arguments(block: int, descriptors: bool, x: torch.Tensor) -> tuple:
     descriptors inside of tuples.)"""
     if not descriptors:
         return x, None
-    return tuple(matrix(x.flatten(1), block, width, True) for width in parts_of(x.shape[2])) + (None,) * (
-        2 - len(parts_of(x.shape[2]))
-    )
+    parts = [matrix(x.flatten(1), block, width, True) for width in parts_of(x.shape[2])]
+    return (*parts, None) if len(parts) == 1 else tuple(parts)
 
 
 def examples(make):
     """Every head dimension, grouped heads, an input that descriptors cannot take, float16 and float32."""
     cu_seqlens = make(17, dtype=torch.int32)
-    shapes = [
-        (16, 4, 4),
-        (32, 4, 4),
-        (64, 12, 12),
-        (96, 16, 16),
-        (96, 8, 1),
-        (128, 16, 16),
-        (128, 28, 4),
-    ]  # D, Hq, Hk
     for dim, heads, key_heads, dtype in (
-        *((*shape, torch.bfloat16) for shape in shapes),
+        (16, 4, 4, torch.bfloat16),
+        (32, 4, 4, torch.bfloat16),
+        (64, 12, 12, torch.bfloat16),
+        (96, 16, 16, torch.bfloat16),
+        (96, 8, 1, torch.bfloat16),
+        (128, 16, 16, torch.bfloat16),
+        (128, 28, 4, torch.bfloat16),
         (64, 8, 2, torch.float16),
         (64, 4, 4, torch.float32),
     ):
@@ -274,10 +270,8 @@ def examples(make):
 @dispatch.triton("flash_attention", examples)
 def flash_attention(q, k, v, cu_seqlens, max_seqlen, scale):
     """As reference.flash_attention; max_seqlen is not needed."""
-    out, lse = (
-        torch.empty_like(q, memory_format=torch.contiguous_format),
-        q.new_empty(q.shape[:2], dtype=torch.float32),
-    )
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
     T, Hq, dim = q.shape

@@ -212,9 +212,8 @@ def _key_kernel(
     for MASKED in tl.static_range(2):
         first = row // BLOCK_M if MASKED else full
         last = tiles - (cut - full) if MASKED else cut
-        for step in tl.range(
-            first * GROUP, last * GROUP
-        ):  # heads and tiles in one loop: two would need more registers
+        # Heads and tiles in one loop: two would need more registers.
+        for step in tl.range(first * GROUP, last * GROUP):
             head, tile = key_head * GROUP + step % GROUP, step // GROUP
             if MASKED:
                 tile += tl.where(tile >= full, cut - full, 0)
@@ -243,12 +242,12 @@ def _key_kernel(
                 lse, delta = tl.where(inside, lse, float("inf")), tl.where(inside, delta, 0.0)
             weights = tl.exp2(inner_product(k_tile, q_tile) * scale_log2 - lse[None, :])  # [BLOCK_N, BLOCK_M]
             if MASKED:
-                visible = (
-                    tl.arange(0, BLOCK_N)[:, None] + (row - tile * BLOCK_M) <= tl.arange(0, BLOCK_M)[None, :]
-                )
+                key = tl.arange(0, BLOCK_N)[:, None] + (row - tile * BLOCK_M)
+                visible = key <= tl.arange(0, BLOCK_M)[None, :]
                 weights = tl.where(visible, weights, 0.0)
             dv = add_product(dv, weights, grad_tile)
-            dk = add_product(dk, weights * (inner_product(v_tile, grad_tile) - delta[None, :]), q_tile)
+            d_scores = weights * (inner_product(v_tile, grad_tile) - delta[None, :])
+            dk = add_product(dk, d_scores, q_tile)
     store_head(dk_ptr, scaled(dk, scale), start + row, end, key_head, Hk, BLOCK_N, D)
     store_head(dv_ptr, dv, start + row, end, key_head, Hk, BLOCK_N, D)
 
@@ -267,11 +266,8 @@ def flash_attention_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, sc
     (T, Hq, dim), Hk, B = q.shape, k.shape[1], len(cu_seqlens) - 1
     grad, q, k, v, out = (padded(x) for x in (grad, q, k, v, out))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    lse, cu_seqlens, descriptors = (
-        lse.contiguous(),
-        cu_seqlens.contiguous(),
-        describable(tuning.target(q.device), grad, q, k, v),
-    )
+    lse, cu_seqlens = lse.contiguous(), cu_seqlens.contiguous()
+    descriptors = describable(tuning.target(q.device), grad, q, k, v)
     width = (T // 16 + B + 16) * 16  # every document from a multiple of 16 on, and a tile beyond the last
     values = lse.new_empty(2 * Hq, width)  # of each head lse in base 2, then of each head Δ
     bucket = {"dim": q.shape[2], "itemsize": q.itemsize, "descriptors": descriptors}
@@ -279,11 +275,9 @@ def flash_attention_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, sc
     def split(config, *tensors):
         """(the kernel's arguments for q, k, v and grad; its last ones, with the strides of all tensors)."""
         M, N = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
-        tiles = [
-            part
-            for x, block in zip(tensors, (M, N, N, M), strict=False)
-            for part in arguments(block, descriptors, x)
-        ]
+        tiles = []
+        for x, block in zip(tensors[:4], (M, N, N, M), strict=True):
+            tiles += arguments(block, descriptors, x)
         strides = [stride for x in tensors for stride in x.stride()[:2]]
         return tiles, (
             cu_seqlens,

@@ -32,7 +32,7 @@ import triton.language as tl
 
 from . import dispatch
 from .logits import exponentials, logsumexp_partials, target_logits
-from .reference import IGNORE_INDEX
+from .reference_head import IGNORE_INDEX
 from .tiles import BATCH_SIZES, LN_2, LOG2_E, combine_logsumexp, contiguous_rows, sum_splits
 
 GUARD = tl.constexpr(60.0)  # nats: exp(60) times any gradient stays far from the largest float32
@@ -44,11 +44,10 @@ def _guard_kernel(
     sum_ptr, targets_ptr, flag_ptr, T, splits, stride_target, ignore_index, factor, BLOCK_T: tl.constexpr
 ):
     r = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    counts = (
-        tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < T, other=ignore_index) != ignore_index
-    )
+    target = tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < T, other=ignore_index)
     nll = tl.log2(sum_splits(sum_ptr, r, T, splits)) * LN_2  # the offset is the target's logit
-    if tl.max((counts & ~(nll * factor < GUARD)).to(tl.int32)) > 0:
+    trips = (target != ignore_index) & ~(nll * factor < GUARD)  # so written, NaN trips too
+    if tl.max(trips.to(tl.int32)) > 0:
         tl.store(flag_ptr, 1)  # whoever does it, writes the same
 
 
@@ -107,22 +106,23 @@ def _finish_kernel(
     target = tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < T, other=ignore_index)
     weight = tl.load(weight_ptr + r.to(tl.int64) * stride_weight, mask=r < T, other=0.0).to(tl.float32)
     counts = target != ignore_index
-    offset, logit = (
-        tl.load(offset_ptr + r, mask=r < T, other=0.0),
-        tl.load(logit_ptr + r, mask=r < T, other=0.0),
-    )
+    offset = tl.load(offset_ptr + r, mask=r < T, other=0.0)
+    logit = tl.load(logit_ptr + r, mask=r < T, other=0.0)
     total = tl.load(total_ptr + r, mask=r < T, other=1.0)
     e_target = e_ptr + r.to(tl.int64) * stride_et + target
     inside = counts & (target >= 0) & (target < V)
-    nll, exponential = offset - logit + tl.log2(total) * LN_2, tl.exp2((logit - offset) * LOG2_E)
-    if (
-        e_ptr.dtype.element_ty == tl.float32
-    ):  # the logit within S, where its rounding is the same; what is stored in 16 bits is rounded further
+    nll = offset - logit + tl.log2(total) * LN_2
+    exponential = tl.exp2((logit - offset) * LOG2_E)
+    if e_ptr.dtype.element_ty == tl.float32:
+        # The logit within S, where its rounding is the same; what is stored in 16 bits is rounded further.
         exponential = tl.load(e_target, mask=inside, other=0.0)
         nll = tl.where(exponential > 1e-30, tl.log2(total / exponential) * LN_2, nll)
     tl.store(nll_ptr + r, tl.where(counts, tl.where(nll < 0, 0.0, nll), 0.0), mask=r < T)
     tl.store(scale_ptr + r, tl.where(counts, weight / total, 0.0), mask=r < T)
     tl.store(e_target, (exponential - total).to(e_ptr.dtype.element_ty), mask=inside)
+
+
+# --- the launches ---
 
 
 def chunk_tokens(T: int, bytes_per_token: int, max_logits_bytes: int) -> int:
@@ -154,7 +154,8 @@ def guarded_exponentials(x, w, targets, ignore_index, e, log_unit, temperature=1
     """
     T, grid = len(x), (triton.cdiv(len(x), 128),)
     logit = target_logits(x, w, targets, ignore_index)
-    offset, total, first = torch.empty_like(logit), torch.empty_like(logit), None
+    offset, total = torch.empty_like(logit), torch.empty_like(logit)
+    first = None  # Σ E per split, with the target's logit as the offset
     flag = x.new_full((1,), int(x.dtype == torch.float16), dtype=torch.int32)
     if x.dtype != torch.float16:
         first = exponentials(x, w, logit, e, temperature=temperature)
@@ -183,9 +184,8 @@ def guarded_exponentials(x, w, targets, ignore_index, e, log_unit, temperature=1
 def _exponentials_and_scale(x, w, targets, token_weight, ignore_index, e):
     """Write Ê to e [T, V]; returns (nll [T], the row scales s [T]), float32, both 0 where ignored."""
     T, V = e.shape
-    total, logit, offset = guarded_exponentials(
-        x, w, targets, ignore_index, e, math.log(UNIT_FP16) if x.dtype == torch.float16 else 0.0
-    )
+    log_unit = math.log(UNIT_FP16) if x.dtype == torch.float16 else 0.0
+    total, logit, offset = guarded_exponentials(x, w, targets, ignore_index, e, log_unit)
     nll, scale = torch.empty_like(logit), torch.empty_like(logit)
     _finish_kernel[(triton.cdiv(T, 128),)](
         e,
@@ -265,8 +265,6 @@ def linear_cross_entropy(
         return loss, grad_hidden, weight.new_empty(0)
     if not T:
         return loss, grad_hidden, weight.new_zeros(V, d)
-    return (
-        loss,
-        grad_hidden,
-        (grad_weight.div_(unit) if hidden.dtype == torch.float16 else grad_weight).to(weight.dtype),
-    )
+    if hidden.dtype == torch.float16:
+        grad_weight.div_(unit)
+    return loss, grad_hidden, grad_weight.to(weight.dtype)

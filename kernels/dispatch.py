@@ -3,8 +3,7 @@
 Every op has one schema `miniplm::<name>`, a fake for tracing and an autograd formula; its kernel asks
 `implementation`, at each call, which function to run. `MINIPLM_KERNELS` decides:
 
-    auto
-    (default) CUDA tensors: Triton where the op has it, else the reference; other tensors: the reference
+    auto        the default: CUDA tensors take Triton where the op has it, all others the reference
     reference   the reference everywhere
     triton      Triton everywhere, an error where it cannot run; on the CPU it needs TRITON_INTERPRET=1
 
@@ -19,41 +18,49 @@ one call:
 
 import contextlib
 import os
+from collections.abc import Callable, Iterable
+from typing import Any, Optional, TypeVar
 
 import torch
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+Examples = Callable[..., Iterable[tuple]]  # of make(*shape, dtype=...), see triton()
+
 LIBRARY = torch.library.Library("miniplm", "DEF")
-TRITON = {}  # op name → launcher
-EXAMPLES = {}  # op name → its examples, see triton()
+TRITON: dict[str, Callable[..., Any]] = {}  # op name → launcher
+EXAMPLES: dict[str, Examples] = {}  # op name → its examples
 
 
-def triton(name: str, examples):
+def triton(name: str, examples: Examples) -> Callable[[Function], Function]:
     """Decorator: the function is the Triton implementation of the op `name`.
 
     Args:
         examples: what benchmarks/compile_report.py launches, without memory or a GPU, to compile every kernel
             in every variant that matters. A function of make(*shape, dtype=torch.bfloat16), which gives a
-            tensor without storage, that returns a list of argument tuples for the launcher; the launcher may
-            not look at any value of a tensor.
+            tensor without storage, that gives argument tuples for the launcher; the launcher may not look at
+            any value of a tensor.
     """
 
-    def add(launcher):
+    def add(launcher: Function) -> Function:
         TRITON[name], EXAMPLES[name] = launcher, examples
         return launcher
 
     return add
 
 
-def implementation(name: str, reference, tensor: torch.Tensor):
-    """The function that the op `name` runs on `tensor` and its like."""
+def implementation(name: str, reference: Callable[..., Any], tensor: torch.Tensor) -> Callable[..., Any]:
+    """The function that the op `name` runs on `tensor` and its like.
+
+    ValueError for a MINIPLM_KERNELS that is none of the three; RuntimeError where it is triton and Triton
+    cannot run.
+    """
     choice, device = os.environ.get("MINIPLM_KERNELS", "auto"), tensor.device
-    if choice == "reference" or (
-        choice == "auto" and (device.type != "cuda" or tensor.dtype == torch.float64)
-    ):
-        return reference
     launcher = TRITON.get(name)
+    if choice == "reference":
+        return reference
     if choice == "auto":
-        return launcher or reference
+        takes_triton = device.type == "cuda" and tensor.dtype != torch.float64
+        return launcher if launcher and takes_triton else reference
     if choice != "triton":
         raise ValueError(f"MINIPLM_KERNELS is {choice!r}; it must be auto, triton or reference")
     if launcher is None:
@@ -73,7 +80,13 @@ def implementation(name: str, reference, tensor: torch.Tensor):
     return launcher
 
 
-def register(schema: str, reference, fake, backward=None, setup_context=None):
+def register(
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Optional[Callable[..., Any]] = None,
+    setup_context: Optional[Callable[..., None]] = None,
+) -> Callable[..., Any]:
     """Register one op with torch.library and return it.
 
     Args:
@@ -92,9 +105,8 @@ def register(schema: str, reference, fake, backward=None, setup_context=None):
         with contextlib.ExitStack() as stack:
             if device.type == "cuda":
                 stack.enter_context(torch.cuda.device(device))  # Triton launches on the current device
-            if torch.is_autocast_enabled(
-                device.type
-            ):  # the caller has cast already; the matrix products inside must stay as they are
+            if torch.is_autocast_enabled(device.type):
+                # The caller has cast already; the matrix products inside must stay as they are.
                 stack.enter_context(torch.autocast(device.type, enabled=False))
             return run(*args)
 
@@ -107,7 +119,7 @@ def register(schema: str, reference, fake, backward=None, setup_context=None):
     return getattr(torch.ops.miniplm, name).default
 
 
-def _no_formula(name):
+def _no_formula(name: str) -> Callable[..., Any]:
     def backward(ctx, *grads):
         raise NotImplementedError(f"miniplm::{name} has no derivative")
 

@@ -15,8 +15,8 @@ and r = E' / S',
 
 and one pass over both (_combine_kernel, a program per token) writes G where E was. float16 stores 2¹⁵ E with
 the maximum as offset, and 2¹⁵ G. Where E underflows (87 nats below c, in float16 27 below the maximum) and
-the teacher holds that possible, a flag on the device is set, and _divergence_kernel, launched always,
-computes KL anew from both models' logits; else it returns at once.
+the teacher holds that possible, a flag on the device is set, and divergence.py computes KL anew from both
+models' logits.
 
 KL is that of E as stored: in 16 bits each token's is off by up to the rounding of the dtype, 2⁻⁹ nats in
 bfloat16, at random. All else, the gradients among it, takes its sums from what was in float32.
@@ -27,21 +27,22 @@ FLOPs 2·T·V·d' + 6·T·V·d for the widths d of student and d' of teacher. By
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from . import dispatch, reference, tuning
+from . import dispatch, reference_head, tuning
 from .cross_entropy import UNIT_FP16, add_product, chunk_tokens, guarded_exponentials, product
-from .reference import IGNORE_INDEX
-from .tiles import BATCH_SIZES, LN_2, LOG2_E, contiguous_rows, dot_step, log2_of_16_bits
+from .divergence import recompute_divergence
+from .reference_head import IGNORE_INDEX
+from .tiles import BATCH_SIZES, LN_2, contiguous_rows, log2_of_16_bits
 
 TINY = tl.constexpr(1.2e-38)  # the smallest normal number: an E below has underflowed
-LOST, LOST_16 = (
-    tl.constexpr(1e-8),
-    tl.constexpr(1e-6),
-)  # share of the teacher's probability on what underflowed from which on KL is computed anew
+# KL is computed anew where the teacher's probability on what underflowed is above this share.
+LOST = tl.constexpr(1e-8)
+LOST_16 = tl.constexpr(1e-6)  # where E is stored in 16 bits
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -87,164 +88,47 @@ def _combine_kernel(
             sums = tl.zeros([BLOCK_V], tl.float32)
             for v in range(0, V, BLOCK_V):
                 c = v + tl.arange(0, BLOCK_V)
-                sums += _power(
-                    tl.load(e_ptr + c, mask=c < V, other=0.0).to(tl.float32) * one, temperature, NATIVE_LOG
-                )
+                e = tl.load(e_ptr + c, mask=c < V, other=0.0).to(tl.float32)
+                sums += _power(e * one, temperature, NATIVE_LOG)
             p_total = tl.sum(sums)
         inside = (target >= 0) & (target < V)
         e_target = tl.load(e_ptr + target, mask=inside, other=0.0).to(tl.float32) * one
         tl.debug_barrier()  # it is overwritten below
 
-        divergence, lost = tl.zeros([BLOCK_V], tl.float32), tl.zeros([BLOCK_V], tl.float32)
-        p_scale, q_scale, r_scale = (
-            (1 - alpha) * unit / p_total,
-            alpha / temperature * unit / total,
-            alpha / temperature * unit / teacher_total,
-        )
+        divergence = tl.zeros([BLOCK_V], tl.float32)
+        lost = tl.zeros([BLOCK_V], tl.float32)
+        p_scale = (1 - alpha) * unit / p_total
+        q_scale = alpha / temperature * unit / total
+        r_scale = alpha / temperature * unit / teacher_total
         for v in range(0, V, BLOCK_V):
             c = v + tl.arange(0, BLOCK_V)
             e = tl.load(e_ptr + c, mask=c < V, other=1.0).to(tl.float32)
             e_teacher = tl.load(teacher_ptr + c, mask=c < V, other=0.0).to(tl.float32)
             log_teacher = log2_of_16_bits(tl.where(e_teacher < TINY, TINY, e_teacher), NATIVE_LOG)
-            divergence += e_teacher * (log_teacher - log2_of_16_bits(tl.where(e < TINY, TINY, e), NATIVE_LOG))
+            log_e = log2_of_16_bits(tl.where(e < TINY, TINY, e), NATIVE_LOG)
+            divergence += e_teacher * (log_teacher - log_e)
             lost += tl.where(e < TINY, e_teacher, 0.0)
             if GRADIENT:
                 p = _power(e * one, temperature, NATIVE_LOG) if TEMPERED else e * one
-                gradient = (
-                    p_scale * p
-                    + q_scale * e
-                    - r_scale * e_teacher
-                    - tl.where(c == target, (1 - alpha) * unit, 0.0)
-                )
+                onehot = tl.where(c == target, (1 - alpha) * unit, 0.0)
+                gradient = p_scale * p + q_scale * e - r_scale * e_teacher - onehot
                 tl.store(e_ptr + c, gradient.to(e_ptr.dtype.element_ty), mask=c < V)
         if tl.sum(lost) > (LOST if e_ptr.dtype.element_ty == tl.float32 else LOST_16) * teacher_total:
             tl.store(flag_ptr, 1)  # whoever does it, writes the same
-        logit, offset = tl.load(logit_ptr + t), tl.load(offset_ptr + t) + temperature * tl.log2(unit) * LN_2
+        logit = tl.load(logit_ptr + t)
+        offset = tl.load(offset_ptr + t) + temperature * tl.log2(unit) * LN_2
         ce = offset - logit + tl.log2(p_total) * LN_2
-        if (
-            e_ptr.dtype.element_ty == tl.float32
-        ):  # the logit as rounded within S; what is stored in 16 bits is rounded further
+        if e_ptr.dtype.element_ty == tl.float32:
+            # With the logit as rounded within S; what is stored in 16 bits is rounded further.
             ce = tl.where(e_target > 1e-30, (tl.log2(p_total) - temperature * tl.log2(e_target)) * LN_2, ce)
         tl.store(ce_ptr + t, tl.where(ce < 0, 0.0, ce))
-        tl.store(
-            kl_ptr + t, (tl.sum(divergence) / teacher_total - tl.log2(teacher_total) + tl.log2(total)) * LN_2
-        )
-
-
-@triton.jit(do_not_specialize=BATCH_SIZES)
-def _divergence_kernel(
-    x,
-    w,
-    teacher_x,
-    teacher_w,
-    total_ptr,
-    offset_ptr,
-    teacher_total_ptr,
-    teacher_offset_ptr,
-    targets_ptr,
-    kl_ptr,
-    flag_ptr,
-    T,
-    V,
-    d,
-    teacher_d,
-    stride_xt,
-    stride_wv,
-    stride_teacher_xt,
-    stride_teacher_wv,
-    stride_target,
-    ignore_index,
-    temperature,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    if tl.load(flag_ptr) == 0:
-        return
-    t = tl.program_id(0) * BLOCK_T
-    r = t + tl.arange(0, BLOCK_T)
-    counts = (
-        tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < T, other=ignore_index) != ignore_index
-    )
-    scale = 1 / temperature * LOG2_E  # logarithms to base 2 from here on
-    log_q = (
-        tl.log2(tl.load(total_ptr + r, mask=r < T, other=1.0))
-        + tl.load(offset_ptr + r, mask=r < T, other=0.0) * scale
-    )
-    log_r = (
-        tl.log2(tl.load(teacher_total_ptr + r, mask=r < T, other=1.0))
-        + tl.load(teacher_offset_ptr + r, mask=r < T, other=0.0) * scale
-    )
-    divergence, mass = tl.zeros([BLOCK_T], tl.float32), tl.zeros([BLOCK_T], tl.float32)
-    for v in range(0, V, BLOCK_V):
-        logits = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-        for k in range(0, d, BLOCK_D):
-            logits = dot_step(
-                x, w, t, v, k, T, V, d, stride_xt, stride_wv, logits, BLOCK_T, BLOCK_V, BLOCK_D, False
-            )
-        teacher_logits = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-        for k in range(0, teacher_d, BLOCK_D):
-            teacher_logits = dot_step(
-                teacher_x,
-                teacher_w,
-                t,
-                v,
-                k,
-                T,
-                V,
-                teacher_d,
-                stride_teacher_xt,
-                stride_teacher_wv,
-                teacher_logits,
-                BLOCK_T,
-                BLOCK_V,
-                BLOCK_D,
-                False,
-            )
-        log_p = teacher_logits * scale - log_r[:, None]
-        p = tl.where((v + tl.arange(0, BLOCK_V) < V)[None, :], tl.exp2(log_p), 0.0)
-        divergence += tl.sum(p * (log_p - (logits * scale - log_q[:, None])), 1)
-        mass += tl.sum(p, 1)  # 1, but for the rounding of large logits
-    tl.store(kl_ptr + r, tl.where(counts, divergence / mass * LN_2, 0.0), mask=r < T)
+        kl = tl.sum(divergence) / teacher_total - tl.log2(teacher_total) + tl.log2(total)
+        tl.store(kl_ptr + t, kl * LN_2)
 
 
 @triton.jit
 def _power(x, exponent, NATIVE_LOG: tl.constexpr):
     return tl.where(x > 0, tl.exp2(exponent * log2_of_16_bits(x, NATIVE_LOG)), x)
-
-
-def _recompute_divergence(hidden, heads, statistics, targets, kl, flag, ignore_index, temperature):
-    """Launch _divergence_kernel: overwrite kl [T] where the flag is set."""
-    (T, d), V, teacher_d = hidden[0].shape, len(heads[0]), hidden[1].shape[1]
-    strides = (
-        hidden[0].stride(0),
-        heads[0].stride(0),
-        hidden[1].stride(0),
-        heads[1].stride(0),
-        targets.stride(0),
-    )
-
-    def run(config):
-        _divergence_kernel[(triton.cdiv(T, config.blocks["BLOCK_T"]),)](
-            hidden[0],
-            heads[0],
-            hidden[1],
-            heads[1],
-            *statistics,
-            targets,
-            kl,
-            flag,
-            T,
-            V,
-            d,
-            teacher_d,
-            *strides,
-            ignore_index,
-            temperature,
-            **config.options,
-        )
-
-    tuning.launch("divergence", run, kl.device, itemsize=hidden[0].itemsize)
 
 
 def _examples(make):
@@ -272,6 +156,70 @@ def _examples(make):
     ]
 
 
+class _Options(NamedTuple):
+    """What is the same for all chunks."""
+
+    ignore_index: int
+    alpha: float
+    temperature: float
+    unit: float  # by which E is stored larger
+    gradient: bool
+
+
+def _combine_chunk(hidden, heads, targets, logits, losses, options: _Options):
+    """Write each token's losses, and G over E.
+
+    Args:
+        hidden: x [T, d] and x' [T, d'] of the chunk. heads: W [V, d] and W' [V, d'].
+        logits: memory [2, T, V] for E, which becomes G, and E'.
+        losses: cross-entropy [T] and KL [T], float32, 0 where ignored.
+    """
+    (e, teacher_e), (ce, kl) = logits, losses
+    log_unit = options.temperature * math.log(options.unit)
+    (total, logit, offset), (teacher_total, _, teacher_offset) = (
+        guarded_exponentials(
+            x, head, targets, options.ignore_index, z, log_unit, options.temperature, maximum=True
+        )
+        for x, head, z in zip(hidden, heads, logits, strict=True)
+    )
+    flag = e.new_zeros(1, dtype=torch.int32)
+    _combine_kernel[(len(e),)](
+        e,
+        teacher_e,
+        total,
+        teacher_total,
+        logit,
+        offset,
+        targets,
+        ce,
+        kl,
+        flag,
+        e.shape[1],
+        e.stride(0),
+        targets.stride(0),
+        options.ignore_index,
+        options.alpha,
+        options.temperature,
+        options.unit,
+        TEMPERED=options.temperature != 1,
+        GRADIENT=options.gradient,
+        NATIVE_LOG=tuning.target(e.device).backend == "cuda" and e.itemsize == 2,
+        BLOCK_V=2048,
+        num_warps=8,
+    )
+    statistics = total, offset, teacher_total, teacher_offset
+    recompute_divergence(
+        hidden, heads, statistics, targets, kl, flag, options.ignore_index, options.temperature
+    )
+
+
+def _chunk_memory(hidden, vocabulary, max_logits_bytes):
+    """(tokens in a chunk, memory [2, so many, V] for both models' exponentials)."""
+    T, width = len(hidden), triton.cdiv(vocabulary, 64) * 64  # rows aligned for descriptors and the products
+    size = chunk_tokens(T, 2 * width * hidden.itemsize, max_logits_bytes) if T else 1
+    return size, hidden.new_empty(2, min(size, T), width)[..., :vocabulary]
+
+
 @dispatch.triton("linear_distillation_loss", _examples)
 def linear_distillation_loss(
     student_hidden,
@@ -286,104 +234,39 @@ def linear_distillation_loss(
     need_weight,
     max_logits_bytes,
 ):
-    if (
-        student_hidden.dtype == torch.float16 and temperature < 1
-    ):  # E at such a temperature has too few exponents left for p = E^temperature
-        return reference.linear_distillation_loss(
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
-            targets,
-            alpha,
-            temperature,
-            ignore_index,
-            need_hidden,
-            need_weight,
-            max_logits_bytes,
+    inputs = student_hidden, student_weight, teacher_hidden, teacher_weight, targets
+    dtype = student_hidden.dtype
+    if dtype == torch.float16 and temperature < 1:
+        # E at such a temperature has too few exponents left for p = E^temperature.
+        return reference_head.linear_distillation_loss(
+            *inputs, alpha, temperature, ignore_index, need_hidden, need_weight, max_logits_bytes
         )
-    (T, d), V, dtype = (
-        student_hidden.shape,
-        min(len(student_weight), len(teacher_weight)),
-        student_hidden.dtype,
-    )
+    T, d = student_hidden.shape
+    V = min(len(student_weight), len(teacher_weight))
     heads = contiguous_rows(student_weight[:V]), contiguous_rows(teacher_weight[:V])
     grad_hidden = student_hidden.new_empty(T, d) if need_hidden else student_hidden.new_empty(0)
-    grad_weight = (
-        student_weight.new_zeros(len(student_weight), d, dtype=torch.float32) if need_weight else None
-    )
+    grad_weight = student_weight.new_empty(0)
+    if need_weight:
+        grad_weight = student_weight.new_zeros(len(student_weight), d, dtype=torch.float32)
     losses = [student_hidden.new_empty(T, dtype=torch.float32) for _ in range(2)]
     counts = targets != ignore_index
-    unit, count = UNIT_FP16 if dtype == torch.float16 else 1.0, counts.sum().clamp(min=1)
-    native_log = tuning.target(student_hidden.device).backend == "cuda" and dtype.itemsize == 2
-    width = triton.cdiv(V, 64) * 64
-    size = chunk_tokens(T, 2 * width * student_hidden.itemsize, max_logits_bytes) if T else 1
-    memory = student_hidden.new_empty(2, min(size, T), width)
+    count = counts.sum().clamp(min=1)
+    unit = UNIT_FP16 if dtype == torch.float16 else 1.0
+    options = _Options(ignore_index, alpha, temperature, unit, need_hidden or need_weight)
+    size, memory = _chunk_memory(student_hidden, V, max_logits_bytes)
     # What lies at ignored tokens must not reach the sums as 0 · NaN.
     hidden = [contiguous_rows(torch.where(counts[:, None], x, 0)) for x in (student_hidden, teacher_hidden)]
     for t in range(0, T, size):
         chunk = slice(t, t + size)
-        y = targets[chunk]
-        e, teacher_e = memory[:, : len(y), :V]
-        (total, logit, offset), (teacher_total, _, teacher_offset) = (
-            guarded_exponentials(
-                x[chunk],
-                head,
-                y,
-                ignore_index,
-                logits,
-                temperature * math.log(unit),
-                temperature,
-                maximum=True,
-            )
-            for x, head, logits in zip(hidden, heads, (e, teacher_e), strict=True)
-        )
-
-        ce, kl = (x[chunk] for x in losses)
-        flag = e.new_zeros(1, dtype=torch.int32)
-        _combine_kernel[(len(e),)](
-            e,
-            teacher_e,
-            total,
-            teacher_total,
-            logit,
-            offset,
-            y,
-            ce,
-            kl,
-            flag,
-            V,
-            e.stride(0),
-            y.stride(0),
-            ignore_index,
-            alpha,
-            temperature,
-            unit,
-            TEMPERED=temperature != 1,
-            GRADIENT=need_hidden or need_weight,
-            NATIVE_LOG=native_log,
-            BLOCK_V=2048,
-            num_warps=8,
-        )
-        _recompute_divergence(
-            [x[chunk] for x in hidden],
-            heads,
-            (total, offset, teacher_total, teacher_offset),
-            y,
-            kl,
-            flag,
-            ignore_index,
-            temperature,
-        )
+        x, y = [states[chunk] for states in hidden], targets[chunk]
+        logits = memory[:, : len(y)]
+        _combine_chunk(x, heads, y, logits, [loss[chunk] for loss in losses], options)
         if need_hidden:
-            grad_hidden[chunk] = product(e, heads[0]) / (unit * count)
+            grad_hidden[chunk] = product(logits[0], heads[0]) / (unit * count)
         if need_weight:
-            add_product(grad_weight[:V], e.T, hidden[0][chunk])
+            add_product(grad_weight[:V], logits[0].T, x[0])
     cross_entropy, divergence = (x.sum() / count for x in losses)  # results must not share memory
     loss = (1 - alpha) * cross_entropy + alpha * divergence
-    grad_weight = (
-        grad_weight.div_(unit * count).to(student_weight.dtype)
-        if need_weight
-        else student_weight.new_empty(0)
-    )
+    if need_weight:
+        grad_weight = grad_weight.div_(unit * count).to(dtype)
     return loss, cross_entropy, divergence, grad_hidden, grad_weight

@@ -7,9 +7,9 @@ memory.
 T tokens, V vocabulary, d hidden width, B documents. x [T, d], W [V, d].
 
 1. logits.py: the log-sum-exp of every token, in splits of the vocabulary, [splits, T] float32; and the logit
-of its target. 2. _log_prob_kernel or _difference_kernel joins the splits in a fixed order, a program per
-block of tokens or per document; for the score it
-   subtracts the models and takes the mean.
+   of its target.
+2. _log_prob_kernel or _difference_kernel joins the splits in a fixed order, a program per block of tokens or
+   per document; for the score it subtracts the models and takes the mean.
 
 FLOPs 2·T·V·d a model, all in step 1; step 2 reads 8·T·splits bytes a model.
 A target outside the vocabulary that is not ignore_index gives NaN: the host does not wait to look.
@@ -21,7 +21,7 @@ import triton.language as tl
 
 from . import dispatch
 from .logits import logsumexp_partials, target_logits
-from .reference import IGNORE_INDEX
+from .reference_head import IGNORE_INDEX
 from .tiles import BATCH_SIZES, at_most_zero, combine_logsumexp
 
 
@@ -39,13 +39,10 @@ def _log_prob_kernel(
     BLOCK_T: tl.constexpr,
 ):
     r = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    counts = (
-        tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < T, other=ignore_index) != ignore_index
-    )
-    log_prob = tl.load(logit_ptr + r, mask=r < T, other=0.0) - combine_logsumexp(
-        max_ptr, sum_ptr, r, T, splits
-    )
-    tl.store(out_ptr + r, tl.where(counts, at_most_zero(log_prob), 0.0), mask=r < T)
+    target = tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < T, other=ignore_index)
+    logit = tl.load(logit_ptr + r, mask=r < T, other=0.0)
+    log_prob = at_most_zero(logit - combine_logsumexp(max_ptr, sum_ptr, r, T, splits))
+    tl.store(out_ptr + r, tl.where(target != ignore_index, log_prob, 0.0), mask=r < T)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -77,17 +74,13 @@ def _difference_kernel(
     count = tl.zeros([BLOCK_T], tl.int32)
     for t in range(tl.load(cu_seqlens_ptr + b * stride_cu), end, BLOCK_T):
         r = t + tl.arange(0, BLOCK_T)
-        counts = (
-            tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < end, other=ignore_index)
-            != ignore_index
-        )
-        log_prob = tl.load(teacher_logit + r, mask=counts, other=0.0) - combine_logsumexp(
-            teacher_max, teacher_sum, r, T, teacher_splits
-        )
+        target = tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < end, other=ignore_index)
+        counts = target != ignore_index
+        logit = tl.load(teacher_logit + r, mask=counts, other=0.0)
+        log_prob = logit - combine_logsumexp(teacher_max, teacher_sum, r, T, teacher_splits)
         teacher += tl.where(counts, at_most_zero(log_prob), 0.0)
-        log_prob = tl.load(reference_logit + r, mask=counts, other=0.0) - combine_logsumexp(
-            reference_max, reference_sum, r, T, reference_splits
-        )
+        logit = tl.load(reference_logit + r, mask=counts, other=0.0)
+        log_prob = logit - combine_logsumexp(reference_max, reference_sum, r, T, reference_splits)
         reference += tl.where(counts, at_most_zero(log_prob), 0.0)
         count += counts.to(tl.int32)
     n = tl.sum(count)

@@ -25,9 +25,8 @@ def _e4m3(x):
     than 448 becomes NaN."""
     bits = x.to(tl.uint32, bitcast=True)
     sign, magnitude = (bits >> 24) & 0x80, bits & 0x7FFFFFFF
-    normal = (
-        magnitude + 0x7FFFF + ((magnitude >> 20) & 1) - (120 << 23)
-    ) >> 20  # to three bits of mantissa, and the bias from 127 to 7
+    # To three bits of mantissa, ties to even, and the bias from 127 to 7.
+    normal = (magnitude + 0x7FFFF + ((magnitude >> 20) & 1) - (120 << 23)) >> 20
     # Below 2^-6 e4m3 counts in steps of 2^-9, as float32 does from 2^14 on.
     subnormal = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) & 0xF
     return (sign | tl.where(magnitude < (121 << 23), subnormal, tl.minimum(normal, 0x7F))).to(tl.uint8)
@@ -40,13 +39,11 @@ def _quantize_kernel(
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     column = tl.arange(0, BLOCK_D)[None, :]
     mask = (row < R)[:, None] & (column < d)
-    x = tl.load(x_ptr + row[:, None] * stride_x + column, mask=mask, other=0.0).to(
-        tl.float32
-    )  # [BLOCK_R, BLOCK_D]
+    x = tl.load(x_ptr + row[:, None] * stride_x + column, mask=mask, other=0.0)  # [BLOCK_R, BLOCK_D]
+    x = x.to(tl.float32)
     largest = tl.maximum(tl.max(tl.abs(x), 1), SMALLEST_ROW)  # [BLOCK_R]
-    inverse = (
-        tl.div_rn(1.0, largest) * LARGEST
-    )  # as PyTorch computes 448 / largest, so that the bytes are those of the reference
+    # As PyTorch computes 448 / largest, so that the bytes are those of the reference.
+    inverse = tl.div_rn(1.0, largest) * LARGEST
     tl.store(rows_ptr + row[:, None] * d + column, _e4m3(x * inverse[:, None]), mask=mask)
     tl.store(scale_ptr + row, tl.div_rn(largest, LARGEST), mask=row < R)
 

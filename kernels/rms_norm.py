@@ -8,8 +8,9 @@
 R rows, d their width, w [d]. A program holds whole rows in registers, several where they are narrow, so each
 input is read once and each output written once:
 
-    rms_norm 2·R·d elements, add_rms_norm 4·R·d (x, residual; s, out), backward 3·R·d (g, s; ds), 4·R·d with
-    the gradient of s
+    rms_norm        2·R·d elements (s; out)
+    add_rms_norm    4·R·d (x, residual; s, out)
+    backward        3·R·d (g, s; ds), 4·R·d with the gradient of s
 
 and 4·R bytes of r. s may be float32 beside 16-bit g, w and out; the backward pass then writes ds in both
 types if both are asked for. The backward grid just fills the GPU: a program walks over every programs-th tile
@@ -35,14 +36,22 @@ def _locate(tile, R, H, d, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     """The rows as number [BLOCK_R], and as (a, h) of [A, H, d], each [BLOCK_R, 1]; the columns [1, BLOCK_D];
     the mask."""
     row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    a, h = row // H, row % H
     column = tl.arange(0, BLOCK_D)[None, :]
-    return (
-        row.to(tl.int64),
-        (row // H).to(tl.int64)[:, None],
-        (row % H).to(tl.int64)[:, None],
-        column,
-        (row < R)[:, None] & (column < d),
-    )
+    mask = (row < R)[:, None] & (column < d)
+    return row.to(tl.int64), a.to(tl.int64)[:, None], h.to(tl.int64)[:, None], column, mask
+
+
+@triton.jit
+def _load(ptr, a, h, column, stride_a, stride_h, mask):
+    """The elements [a, h, column] of a tensor [A, H, d], in float32, 0 where masked."""
+    return tl.load(ptr + a * stride_a + h * stride_h + column, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, value, row, column, d, mask):
+    """Write to the elements [row, column] of a contiguous [R, d], in its dtype."""
+    tl.store(ptr + row[:, None] * d + column, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -67,22 +76,14 @@ def _forward_kernel(
 ):
     row, a, h, column, mask = _locate(tl.program_id(0), R, H, d, BLOCK_R, BLOCK_D)
     weight = tl.load(weight_ptr + column, mask=column < d, other=0.0).to(tl.float32)  # [1, BLOCK_D]
-    total = tl.load(x_ptr + a * stride_xa + h * stride_xh + column, mask=mask, other=0.0).to(
-        tl.float32
-    )  # [BLOCK_R, BLOCK_D]
+    total = _load(x_ptr, a, h, column, stride_xa, stride_xh, mask)  # [BLOCK_R, BLOCK_D]
     if ADD:
-        total += tl.load(residual_ptr + a * stride_ra + h * stride_rh + column, mask=mask, other=0.0).to(
-            tl.float32
-        )
+        total += _load(residual_ptr, a, h, column, stride_ra, stride_rh, mask)
         rounded = total.to(total_ptr.dtype.element_ty)  # what is normed is what is kept
-        tl.store(total_ptr + row[:, None] * d + column, rounded, mask=mask)
+        _store(total_ptr, rounded, row, column, d, mask)
         total = rounded.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(total * total, 1) / d + eps)  # [BLOCK_R]
-    tl.store(
-        out_ptr + row[:, None] * d + column,
-        (total * rstd[:, None] * weight).to(out_ptr.dtype.element_ty),
-        mask=mask,
-    )
+    _store(out_ptr, total * rstd[:, None] * weight, row, column, d, mask)
     tl.store(rstd_ptr + row, rstd, mask=row < R)
 
 
@@ -92,9 +93,9 @@ def _backward_kernel(
     x_ptr,
     weight_ptr,
     rstd_ptr,
-    grad_x_ptr,
+    grad_residual_ptr,
     dx_ptr,
-    narrow_ptr,
+    dx_low_precision_ptr,
     partial_ptr,
     R,
     H,
@@ -103,10 +104,10 @@ def _backward_kernel(
     stride_gh,
     stride_xa,
     stride_xh,
-    stride_da,
-    stride_dh,
+    stride_ra,
+    stride_rh,
     ADD: tl.constexpr,
-    NARROW: tl.constexpr,
+    LOW_PRECISION: tl.constexpr,
     SUM: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -115,27 +116,22 @@ def _backward_kernel(
     grad_weight = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
         row, a, h, _, mask = _locate(tile, R, H, d, BLOCK_R, BLOCK_D)
-        grad = tl.load(grad_ptr + a * stride_ga + h * stride_gh + column, mask=mask, other=0.0).to(
-            tl.float32
-        )  # [BLOCK_R, BLOCK_D]
-        x = tl.load(x_ptr + a * stride_xa + h * stride_xh + column, mask=mask, other=0.0).to(tl.float32)
+        grad = _load(grad_ptr, a, h, column, stride_ga, stride_gh, mask)  # [BLOCK_R, BLOCK_D]
+        x = _load(x_ptr, a, h, column, stride_xa, stride_xh, mask)
         if ADD:
-            dx = tl.load(grad_x_ptr + a * stride_da + h * stride_dh + column, mask=mask, other=0.0).to(
-                tl.float32
-            )
+            dx = _load(grad_residual_ptr, a, h, column, stride_ra, stride_rh, mask)
         else:
             dx = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
         rstd = tl.load(rstd_ptr + row, mask=row < R, other=0.0)[:, None]
-        weight = tl.load(weight_ptr + column, mask=column < d, other=0.0).to(
-            tl.float32
-        )  # [1, BLOCK_D], from the L1 cache: registers are short
+        # [1, BLOCK_D], each time from the L1 cache: registers are short.
+        weight = tl.load(weight_ptr + column, mask=column < d, other=0.0).to(tl.float32)
         normed, weighted = x * rstd, grad * weight
         dx += rstd * (weighted - normed * (tl.sum(normed * weighted, 1, keep_dims=True) / d))
         if SUM:
             grad_weight += grad * normed
-        tl.store(dx_ptr + row[:, None] * d + column, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if NARROW:
-            tl.store(narrow_ptr + row[:, None] * d + column, dx.to(narrow_ptr.dtype.element_ty), mask=mask)
+        _store(dx_ptr, dx, row, column, d, mask)
+        if LOW_PRECISION:
+            _store(dx_low_precision_ptr, dx, row, column, d, mask)
     if SUM:
         partial = tl.sum(grad_weight, 0, keep_dims=True)
         tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * d + column, partial, mask=column < d)
@@ -164,16 +160,11 @@ def _weight_kernel(
     for tile in range(tl.program_id(1), tl.cdiv(R, BLOCK_R), tl.num_programs(1)):
         row, a, h, _, _ = _locate(tile, R, H, d, BLOCK_R, BLOCK_D)
         mask = (row < R)[:, None] & (column < d)
-        grad = tl.load(grad_ptr + a * stride_ga + h * stride_gh + column, mask=mask, other=0.0).to(
-            tl.float32
-        )  # [BLOCK_R, BLOCK_D]
-        x = tl.load(x_ptr + a * stride_xa + h * stride_xh + column, mask=mask, other=0.0).to(tl.float32)
+        grad = _load(grad_ptr, a, h, column, stride_ga, stride_gh, mask)  # [BLOCK_R, BLOCK_D]
+        x = _load(x_ptr, a, h, column, stride_xa, stride_xh, mask)
         grad_weight += grad * (x * tl.load(rstd_ptr + row, mask=row < R, other=0.0)[:, None])
-    tl.store(
-        partial_ptr + tl.program_id(1).to(tl.int64) * d + column,
-        tl.sum(grad_weight, 0, keep_dims=True),
-        mask=column < d,
-    )
+    partial = tl.sum(grad_weight, 0, keep_dims=True)
+    tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * d + column, partial, mask=column < d)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -183,11 +174,8 @@ def _sum_kernel(partial_ptr, out_ptr, P, d, BLOCK_P: tl.constexpr, BLOCK_D: tl.c
     total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     for first in range(0, P, BLOCK_P):
         row = first + tl.arange(0, BLOCK_P)[:, None]
-        total += tl.load(
-            partial_ptr + row.to(tl.int64) * d + column[None, :],
-            mask=(row < P) & (column < d)[None, :],
-            other=0.0,
-        )
+        mask = (row < P) & (column < d)[None, :]
+        total += tl.load(partial_ptr + row.to(tl.int64) * d + column[None, :], mask=mask, other=0.0)
     tl.store(out_ptr + column, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=column < d)
 
 
@@ -204,9 +192,9 @@ def _forward(x, residual, weight, eps, dtype):
     rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     total = None
     if residual is not None:
-        total = torch.empty_like(
-            x, dtype=torch.promote_types(x.dtype, residual.dtype), memory_format=torch.contiguous_format
-        )
+        wide = torch.promote_types(x.dtype, residual.dtype)
+        total = torch.empty_like(x, dtype=wide, memory_format=torch.contiguous_format)
+    itemsize = (x if total is None else total).itemsize
     x, weight = _rows(x), weight.contiguous()
     other = x if residual is None else _rows(residual)
     heads, width = x.shape[1:]
@@ -231,20 +219,14 @@ def _forward(x, residual, weight, eps, dtype):
         )
 
     if rows:
-        tuning.launch(
-            "rms_norm", run, x.device, width=width, itemsize=(x if total is None else total).itemsize
-        )
+        tuning.launch("rms_norm", run, x.device, width=width, itemsize=itemsize)
     return out, total, rstd
 
 
 def _examples(make):
     def example(rows, width, x, weight):
-        return (
-            make(rows, width, dtype=x),
-            make(width, dtype=weight),
-            1e-6,
-            torch.bfloat16 if torch.bfloat16 in (x, weight) else x,
-        )
+        dtype = torch.bfloat16 if torch.bfloat16 in (x, weight) else x
+        return make(rows, width, dtype=x), make(width, dtype=weight), 1e-6, dtype
 
     bf16, fp32 = torch.bfloat16, torch.float32
     return [
@@ -264,9 +246,11 @@ def rms_norm(x, weight, eps, dtype):
     return out, rstd
 
 
-@dispatch.triton(
-    "add_rms_norm", lambda make: [(make(*x.shape), x, *others) for x, *others in _examples(make)[1:6]]
-)
+def _add_examples(make):
+    return [(make(*x.shape), x, weight, eps, dtype) for x, weight, eps, dtype in _examples(make)[1:6]]
+
+
+@dispatch.triton("add_rms_norm", _add_examples)
 def add_rms_norm(x, residual, weight, eps, dtype):
     return _forward(x, residual, weight, eps, dtype)
 
@@ -274,23 +258,17 @@ def add_rms_norm(x, residual, weight, eps, dtype):
 def _backward_examples(make):
     for x, weight, _, dtype in _examples(make):
         rstd = make(x.shape[0], 1, dtype=torch.float32)
-        for grad_residual in (None, make(*x.shape, dtype=x.dtype)):
-            yield (
-                make(*x.shape, dtype=dtype),
-                x,
-                weight,
-                rstd,
-                grad_residual,
-                dtype if grad_residual is not None and x.dtype != dtype else None,
-            )
+        grad, grad_residual = make(*x.shape, dtype=dtype), make(*x.shape, dtype=x.dtype)
+        yield grad, x, weight, rstd, None, None
+        yield grad, x, weight, rstd, grad_residual, dtype if x.dtype != dtype else None
 
 
 @dispatch.triton("rms_norm_backward", _backward_examples)
 def rms_norm_backward(grad, x, weight, rstd, grad_residual, low_precision_dtype):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dx_narrow = (
-        torch.empty_like(dx, dtype=low_precision_dtype) if low_precision_dtype else weight.new_empty(0)
-    )
+    dx_low_precision = weight.new_empty(0)
+    if low_precision_dtype is not None:
+        dx_low_precision = torch.empty_like(dx, dtype=low_precision_dtype)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad, x, weight, rstd = _rows(grad), _rows(x), weight.contiguous(), rstd.contiguous()
     other = grad if grad_residual is None else _rows(grad_residual)
@@ -308,7 +286,7 @@ def rms_norm_backward(grad, x, weight, rstd, grad_residual, low_precision_dtype)
                 rstd,
                 other,
                 dx,
-                dx_narrow if low_precision_dtype else dx,
+                dx_low_precision if low_precision_dtype is not None else dx,
                 partial,
                 rows,
                 heads,
@@ -317,7 +295,7 @@ def rms_norm_backward(grad, x, weight, rstd, grad_residual, low_precision_dtype)
                 *x.stride()[:2],
                 *other.stride()[:2],
                 ADD=grad_residual is not None,
-                NARROW=low_precision_dtype is not None,
+                LOW_PRECISION=low_precision_dtype is not None,
                 **config.options,
             )
             if not config.blocks["SUM"]:
@@ -337,4 +315,4 @@ def rms_norm_backward(grad, x, weight, rstd, grad_residual, low_precision_dtype)
         _sum_kernel[(triton.cdiv(width, 32),)](partial, grad_weight, programs, width, BLOCK_P=128, BLOCK_D=32)
 
     tuning.launch("rms_norm_backward", run, x.device, width=width, itemsize=x.itemsize)
-    return dx, dx_narrow, grad_weight
+    return dx, dx_low_precision, grad_weight

@@ -26,14 +26,13 @@ from .tiles import BATCH_SIZES
 
 
 @triton.jit
-def _turn(x_ptr, out_ptr, x_offset, out_offset, cos, sin, mask, HALF: tl.constexpr):
-    """Turn the pairs at x_ptr + x_offset and x_ptr + x_offset + HALF, both [BLOCK_T, BLOCK_F]."""
-    first = tl.load(x_ptr + x_offset, mask=mask).to(tl.float32)
-    second = tl.load(x_ptr + x_offset + HALF, mask=mask).to(tl.float32)
-    tl.store(out_ptr + out_offset, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(
-        out_ptr + out_offset + HALF, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=mask
-    )
+def _turn(x_ptr, out_ptr, cos, sin, mask, HALF: tl.constexpr):
+    """Turn the pairs at the pointers x_ptr and x_ptr + HALF, both [BLOCK_T, BLOCK_F]."""
+    dtype = out_ptr.dtype.element_ty
+    first = tl.load(x_ptr, mask=mask).to(tl.float32)
+    second = tl.load(x_ptr + HALF, mask=mask).to(tl.float32)
+    tl.store(out_ptr, (first * cos - second * sin).to(dtype), mask=mask)
+    tl.store(out_ptr + HALF, (second * cos + first * sin).to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -57,42 +56,29 @@ def _rotary_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    groups = tl.cdiv(Hq + Hk, BLOCK_H)
-    token = (tl.program_id(0) // groups * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    groups = tl.cdiv(Hq + Hk, BLOCK_H)  # of heads; a program's number is (block of tokens, group)
+    block, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    token = (block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     position = tl.load(positions_ptr + token, mask=token < T, other=0).to(tl.float32)
-    token, i = token[:, None], tl.arange(0, BLOCK_F)[None, :]  # i: the pair
-    mask = (token < T) & (i < HALF)
-    angle = position[:, None] * tl.load(inv_freq_ptr + i, mask=i < HALF, other=0.0).to(
-        tl.float32
-    )  # [BLOCK_T, BLOCK_F]
+    token = token[:, None]
+    pair = tl.arange(0, BLOCK_F)[None, :]
+    mask = (token < T) & (pair < HALF)
+    inv_freq = tl.load(inv_freq_ptr + pair, mask=pair < HALF, other=0.0).to(tl.float32)
+    angle = position[:, None] * inv_freq  # [BLOCK_T, BLOCK_F]
     sin, cos = tl.sin(angle), tl.cos(angle)
     if INVERSE:
         sin = -sin
-    first = tl.program_id(0) % groups * BLOCK_H
+    first = group * BLOCK_H
     for head in range(first, tl.minimum(first + BLOCK_H, Hq + Hk)):
         if head < Hq:
-            _turn(
-                q_ptr,
-                q_out_ptr,
-                token * stride_qt + tl.cast(head, tl.int64) * stride_qh + i,
-                (token * Hq + head) * (2 * HALF) + i,
-                cos,
-                sin,
-                mask,
-                HALF,
-            )
+            x = token * stride_qt + tl.cast(head, tl.int64) * stride_qh + pair
+            out = (token * Hq + head) * (2 * HALF) + pair
+            _turn(q_ptr + x, q_out_ptr + out, cos, sin, mask, HALF)
         else:
-            h = head - Hq
-            _turn(
-                k_ptr,
-                k_out_ptr,
-                token * stride_kt + tl.cast(h, tl.int64) * stride_kh + i,
-                (token * Hk + h) * (2 * HALF) + i,
-                cos,
-                sin,
-                mask,
-                HALF,
-            )
+            key_head = head - Hq
+            x = token * stride_kt + tl.cast(key_head, tl.int64) * stride_kh + pair
+            out = (token * Hk + key_head) * (2 * HALF) + pair
+            _turn(k_ptr + x, k_out_ptr + out, cos, sin, mask, HALF)
 
 
 def _contiguous_heads(x: torch.Tensor) -> torch.Tensor:
@@ -123,20 +109,15 @@ def _examples(make):
 @dispatch.triton("rotary", _examples)
 def rotary(q, k, positions, inv_freq, inverse):
     q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    q, k, positions, inv_freq = (
-        _contiguous_heads(q),
-        _contiguous_heads(k),
-        positions.contiguous(),
-        inv_freq.contiguous(),
-    )
+    q, k = _contiguous_heads(q), _contiguous_heads(k)
+    positions, inv_freq = positions.contiguous(), inv_freq.contiguous()
     tokens, heads, dim = q.shape
     key_heads = k.shape[1]
 
     def run(config):
-        programs = triton.cdiv(tokens, config.blocks["BLOCK_T"]) * triton.cdiv(
-            heads + key_heads, config.blocks["BLOCK_H"]
-        )
-        _rotary_kernel[(programs,)](
+        blocks = triton.cdiv(tokens, config.blocks["BLOCK_T"])
+        groups = triton.cdiv(heads + key_heads, config.blocks["BLOCK_H"])
+        _rotary_kernel[(blocks * groups,)](
             q,
             k,
             positions,

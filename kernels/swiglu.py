@@ -26,8 +26,9 @@ from .tiles import BATCH_SIZES, LOG2_E, contiguous_rows
 def _locate(R, f, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
     """The rows [BLOCK_R, 1], the columns [1, BLOCK_F] and the mask of a program's tile."""
     tiles_f = tl.cdiv(f, BLOCK_F)
-    row = (tl.program_id(0) // tiles_f).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    column = (tl.program_id(0) % tiles_f) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
+    tile_r, tile_f = tl.program_id(0) // tiles_f, tl.program_id(0) % tiles_f
+    row = tile_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    column = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     return row, column, (row < R) & (column < f)
 
 
@@ -64,14 +65,10 @@ def _backward_kernel(
     up = tl.load(up_ptr + row * stride_ur + column, mask=mask).to(tl.float32)
     sigmoid = 1 / (1 + tl.exp2(gate * -LOG2_E))
     grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
-    tl.store(
-        grad_gate_ptr + row * stride_dr + column, grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=mask
-    )
-    tl.store(
-        grad_up_ptr + row * stride_dr + column,
-        (grad * gate * sigmoid).to(grad_up_ptr.dtype.element_ty),
-        mask=mask,
-    )
+    grad_up = grad * gate * sigmoid
+    dtype = grad_gate_ptr.dtype.element_ty
+    tl.store(grad_gate_ptr + row * stride_dr + column, grad_gate.to(dtype), mask=mask)
+    tl.store(grad_up_ptr + row * stride_dr + column, grad_up.to(dtype), mask=mask)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -105,10 +102,11 @@ def _examples(make):
 
 
 def _backward_examples(make):
-    return [
-        (make(4096, gate.shape[1] // (1 if up is not None else 2), dtype=gate.dtype), gate, up)
-        for gate, up in _examples(make)
-    ]
+    examples = []
+    for gate, up in _examples(make):
+        width = gate.shape[1] if up is not None else gate.shape[1] // 2
+        examples.append((make(4096, width, dtype=gate.dtype), gate, up))
+    return examples
 
 
 @dispatch.triton("swiglu", _examples)
@@ -124,15 +122,13 @@ def swiglu(gate, up):
 def swiglu_backward(grad, gate, up):
     grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if up is None:
-        (gate, up), grad_up, results = _halves(gate), gate.new_empty(0), _halves(_rows(grad_gate))
+        grad_up = gate.new_empty(0)
+        gate, up = _halves(gate)
+        results = _halves(_rows(grad_gate))
     else:
         grad_up = torch.empty_like(up, memory_format=torch.contiguous_format)
         results = _rows(grad_gate), _rows(grad_up)
     grad, gate, up = _rows(grad), _rows(gate), _rows(up)
-    _launch(
-        _backward_kernel,
-        "swiglu_backward",
-        (grad, gate, up, *results),
-        (*(x.stride(0) for x in (grad, gate, up)), results[0].stride(0)),
-    )
+    strides = grad.stride(0), gate.stride(0), up.stride(0), results[0].stride(0)
+    _launch(_backward_kernel, "swiglu_backward", (grad, gate, up, *results), strides)
     return grad_gate, grad_up

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+# Arguments of kernels that change from batch to batch: Triton must not compile a kernel anew because one is
+# 1, or no multiple of 16.
 BATCH_SIZES = (
     "T",
     "R",
@@ -23,8 +25,6 @@ BATCH_SIZES = (
     "tiles_per_split",
     "items",
 )
-"""Arguments of kernels that change from batch to batch: Triton must not compile a kernel anew because one is
-1, or no multiple of 16."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-2.3e38)  # a first maximum that stays finite when multiplied by log2(e)

@@ -12,17 +12,19 @@ and by the examples that its launcher is registered with (see dispatch.triton).
 
 import functools
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional, TypeVar, Union
 
 import torch
 
+Result = TypeVar("Result")
+
 
 class Target(NamedTuple):
-    """What a kernel is compiled for: backend cuda, hip, or cpu (Triton's interpreter); arch 80, 90, … or
-    "gfx942"."""
+    """What a kernel is compiled for."""
 
-    backend: str
-    arch: object
+    backend: str  # cuda, hip, or cpu (Triton's interpreter)
+    arch: Union[int, str]  # 80, 90, … or "gfx942"
     processors: int  # streaming multiprocessors, or compute units
 
     @property
@@ -30,7 +32,9 @@ class Target(NamedTuple):
         """Whether tiles come through host tensor descriptors: TMA, on NVIDIA's data centre GPUs from Hopper
         on. (Consumer GPUs from 120 on have it too, but neither the shared memory nor the matrix instructions
         that the large tiles are for.) The interpreter takes both ways."""
-        return self.backend == "cpu" or (self.backend == "cuda" and 90 <= self.arch < 120)
+        if self.backend == "cuda":
+            return 90 <= int(self.arch) < 120
+        return self.backend == "cpu"
 
 
 class Config(NamedTuple):
@@ -47,20 +51,18 @@ class Config(NamedTuple):
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-OFFLINE = None  # a Target to compile for, without a GPU: then launch runs every candidate
+OFFLINE: Optional[Target] = None  # to compile for, without a GPU: then launch runs every candidate
 INTERPRETER = Target("cpu", 0, 4)
-_FASTEST = {}  # (name, target, bucket) → configuration, found under MINIPLM_AUTOTUNE=1
+_FASTEST: dict[tuple, Config] = {}  # (name, target, bucket) → found under MINIPLM_AUTOTUNE=1
 
 
 def target(device: torch.device) -> Target:
     """What kernels on tensors of `device` are compiled for."""
     if OFFLINE:
         return OFFLINE
-    return (
-        INTERPRETER
-        if device.type == "cpu"
-        else _gpu(torch.cuda.current_device() if device.index is None else device.index)
-    )
+    if device.type == "cpu":
+        return INTERPRETER
+    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @functools.cache
@@ -71,7 +73,7 @@ def _gpu(index: int) -> Target:
     return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
-def launch(name: str, run, device: torch.device, **bucket):
+def launch(name: str, run: Callable[[Config], Result], device: torch.device, **bucket: Any) -> Result:
     """run(config) with the configuration of kernel `name` for a bucket; returns what it returns.
 
     Args:
@@ -100,20 +102,20 @@ def _logits(where: Target, itemsize: int, descriptors: bool, conditional: bool =
     """GEMM-shaped kernels over [BLOCK_T, BLOCK_V] tiles of logits with an accumulator tile in registers. What
     is launched on condition mostly returns at once: there is nothing to time."""
 
-    def blocks(tokens, vocabulary, width):
+    def blocks(tokens: int, vocabulary: int, width: int) -> dict[str, int]:
         return {"BLOCK_T": tokens, "BLOCK_V": vocabulary, "BLOCK_D": width}
 
     if where.backend == "cpu":
         return [Config(blocks(32, 64, 32))]
     if itemsize == 4:  # no matrix unit computes exact float32 products: small tiles
-        return [Config(blocks(64, 32, 16), 8, 2, 2)]
+        return [Config(blocks(64, 32, 16), 8, 2, per_processor=2)]
     if where.backend == "hip":
         found = [Config(blocks(128, 128, 64), 8, 2), Config(blocks(128, 128, 32), 8, 2)]
     elif descriptors:
         found = [
             Config(blocks(128, 256, 64), 8, 4),
             Config(blocks(128, 256, 64), 8, 3),
-            Config(blocks(128, 128, 64), 4, 3, 2),
+            Config(blocks(128, 128, 64), 4, 3, per_processor=2),
         ]
     else:
         found = [Config(blocks(128, 128, 32), 8, 3), Config(blocks(128, 128, 32), 8, 4)]
@@ -122,11 +124,12 @@ def _logits(where: Target, itemsize: int, descriptors: bool, conditional: bool =
 
 def _exponentials(where: Target, itemsize: int, descriptors: bool, conditional: bool = False) -> list[Config]:
     """As _logits, with a tile of the result in shared memory on its way out."""
-    if descriptors and where.backend == "cuda" and itemsize == 2:
-        tiles = {"BLOCK_T": 128, "BLOCK_V": 128, "BLOCK_D": 64}
-        found = [Config({**tiles, "BLOCK_V": 256}, 8, 3), Config(tiles, 8, 4), Config(tiles, 4, 2, 2)]
-        return found[:1] if conditional else found
-    return _logits(where, itemsize, descriptors, conditional)
+    if not (descriptors and where.backend == "cuda" and itemsize == 2):
+        return _logits(where, itemsize, descriptors, conditional)
+    wide = {"BLOCK_T": 128, "BLOCK_V": 256, "BLOCK_D": 64}
+    narrow = {**wide, "BLOCK_V": 128}
+    found = [Config(wide, 8, 3), Config(narrow, 8, 4), Config(narrow, 4, 2, per_processor=2)]
+    return found[:1] if conditional else found
 
 
 def _queries_and_keys(queries: int, keys: int, num_warps: int, num_stages: int) -> Config:
@@ -139,9 +142,7 @@ def _attention(where: Target, dim: int, itemsize: int, descriptors: bool) -> lis
     a tile ask more keys of L2 than it delivers."""
     if where.backend == "cpu":
         return [_queries_and_keys(32, 16, 4, 1)]
-    if (
-        itemsize == 4
-    ):  # no matrix unit computes exact float32 products, and the others' operands fill the registers
+    if itemsize == 4:  # no matrix unit computes exact float32 products: their operands fill the registers
         return [_queries_and_keys(32, 32, 8, 1) if dim <= 64 else _queries_and_keys(16, 16, 8, 1)]
     if dim > 128:
         return [_queries_and_keys(64, 64 if descriptors else 32, 8, 1)]
@@ -155,9 +156,10 @@ def _attention(where: Target, dim: int, itemsize: int, descriptors: bool) -> lis
             _queries_and_keys(128, 128, 8, 2),
             _queries_and_keys(128, 64, 8, 3),
         ]
-    return [_queries_and_keys(128, 64, 8, 3), _queries_and_keys(128, 128, 8, 2)] + [
-        _queries_and_keys(64, 64, 4, 3)
-    ] * (dim > 32)
+    found = [_queries_and_keys(128, 64, 8, 3), _queries_and_keys(128, 128, 8, 2)]
+    if dim > 32:
+        found.append(_queries_and_keys(64, 64, 4, 3))
+    return found
 
 
 def _attention_dq(where: Target, dim: int, itemsize: int, descriptors: bool) -> list[Config]:
@@ -171,9 +173,10 @@ def _attention_dq(where: Target, dim: int, itemsize: int, descriptors: bool) -> 
         return [_queries_and_keys(64, 32, 8, 1)]
     if not descriptors:
         return [_queries_and_keys(128, 32, 8, 1), _queries_and_keys(64, 32, 4, 1)]
-    return [_queries_and_keys(128, 64, 8, 3), _queries_and_keys(128, 64, 8, 2)] + [
-        _queries_and_keys(128, 128, 8, 2)
-    ] * (dim <= 64)
+    found = [_queries_and_keys(128, 64, 8, 3), _queries_and_keys(128, 64, 8, 2)]
+    if dim <= 64:
+        found.append(_queries_and_keys(128, 128, 8, 2))
+    return found
 
 
 def _attention_dkdv(where: Target, dim: int, itemsize: int, descriptors: bool, grouped: bool) -> list[Config]:
@@ -186,13 +189,9 @@ def _attention_dkdv(where: Target, dim: int, itemsize: int, descriptors: bool, g
     if dim > 128:
         return [_queries_and_keys(32, 64 if descriptors else 32, 8, 1)]
     if not descriptors:
-        return [
-            _queries_and_keys(64, 64, 4, 1)
-            if dim <= 64
-            else _queries_and_keys(16, 64, 4, 1)
-            if dim <= 96
-            else _queries_and_keys(32, 64, 8, 1)
-        ]
+        if dim <= 64:
+            return [_queries_and_keys(64, 64, 4, 1)]
+        return [_queries_and_keys(16, 64, 4, 1) if dim <= 96 else _queries_and_keys(32, 64, 8, 1)]
     queries = 32 if grouped and dim > 96 else 64
     return [
         _queries_and_keys(queries, 128, 8, 3),
@@ -201,9 +200,13 @@ def _attention_dkdv(where: Target, dim: int, itemsize: int, descriptors: bool, g
     ]
 
 
-def _whole_rows(elements, width):
-    """Blocks of whole rows: about `elements` of them, one row at least."""
-    block = max(16, 1 << (width - 1).bit_length())
+def _next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _whole_rows(elements: int, width: int) -> dict[str, int]:
+    """Blocks of whole rows: about `elements` elements, one row at least."""
+    block = max(16, _next_power_of_2(width))
     return {"BLOCK_R": max(1, elements // block), "BLOCK_D": block}
 
 
@@ -212,23 +215,25 @@ def _rms_norm(where: Target, width: int, itemsize: int) -> list[Config]:
     threads."""
     if where.backend == "cpu":
         return [Config({**_whole_rows(1, width), "BLOCK_R": 4})]
-    found = [_whole_rows(elements, width) for elements in (8192 // itemsize, 4096 // itemsize)]
-    return [
-        Config(blocks, min(16, max(4, blocks["BLOCK_R"] * blocks["BLOCK_D"] // 1024))) for blocks in found
-    ]
+
+    def config(elements: int) -> Config:
+        blocks = _whole_rows(elements, width)
+        warps = min(16, max(4, blocks["BLOCK_R"] * blocks["BLOCK_D"] // 1024))
+        return Config(blocks, warps)
+
+    return [config(8192 // itemsize), config(4096 // itemsize)]
 
 
 def _rms_norm_backward(where: Target, width: int, itemsize: int) -> list[Config]:
     """Up to three inputs of 4 KiB in flight per program, four programs of 4 warps on a processor; the sum for
     dw is in registers."""
 
-    def config(elements):
+    def config(elements: int) -> Config:
         blocks = _whole_rows(elements, width)
         warps = min(16, max(4, blocks["BLOCK_R"] * blocks["BLOCK_D"] // 512))
+        per_processor = max(1, 16 // warps)
         together = blocks["BLOCK_D"] * itemsize <= 32768  # beyond, registers do not hold the row and the sum
-        return Config(
-            {**blocks, "SUM": together}, warps if together else 32, per_processor=max(1, 16 // warps)
-        )
+        return Config({**blocks, "SUM": together}, warps if together else 32, per_processor=per_processor)
 
     if where.backend == "cpu":
         return [Config({**_whole_rows(1, width), "BLOCK_R": 4, "SUM": width < 500})]
@@ -239,7 +244,7 @@ def _rotary(where: Target, dim: int, itemsize: int) -> list[Config]:
     """Memory-bound; eight heads share a sine and a cosine, or these would take longer than the memory."""
     if where.backend == "cpu":
         return [Config({"BLOCK_T": 16, "BLOCK_H": 3})]
-    tokens = max(8, 1024 // (1 << (dim // 2 - 1).bit_length()))  # eight pairs a thread: 16 bytes per access
+    tokens = max(8, 1024 // _next_power_of_2(dim // 2))  # eight pairs a thread: 16 bytes per access
     return [
         Config({"BLOCK_T": tokens, "BLOCK_H": 8}),
         Config({"BLOCK_T": 2 * tokens, "BLOCK_H": 8}),
@@ -252,7 +257,8 @@ def _swiglu(where: Target, itemsize: int) -> list[Config]:
     divides most widths well."""
     if where.backend == "cpu":
         return [Config({"BLOCK_R": 4, "BLOCK_F": 64})]
-    return [Config({"BLOCK_R": rows, "BLOCK_F": 256}) for rows in ((16, 8) if itemsize == 2 else (4,))]
+    heights = (16, 8) if itemsize == 2 else (4,)
+    return [Config({"BLOCK_R": rows, "BLOCK_F": 256}) for rows in heights]
 
 
 def _divergence(where: Target, itemsize: int) -> list[Config]:
@@ -262,7 +268,7 @@ def _divergence(where: Target, itemsize: int) -> list[Config]:
     return [Config({"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_D": 64}, 4)]
 
 
-CANDIDATES = {
+CANDIDATES: dict[str, Callable[..., list[Config]]] = {
     "logsumexp": _logits,
     "exponentials": _exponentials,
     "divergence": _divergence,

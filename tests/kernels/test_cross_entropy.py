@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import assert_accurate, assert_accurate_everywhere, run, strided
-from miniplm.kernels import linear_cross_entropy, linear_log_prob, reference
+from miniplm.kernels import linear_cross_entropy, linear_log_prob, reference_head
 from torch.utils.checkpoint import checkpoint
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -126,8 +126,8 @@ def test_ignored_rows_do_not_touch_the_weight():
 def test_any_budget(max_logits_bytes, reduction, monkeypatch):
     """One row at a time, seven, all: the same result; and so in 16 bits, where the weight passes by in tiles
     as well."""
-    monkeypatch.setattr(reference, "TILE_BYTES", 1000)
-    monkeypatch.setattr(reference, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(reference_head, "TILE_BYTES", 1000)
+    monkeypatch.setattr(reference_head, "BLOCK_BYTES", 3000)
     hidden, weight, targets = random_head(50, 101)
     grads = [torch.randn(50 if reduction == "none" else (), dtype=torch.float64)]
     expected = run(lambda *x: plain_cross_entropy(*x, targets, reduction), [hidden, weight], grads)

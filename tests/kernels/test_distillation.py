@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import assert_accurate_everywhere
-from miniplm.kernels import DistillationLoss, linear_distillation_loss, reference
+from miniplm.kernels import DistillationLoss, linear_distillation_loss, reference_head
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -135,8 +135,8 @@ def test_frozen_inputs(frozen):
 
 @pytest.mark.parametrize("max_logits_bytes", [1, 7 * 8 * 2 * 101, 1 << 30])
 def test_any_budget(max_logits_bytes, monkeypatch):
-    monkeypatch.setattr(reference, "TILE_BYTES", 1000)
-    monkeypatch.setattr(reference, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(reference_head, "TILE_BYTES", 1000)
+    monkeypatch.setattr(reference_head, "BLOCK_BYTES", 3000)
     heads, targets = random_heads(50, 103, 101)
 
     def loss_and_gradients(op, heads):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from checks import assert_accurate, assert_accurate_everywhere, strided
-from miniplm.kernels import DifferenceScore, difference_score, linear_log_prob, reference
+from miniplm.kernels import DifferenceScore, difference_score, linear_log_prob, reference_head
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 IGNORE_INDEX = -100
@@ -52,9 +52,9 @@ def test_any_tile(tile, monkeypatch):
     """The result does not depend on how vocabulary and tokens are cut."""
     hidden, weight, targets = random_head(50, 101)
     expected = plain_log_prob(hidden, weight, targets)
-    monkeypatch.setattr(reference, "TILE_BYTES", tile)
+    monkeypatch.setattr(reference_head, "TILE_BYTES", tile)
     for tokens in (1, 7, 512):
-        monkeypatch.setattr(reference, "CHUNK_TOKENS", tokens)
+        monkeypatch.setattr(reference_head, "CHUNK_TOKENS", tokens)
         torch.testing.assert_close(linear_log_prob(hidden, weight, targets), expected)
         torch.testing.assert_close(
             linear_log_prob(hidden.bfloat16(), weight.bfloat16(), targets),

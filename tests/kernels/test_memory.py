@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from miniplm.kernels import reference
+from miniplm.kernels import reference_head
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -40,21 +40,21 @@ def test_the_largest_tensor(dtype):
     cu_seqlens, logits, max_logits_bytes = torch.tensor([0, 700, T], dtype=torch.int32), 4 * T * V, 1 << 20
     calls = {
         "log_prob": (
-            lambda: reference.linear_log_prob(hidden, weight, targets, -100, 1 << 30),
-            reference.TILE_BYTES,
+            lambda: reference_head.linear_log_prob(hidden, weight, targets, -100, 1 << 30),
+            reference_head.TILE_BYTES,
         ),
         "score": (
-            lambda: reference.difference_score(hidden, weight, hidden, weight, targets, cu_seqlens),
-            reference.TILE_BYTES,
+            lambda: reference_head.difference_score(hidden, weight, hidden, weight, targets, cu_seqlens),
+            reference_head.TILE_BYTES,
         ),
         "loss": (
-            lambda: reference.linear_cross_entropy(
+            lambda: reference_head.linear_cross_entropy(
                 hidden, weight, targets, torch.ones(T), -100, True, True, max_logits_bytes
             ),
             max_logits_bytes,
         ),
         "distillation": (
-            lambda: reference.linear_distillation_loss(
+            lambda: reference_head.linear_distillation_loss(
                 hidden, weight, hidden, weight, targets, 0.5, 1.0, -100, True, True, max_logits_bytes
             ),
             max_logits_bytes,
