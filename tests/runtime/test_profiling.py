@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from training_runs import check_equal_runs, make_config, stop_after
 
 from miniplm.cli import main
@@ -111,6 +112,16 @@ def test_a_trace_that_cannot_be_written_is_refused_at_once(tiny_corpus, tmp_path
         )
 
 
-def test_without_a_path_nothing_is_traced():
-    with trace(None) as step:
-        step()
+def test_without_a_path_nothing_is_traced(tmp_path):
+    """The profiler, which slows every step down, does not run."""
+
+    def profiled(path):
+        with trace(path) as profiler_step:
+            found = []
+            for _ in range(FIRST + STEPS):
+                found.append(torch.autograd._profiler_enabled())
+                profiler_step()
+            return found
+
+    assert any(profiled(str(tmp_path / "trace.json")))  # so it would show
+    assert not any(profiled(None))
