@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from miniplm.config import OptimizerConfig, StudentConfig
+from miniplm.data.chunking import chunk_ends
 from miniplm.models.decoder import Decoder, student_config
 from miniplm.models.flops import training_flops
-from miniplm.stages.prepare import chunk_ends
 
 EOS = 0
 OPTIMIZER = OptimizerConfig()

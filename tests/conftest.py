@@ -91,15 +91,10 @@ def tiny_model(tiny_tokenizer):
 def tiny_corpus(tiny_tokenizer, tmp_path_factory) -> str:
     """Folder of a complete corpus: 2 domains, chunks of at most 65 ids, some with EOS inside, one of a single
     id."""
-    import pyarrow as pa
+    from corpora import write_corpus
     from transformers import AutoTokenizer
 
-    from miniplm.data import corpus as storage
-    from miniplm.data.tokenizer import tokenizer_fingerprint
-    from miniplm.runtime.artifacts import complete_output, open_output
-
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
-    folder = tmp_path_factory.mktemp("corpus") / "corpus"
     rng = random.Random(1)
     chunks, domains = [], []
     for row in range(40):
@@ -108,35 +103,5 @@ def tiny_corpus(tiny_tokenizer, tmp_path_factory) -> str:
             ids += tokenizer(make_text(rng, rng.choice([0, 2, 20])))["input_ids"] + [tokenizer.eos_token_id]
         chunks.append([tokenizer.eos_token_id] if row == 17 else ids[:65])
         domains.append("books" if row % 3 else "code")
-    open_output(folder, "prepare", {"made": "for the tests"})
-    columns = {
-        "input_ids": pa.array(chunks, pa.list_(pa.int32())),
-        "domain": pa.array(domains),
-        "num_tokens": pa.array([len(ids) for ids in chunks], pa.int32()),
-    }
-    content = storage.write_dataset_files(
-        folder, [storage.write_shard(folder, 0, columns)], with_scores=False
-    )
-    tokenizer.save_pretrained(folder / "tokenizer")
-    per_domain = {name: {"documents": 0, "rows": 0, "tokens": 0} for name in sorted(set(domains))}
-    for ids, name in zip(chunks, domains, strict=True):
-        per_domain[name]["rows"] += 1
-        per_domain[name]["tokens"] += len(ids)
-        per_domain[name]["documents"] += ids.count(tokenizer.eos_token_id)
-    complete_output(
-        folder,
-        {
-            "fingerprint": content,
-            "rows": len(chunks),
-            "tokens": sum(map(len, chunks)),
-            "predictions": sum(token != tokenizer.eos_token_id for ids in chunks for token in ids[:-1]),
-            "domains": per_domain,
-            "bad_records": 0,
-            "eos_token_id": tokenizer.eos_token_id,
-            "vocab_size": len(tokenizer),
-            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-            "max_length": 64,
-            "source": "tiny.jsonl",
-        },
-    )
-    return str(folder)
+    folder = tmp_path_factory.mktemp("corpus") / "corpus"
+    return write_corpus(folder, chunks, tiny_tokenizer, domains, source="tiny.jsonl")

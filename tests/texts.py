@@ -1,5 +1,6 @@
-"""Random text for the tests."""
+"""Random text for the tests, and files of it."""
 
+import json
 import random
 
 WORDS = (
@@ -14,3 +15,14 @@ def make_text(rng: random.Random, words: int) -> str:
     return " ".join(
         rng.choice(WORDS) + rng.choice(["", "", "", "", ".", "!", "?\n", ";", ","]) for _ in range(words)
     )
+
+
+def write_jsonl(path, texts, domains=None) -> str:
+    """A file of these texts, one per line, with these domains if there are any."""
+    rows = [
+        {"text": text} if domains is None else {"text": text, "domain": domain}
+        for text, domain in zip(texts, domains or texts, strict=True)
+    ]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(lines, encoding="utf-8", newline="")
+    return str(path)

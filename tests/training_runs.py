@@ -2,7 +2,7 @@
 
 import json
 import os
-import shutil
+import random
 import signal
 from pathlib import Path
 
@@ -11,7 +11,6 @@ import torch
 from transformers import GPT2Config
 
 from miniplm.config import CheckpointConfig, EvalConfig, OptimizerConfig, StudentConfig, TrainConfig
-from miniplm.runtime.artifacts import complete_output, open_output
 from miniplm.runtime.files import fingerprint, hash_files, read_json, write_json
 from miniplm.runtime.interrupts import Interrupted
 from miniplm.stages.train import train
@@ -106,35 +105,21 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def write_corpus(folder, chunks, like) -> str:
-    """A complete corpus of these chunks with the tokenizer of the corpus `like`."""
-    import pyarrow as pa
+def swap_two_tokens(folder) -> None:
+    """Give two tokens of a tokenizer each other's ids."""
+    path = Path(folder) / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[100:102]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(tokenizer))
 
-    from miniplm.data import corpus as storage
 
-    manifest = read_json(Path(like) / "manifest.json")
-    open_output(folder, "prepare", {})
-    columns = {
-        "input_ids": pa.array(chunks, pa.list_(pa.int32())),
-        "domain": pa.array(["default"] * len(chunks)),
-        "num_tokens": pa.array([len(ids) for ids in chunks], pa.int32()),
-    }
-    content = storage.write_dataset_files(
-        folder, [storage.write_shard(folder, 0, columns)], with_scores=False
-    )
-    shutil.copytree(Path(like) / "tokenizer", Path(folder) / "tokenizer")
-    predictions = sum(token != EOS for ids in chunks for token in ids[:-1])
-    complete_output(
-        folder,
-        {
-            **manifest,
-            "fingerprint": content,
-            "rows": len(chunks),
-            "tokens": sum(map(len, chunks)),
-            "predictions": predictions,
-        },
-    )
-    return str(folder)
+def flip_bit(path, generator: random.Random):
+    """Flip one bit of a file, anywhere in it."""
+    content = bytearray(path.read_bytes())
+    content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+    path.write_bytes(content)
 
 
 def plain_loss(model, rows):

@@ -3,19 +3,25 @@
 A corpus is a folder that `datasets.load_from_disk` opens: Arrow files `data-00000.arrow`, … with the columns
 `input_ids` (int32 list), `domain` (string), `num_tokens` (int32, the length of input_ids) and, once selected,
 `teacher_log_prob`, `reference_log_prob`, `score` (float32); beside them `manifest.json` and the tokenizer in
-`tokenizer/`.
+`tokenizer/`. A row is a chunk.
 """
 
+from collections.abc import Iterable, Iterator
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..runtime.artifacts import read_manifest
 from ..runtime.errors import UserError
-from ..runtime.files import atomic_write, fingerprint, hash_files, write_json
+from ..runtime.files import atomic_write, fingerprint, hash_files, read_json, write_json
+from .chunking import Chunk
+from .scores import SCORE_COLUMNS
 
-SCORE_COLUMNS = ("teacher_log_prob", "reference_log_prob", "score")
+TOKENIZER = "tokenizer"  # the folder in a corpus
+COLUMNS = ("input_ids", "domain", "num_tokens")
 ROWS_PER_RECORD_BATCH = 1_000  # as datasets writes them
 
 
@@ -25,7 +31,7 @@ class Corpus:
     `len(corpus)` chunks; `eos_token_id`; `fingerprint` of the content; `manifest`; `tokenizer` (its folder).
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | PathLike[str]):
         import datasets
 
         self.folder = Path(folder)
@@ -47,12 +53,12 @@ class Corpus:
             )
         self._starts = np.cumsum([0, *(len(chunk) for chunk in self._ids.chunks)])
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.table.num_rows
 
     @cached_property
     def num_tokens(self) -> np.ndarray:
-        """int64 [rows], the length of each chunk."""
+        """int64 [chunks], the ids in each."""
         return self.table.column("num_tokens").to_numpy().astype(np.int64)
 
     @cached_property
@@ -63,8 +69,8 @@ class Corpus:
         return max(pc.max(chunk.flatten()).as_py() or 0 for chunk in self._ids.chunks)
 
     @cached_property
-    def domains(self):
-        """(codes int32 [rows], names): row i is of domain names[codes[i]]."""
+    def domains(self) -> tuple[np.ndarray, list[str]]:
+        """(codes int32 [chunks], names): chunk i is of domain names[codes[i]]."""
         import pyarrow as pa
 
         encoded = self.table.column("domain").dictionary_encode().unify_dictionaries()
@@ -72,7 +78,7 @@ class Corpus:
         codes = [chunk.indices for chunk in encoded.chunks]
         return (pa.concat_arrays(codes).to_numpy() if codes else np.zeros(0, np.int32)), names
 
-    def rows(self, indices) -> list[np.ndarray]:
+    def rows(self, indices: Any) -> list[np.ndarray]:
         """The chunks at `indices` (any order, repeats allowed), each int32 [num_tokens], views of the mapped
         files."""
         indices = np.asarray(indices, dtype=np.int64)
@@ -85,18 +91,72 @@ class Corpus:
             result.append(values[offsets[row] : offsets[row + 1]])
         return result
 
-    def _block(self, number: int):
+    def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         if number not in self._blocks:
             chunk = self._ids.chunk(number)
             self._blocks[number] = chunk.offsets.to_numpy(), chunk.values.to_numpy()
         return self._blocks[number]
 
     @cached_property
-    def _blocks(self) -> dict:
+    def _blocks(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         return {}
 
+    def filtered(self, keep: np.ndarray, table_bytes: int) -> Iterator[Any]:
+        """The chunks where keep (bool [chunks]) holds, in order, as Arrow tables of about table_bytes.
 
-def _features(with_scores: bool):
+        They have the columns COLUMNS.
+
+        The files are read, not mapped: mapped pages would count as memory of this process until the system
+        takes them back.
+        """
+        import pyarrow as pa
+
+        pieces: list[Any] = []
+        size, start = 0, 0
+        for batch in self._batches():
+            mask = keep[start : start + batch.num_rows]
+            start += batch.num_rows
+            if not mask.any():
+                continue
+            pieces.append(batch.select(list(COLUMNS)).filter(pa.array(mask)))
+            size += pieces[-1].nbytes
+            if size >= table_bytes:
+                yield pa.Table.from_batches(pieces).combine_chunks()
+                pieces, size = [], 0
+        if pieces:
+            yield pa.Table.from_batches(pieces).combine_chunks()
+
+    def _batches(self) -> Iterator[Any]:
+        import pyarrow as pa
+
+        for file in read_json(self.folder / "state.json")["_data_files"]:
+            with (
+                pa.OSFile(str(self.folder / file["filename"])) as source,
+                pa.ipc.open_stream(source) as reader,
+            ):
+                yield from reader
+
+
+# ---- writing ----
+
+
+def write_chunks(folder: str | PathLike[str], number: int, chunks: list[Chunk]) -> str:
+    """Write one Arrow file of a corpus from chunks (domain, ids) atomically and return the hash of its
+    bytes."""
+    import pyarrow as pa
+
+    ids, domains = [], []
+    for start in range(0, len(chunks), ROWS_PER_RECORD_BATCH):
+        part = chunks[start : start + ROWS_PER_RECORD_BATCH]
+        offsets = np.cumsum([0, *(len(chunk) for _, chunk in part)], dtype=np.int32)
+        ids.append(pa.ListArray.from_arrays(offsets, np.concatenate([chunk for _, chunk in part])))
+        domains.append(pa.array([domain for domain, _ in part], pa.string()))
+    lengths = pa.array([len(chunk) for _, chunk in chunks], pa.int32())
+    columns = {"input_ids": pa.chunked_array(ids), "domain": pa.chunked_array(domains), "num_tokens": lengths}
+    return write_shard(folder, number, columns)
+
+
+def _features(with_scores: bool) -> Any:
     from datasets import Features, List, Value
 
     columns = {"input_ids": List(Value("int32")), "domain": Value("string"), "num_tokens": Value("int32")}
@@ -109,7 +169,12 @@ def shard_name(number: int) -> str:
     return f"data-{number:05d}.arrow"
 
 
-def write_shard(folder, number: int, columns: dict) -> str:
+def shard_paths(folder: str | PathLike[str]) -> Iterable[Path]:
+    """The Arrow files in a folder, of a complete corpus or not."""
+    return Path(folder).glob("data-*.arrow")
+
+
+def write_shard(folder: str | PathLike[str], number: int, columns: dict[str, Any]) -> str:
     """Write one Arrow file of a corpus atomically and return the hash of its bytes.
 
     Args:
@@ -129,7 +194,7 @@ def write_shard(folder, number: int, columns: dict) -> str:
     return hash_files([path])
 
 
-def write_dataset_files(folder, hashes: list[str], with_scores: bool) -> str:
+def write_dataset_files(folder: str | PathLike[str], hashes: list[str], with_scores: bool) -> str:
     """Write `dataset_info.json` and `state.json`, which make the folder one that `datasets.load_from_disk`
     opens, and return the fingerprint of the corpus' content.
 

@@ -3,73 +3,13 @@ tokenizers."""
 
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
+from chunk_oracle import EOS, oracle_chunks, oracle_is_boundary
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from miniplm.stages import prepare as corpus
-from miniplm.stages.prepare import Chunker, Documents, boundaries, boundary_table, chunk_ends
-
-EOS = "<|endoftext|>"
-
-
-# The oracle: the rule of corpus.py's docstring, token by token and character by character, over lists.
-
-
-def oracle_is_boundary(stream, i, texts, eos) -> bool:
-    if stream[i] == eos or "\n" in texts[stream[i]]:
-        return True
-    text = texts[stream[i]]
-    while text and text[-1] in "\"'”’»)]}":
-        text = text[:-1]
-    if (
-        text[-1:] not in (".", "!", "?", ";")
-        or i + 1 == len(stream)
-        or stream[i + 1] == eos
-        or texts[stream[i + 1]][:1] != " "
-    ):
-        return False
-    start = i
-    while start > 0 and stream[start - 1] != eos and "\n" not in texts[stream[start - 1]]:
-        start -= 1
-    depth = 0
-    for token in stream[start : i + 1]:
-        for character in texts[token]:
-            depth = depth + 1 if character in "([{" else max(0, depth - 1) if character in ")]}" else depth
-    return depth == 0
-
-
-def oracle_chunks(documents, texts, eos, size):
-    """(domain, ids) of every chunk, in order, of documents (domain, ids without EOS)."""
-    streams, starts, chunks = {}, {}, []
-    for domain, ids in documents:
-        stream = streams.setdefault(domain, [])
-        stream += [*ids, eos]
-        start = starts.setdefault(domain, 0)
-        while len(stream) - start > size:
-            end = start + size
-            while end > start and not oracle_is_boundary(stream, end - 1, texts, eos):
-                end -= 1
-            end = end if end > start else start + size
-            chunks.append((domain, stream[start:end]))
-            start = starts[domain] = end
-    return chunks + [(domain, stream[starts[domain] :]) for domain, stream in streams.items()]
-
-
-def byte_level_texts(folder):
-    """The texts of the tiny tokenizer's ids from its own alphabet, without a decoder."""
-    alphabet = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    to_byte = {chr(byte): byte for byte in alphabet} | {
-        chr(256 + i): byte for i, byte in enumerate(b for b in range(256) if b not in alphabet)
-    }
-    vocabulary = json.loads(Path(folder, "tokenizer.json").read_text())["model"]["vocab"]
-    return {
-        index: token if token == EOS else bytes(to_byte[c] for c in token).decode(errors="replace")
-        for token, index in vocabulary.items()
-    }
-
+from miniplm.data.chunking import Chunker, boundaries, boundary_table, chunk_ends, token_texts
 
 # A vocabulary made to break the rule: every text is one token, as it stands.
 TEXTS = [
@@ -114,12 +54,11 @@ def toy_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def as_documents(batch, table, eos) -> Documents:
+def as_documents(batch, table, eos):
+    """What Chunker.add takes, of documents (domain, ids without EOS)."""
     ids = np.array([token for _, document in batch for token in [*document, eos]], np.int32)
     lengths = np.array([len(document) + 1 for _, document in batch], np.int64)
-    return Documents(
-        ids, boundaries(ids, table), lengths, [domain for domain, _ in batch], len(batch), [], (0, 0, 0), 0
-    )
+    return ids, boundaries(ids, table), lengths, [domain for domain, _ in batch]
 
 
 def chunked(documents, table, eos, size, rng):
@@ -128,7 +67,7 @@ def chunked(documents, table, eos, size, rng):
     chunker, chunks = Chunker(size, eos), []
     while documents:
         batch, documents = documents[: (count := rng.randrange(1, 6))], documents[count:]
-        chunks += chunker.add(as_documents(batch, table, eos))
+        chunks += chunker.add(*as_documents(batch, table, eos))
         if rng.random() < 0.3:
             state, chunker = json.loads(json.dumps(chunker.state())), Chunker(size, eos)
             chunker.load(state)
@@ -199,7 +138,7 @@ def test_boundaries_by_hand(tokens, expected):
     ]
 
 
-def test_cut():
+def test_chunk_ends():
     def ends(pattern, size):
         return chunk_ends(np.array([character == "|" for character in pattern]), size)
 
@@ -218,7 +157,7 @@ def test_cut():
 
 def added_texts(tokenizer: Tokenizer, text: str):
     """The texts of the ids of `text` as the boundary table sees them."""
-    texts = corpus._token_texts(tokenizer)
+    texts = token_texts(tokenizer)
     return [texts[index] for index in tokenizer.encode(text, add_special_tokens=False).ids]
 
 
@@ -227,7 +166,7 @@ def test_token_texts_byte_level(tiny_tokenizer):
     text = 'The teacher (small) reads.\r\n "It" learns; zzz\t\n\n end.'
     assert "".join(added_texts(tokenizer, text)) == text
     assert set("".join(added_texts(tokenizer, "🙃"))) == {"\ufffd"}  # an emoji split over tokens
-    texts = corpus._token_texts(tokenizer)
+    texts = token_texts(tokenizer)
     assert len(texts) == 500 and texts[0] == EOS
 
 
@@ -289,5 +228,5 @@ def test_token_texts_wordpiece():
 def test_token_texts_with_holes():
     tokenizer = Tokenizer(models.WordLevel({"a": 0, ".": 3, " b": 90}, unk_token="a"))
     tokenizer.decoder = decoders.Fuse()
-    texts = corpus._token_texts(tokenizer)
+    texts = token_texts(tokenizer)
     assert len(texts) == 91 and (texts[0], texts[3], texts[90]) == ("a", ".", " b") and not any(texts[4:90])

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from miniplm.runtime.errors import UserError
-from miniplm.runtime.workers import UNDER_WAY, ordered_map
+from miniplm.runtime.workers import ITEMS_PER_WORKER, ordered_map
 
 
 def make_slow_square(unit):
@@ -55,7 +55,7 @@ def test_nothing_is_read_ahead():
     results = ordered_map(make_slow_square, 0, counted(100, read), 2)
     for number in range(100):
         next(results)
-        assert len(read) <= number + 2 * UNDER_WAY
+        assert len(read) <= number + 2 * ITEMS_PER_WORKER
     assert len(read) == 100
 
 

@@ -7,14 +7,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
+from corpora import write_corpus
 
 from miniplm.config import EvaluateConfig
-from miniplm.data import corpus as storage
 from miniplm.data.corpus import Corpus
-from miniplm.runtime.artifacts import complete_output, open_output
+from miniplm.runtime.artifacts import open_output
 from miniplm.runtime.errors import UserError
 from miniplm.runtime.files import read_json
 from miniplm.stages import evaluate as evaluation
@@ -27,34 +26,6 @@ def run(model, data, **settings):
     return evaluate(
         EvaluateConfig(model=str(model), data=str(data), device="cpu", dtype="float32", **settings)
     )
-
-
-def write_corpus(folder, tokenizer, chunks, domains) -> str:
-    """A complete corpus of these chunks, as prepare leaves it, with the manifest's keys that a reader of it
-    needs."""
-    from transformers import AutoTokenizer
-
-    columns = {
-        "input_ids": pa.array(chunks, pa.list_(pa.int32())),
-        "domain": pa.array(domains),
-        "num_tokens": pa.array([len(chunk) for chunk in chunks], pa.int32()),
-    }
-    open_output(folder, "prepare", {"chunks": chunks})
-    content = storage.write_dataset_files(
-        folder, [storage.write_shard(folder, 0, columns)], with_scores=False
-    )
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(Path(folder) / "tokenizer")
-    complete_output(
-        folder,
-        {
-            "fingerprint": content,
-            "rows": len(chunks),
-            "eos_token_id": EOS,
-            "source": "[/made] up",
-            "predictions": sum(token != EOS for chunk in chunks for token in chunk[:-1]),
-        },
-    )
-    return str(folder)
 
 
 def truth(model, corpus: Corpus, document_mask=False) -> dict:
@@ -178,9 +149,8 @@ def test_loss_that_is_not_finite_is_null_and_visible(tiny_model, tiny_tokenizer,
     chunks = [rng.integers(100, 500, length).tolist() for length in (30, 7, 12, 30, 9, 20)]
     chunks[1][3] = chunks[4][0] = 77  # row 1 and row 4 go wrong; in row 3 it is never an input
     chunks[3][-1] = 77
-    corpus = write_corpus(
-        tmp_path / "corpus", tiny_tokenizer, chunks, ["bad", "bad", "good", "good", "bad", "good"]
-    )
+    domains = ["bad", "bad", "good", "good", "bad", "good"]
+    corpus = write_corpus(tmp_path / "corpus", chunks, tiny_tokenizer, domains)
     result = run(model, corpus, output=str(tmp_path / "losses.json"))
     sums = truth(model, Corpus(corpus))
     assert math.isnan(sums["bad"][1]) and math.isfinite(sums["good"][1])
@@ -211,7 +181,8 @@ def test_perplexity_past_the_largest_float(tiny_model, tiny_corpus, tmp_path, ca
 def test_names_of_domains_are_only_text(tiny_model, tiny_tokenizer, tmp_path, capsys):
     names = ["[/red]", "[bold]x", "\x1b[2Jclear", "line\nbreak", "", "漢字 🙂"]
     chunks = [[5, 6, 7, 8, 9 + number] for number in range(len(names))] + [[3]]
-    corpus = write_corpus(tmp_path / "corpus", tiny_tokenizer, chunks, [*names, "one id"])
+    domains = [*names, "one id"]
+    corpus = write_corpus(tmp_path / "corpus", chunks, tiny_tokenizer, domains, source="[/made] up")
     result = run(tiny_model(tmp_path / "model"), corpus)
     assert sorted(result["domains"]) == sorted([*names, "one id"])
     assert result["domains"]["one id"] == {
@@ -234,7 +205,7 @@ def test_bad_input(tiny_model, tiny_corpus, tiny_tokenizer, tmp_path):
     other = AutoTokenizer.from_pretrained(tiny_tokenizer)
     other.add_tokens(["extra"])
     with pytest.raises(UserError, match="holds no token to predict"):
-        run(model, write_corpus(tmp_path / "empty", tiny_tokenizer, [[EOS], [4], [EOS, 5]], ["x"] * 3))
+        run(model, write_corpus(tmp_path / "empty", [[EOS], [4], [EOS, 5]], tiny_tokenizer))
     with pytest.raises(UserError, match="does not exist"):
         run(model, tmp_path / "missing")
     with pytest.raises(UserError, match="missing"):

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from test_corpus import contents, write_jsonl
-from texts import make_text
+from outputs import contents
+from texts import make_text, write_jsonl
 
 from miniplm.config import PrepareConfig
 from miniplm.data import sources
@@ -201,7 +201,7 @@ def test_ctrl_c_ends_all_processes_and_the_same_command_continues(tiny_tokenizer
 
 def test_workers_import_neither_torch_nor_transformers():
     code = (
-        "import sys; import miniplm.stages.prepare, tokenizers, miniplm.runtime.workers\n"
+        "import sys; import miniplm.data.encoding, tokenizers, miniplm.runtime.workers\n"
         "assert not {'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from corpora import write_corpus
 from training_runs import (
     EOS,
     STUDENT,
@@ -14,17 +15,12 @@ from training_runs import (
     metrics,
     plain_loss,
     stop_after,
+    swap_two_tokens,
     truncate,
-    write_corpus,
 )
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from miniplm.config import (
-    CheckpointConfig,
-    EvalConfig,
-    OptimizerConfig,
-    StudentConfig,
-)
+from miniplm.config import CheckpointConfig, EvalConfig, OptimizerConfig, StudentConfig
 from miniplm.data.corpus import Corpus
 from miniplm.data.order import DataOrder
 from miniplm.runtime.errors import UserError
@@ -41,9 +37,9 @@ def config(tiny_corpus, tmp_path):
     return make_config(tiny_corpus, tmp_path / "out")
 
 
-def test_bad_input_leaves_nothing_behind(config, tiny_corpus, tiny_model, tmp_path):
-    nothing = write_corpus(tmp_path / "nothing", [[EOS, EOS, 5], [7], [EOS]], tiny_corpus)
-    other = write_corpus(tmp_path / "other", [[1, 2, 3]], tiny_corpus)
+def test_bad_input_leaves_nothing_behind(config, tiny_tokenizer, tiny_model, tmp_path):
+    nothing = write_corpus(tmp_path / "nothing", [[EOS, EOS, 5], [7], [EOS]], tiny_tokenizer)
+    other = write_corpus(tmp_path / "other", [[1, 2, 3]], tiny_tokenizer)
     manifest = read_json(Path(other) / "manifest.json")
     Path(other, "manifest.json").write_text(json.dumps({**manifest, "tokenizer_fingerprint": "another"}))
     model = tiny_model(tmp_path / "model")
@@ -51,11 +47,7 @@ def test_bad_input_leaves_nothing_behind(config, tiny_corpus, tiny_model, tmp_pa
     broken = Path(tiny_model(tmp_path / "broken"))
     truncate(broken / "model.safetensors")
     reordered = Path(tiny_model(tmp_path / "reordered"))
-    tokenizer = json.loads((reordered / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    first, second = list(vocabulary)[100:102]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    (reordered / "tokenizer.json").write_text(json.dumps(tokenizer))
+    swap_two_tokens(reordered)
     unknown = tmp_path / "unknown.json"
     unknown.write_text(json.dumps({"model_type": "no-such-model", "vocab_size": 500}))
     (tmp_path / "text.json").write_text("{model")

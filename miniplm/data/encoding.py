@@ -1,0 +1,104 @@
+"""Records → token ids, in worker processes that import neither torch nor transformers nor Arrow."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..runtime.errors import UserError
+from .chunking import boundaries, boundary_table
+from .sources import Block, read_record
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Encoded documents: ids int32 [n] and boundary bool [n] of all of them, EOS included; lengths int64 and
+    domains of each.
+
+    records: how many were looked at; bad: where and why some could not be read; next, size: as of their
+    Block.
+    """
+
+    ids: np.ndarray
+    boundary: np.ndarray
+    lengths: np.ndarray
+    domains: list[str]
+    records: int
+    bad: list[str]
+    next: tuple[int, int, int]
+    size: int
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """What an Encoder is made from; it crosses to the worker processes.
+
+    tokenizer: the path of a tokenizer.json; take: the share of the documents to take, as a range of a hash of
+    their text.
+    """
+
+    tokenizer: str
+    eos_token_id: int
+    text_column: str
+    domain_column: str | None
+    take: tuple[float, float]
+
+
+class Encoder:
+    """Encodes a Block: parse, check, take or leave, tokenize, find the boundaries."""
+
+    def __init__(self, settings: EncoderSettings):
+        from tokenizers import Tokenizer
+
+        self.settings = settings
+        self.tokenizer = Tokenizer.from_file(settings.tokenizer)
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.add_special_tokens([self.tokenizer.id_to_token(settings.eos_token_id)])
+        self.table = boundary_table(self.tokenizer, settings.eos_token_id)
+        # Text that spells a special token, EOS among them, stays text.
+        self.tokenizer.encode_special_tokens = True
+
+    def __call__(self, block: Block) -> Documents:
+        """The documents of the block; UserError where the tokenizer fails."""
+        texts, domains, bad, records = self._read(block)
+        try:
+            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:
+            raise UserError(
+                f"the tokenizer cannot encode the text at {block.where(0)} or soon after ({error}): use one "
+                f"that can"
+            ) from error
+        eos = self.settings.eos_token_id
+        documents = [np.array([*encoding.ids, eos], np.int32) for encoding in encodings]
+        ids = np.concatenate([np.zeros(0, np.int32), *documents])
+        lengths = np.fromiter(map(len, documents), np.int64, len(documents))
+        return Documents(
+            ids, boundaries(ids, self.table), lengths, domains, records, bad, block.next, block.size
+        )
+
+    def _read(self, block: Block) -> tuple[list[str], list[str], list[str], int]:
+        """(texts and domains of the documents taken, where and why records are bad, number of records)."""
+        texts, domains, bad, records = [], [], [], 0
+        for index, record in enumerate(block.records):
+            if isinstance(record, bytes) and not record.strip():
+                continue  # a blank line
+            records += 1
+            try:
+                text, domain = read_record(
+                    record, block.columns, self.settings.text_column, self.settings.domain_column
+                )
+            except ValueError as error:
+                bad.append(f"{block.where(index)}: {error}")
+            else:
+                if self._taken(text):
+                    texts.append(text)
+                    domains.append(domain)
+        return texts, domains, bad, records
+
+    def _taken(self, text: str) -> bool:
+        start, stop = self.settings.take
+        if (start, stop) == (0.0, 1.0):
+            return True
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        return start <= (int.from_bytes(digest, "big") >> 11) / (1 << 53) < stop
