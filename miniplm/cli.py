@@ -1,18 +1,24 @@
 """The command line: `miniplm COMMAND --flags`.
 
-Exit codes: 0 done; 2 a user's mistake, in one plain line on stderr; 1 anything else that failed; 128 + n
-stopped by signal n, with what was done kept. Tracebacks only with --debug.
+Exit codes: 0 done; 2 a user's mistake, or what the operating system refused, in one plain line on stderr; 1
+anything else that failed; 128 + n stopped by signal n, with what was done kept. Tracebacks only with --debug,
+which changes no exit code.
 """
 
+import errno
 import importlib
 import io
 import os
+import re
 import shutil
 import signal
 import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
 
 from . import __version__, config
-from .runtime.errors import UserError
+from .runtime.errors import RunError, UserError
 from .runtime.text import printable
 
 # command → (its settings, the module whose function has the command's name); a module is imported only when
@@ -20,7 +26,7 @@ from .runtime.text import printable
 COMMANDS = {
     **{name: (settings, f"stages.{name}") for name, settings in config.STAGES.items()},
     "run": (config.RunConfig, "pipeline"),
-    "demo": (config.DemoConfig, "pipeline"),
+    "demo": (config.DemoConfig, "demo.command"),
 }
 
 
@@ -41,7 +47,7 @@ def _overview() -> str:
     )
 
 
-def main(arguments=None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
@@ -68,13 +74,15 @@ def main(arguments=None) -> int:
     except KeyboardInterrupt:
         print(f"miniplm {arguments[0]}: stopped; the same command continues", file=sys.stderr)
         return 128 + signal.SIGINT
-    except (UserError, OSError) as error:
-        return _fail(arguments[0], error, debug, 2)
     except Exception as error:
-        return _fail(arguments[0], error, debug, 1)
+        if debug:
+            traceback.print_exc()
+        code, text = _explain(error)
+        print(printable(f"miniplm {arguments[0]}: {' '.join(text.split())}"), file=sys.stderr)
+        return code
 
 
-def _run(command: str, *arguments: str):
+def _run(command: str, *arguments: str) -> None:
     if command not in COMMANDS:
         raise UserError(f"no such command; choose from {', '.join(COMMANDS)}")
     settings, module = COMMANDS[command]
@@ -86,24 +94,36 @@ def _run(command: str, *arguments: str):
 
 
 REMEDIES = {
-    "No space left": "make room, then run the same command again",
-    "Read-only file system": "choose another --output",
-    "Permission denied": "choose another --output, or get the right to write there",
+    errno.ENOSPC: "make room, then run the same command again",
+    errno.EDQUOT: "make room, then run the same command again",
+    errno.EROFS: "choose another --output",
+    errno.EACCES: "choose another --output, or get the right to write there",
+    errno.EPERM: "choose another --output, or get the right to write there",
 }
 
 
-def _fail(command: str, error: BaseException, debug: bool, code: int) -> int:
-    if debug:
-        raise error
-    if isinstance(error, shutil.Error):  # a list of (source, destination, reason)
-        error = OSError(error.args[0][0][-1])
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, OSError):
-        text += "".join(f": {remedy}" for reason, remedy in REMEDIES.items() if reason in text)
-    if code == 1:
-        text = f"{type(error).__name__}: {text} (--debug shows the traceback)"
-    print(printable(f"miniplm {command}: {text}"), file=sys.stderr)
-    return code
+def _explain(error: Exception) -> tuple[int, str]:
+    """(the exit code, what to say) of a failure. Only errors of our own say it in their words: another's may
+    say anything."""
+    if isinstance(error, UserError):
+        return 2, str(error) or "wrong input"
+    if isinstance(error, RunError):
+        return 1, str(error)
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        # A list of (source, destination, reason). The reason is text, with the number of the error in it.
+        source, _, reason = error.args[0][0]
+        number = re.match(r"\[Errno (\d+)\]", str(reason))
+        error = OSError(int(number[1]), os.strerror(int(number[1])), str(source)) if number else error
+    if isinstance(error, OSError) and error.errno is not None:
+        named = [repr(str(name)) for name in (error.filename, error.filename2) if name is not None]
+        text = ": ".join([f"[Errno {error.errno}] {os.strerror(error.errno)}", *named])
+        return 2, f"{text}: {REMEDIES[error.errno]}" if error.errno in REMEDIES else text
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return 2, f"the network failed ({type(error).__name__}): check it, then run the same command again"
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)]
+    where = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+    return 1, f"unexpected {type(error).__name__}{where} (--debug shows the traceback)"
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
 """The command line as a user meets it: exit codes, one plain line, no traceback."""
 
+import importlib
+import inspect
 import shutil
 import subprocess
 import sys
 
 import pytest
 
+from miniplm import config
 from miniplm.cli import COMMANDS, main
+from miniplm.runtime.errors import RunError, UserError
 
 
-def run(*arguments, cwd=None):
-    return subprocess.run(
-        [sys.executable, "-m", "miniplm.cli", *arguments], capture_output=True, text=True, cwd=cwd
-    )
+def test_the_table_of_commands_is_the_table_of_stages_and_two_more():
+    assert [*COMMANDS] == [*config.STAGES, "run", "demo"]
+    for name, (settings, module) in COMMANDS.items():
+        function = getattr(importlib.import_module(f"miniplm.{module}"), name)
+        assert next(iter(inspect.get_annotations(function, eval_str=True).values())) is settings
 
 
 def test_overview_names_every_command(capsys):
@@ -47,58 +52,101 @@ def test_every_command_has_help(command, capsys):
             ["select", "--data", "d", "--scores", "s", "--output", "o", "--ratio", "2"],
             "ratio must be above 0",
         ),
+        (["select", "--data", "d", "--scores", "s", "--output", ""], "output must not be empty"),
+        (["export", "--checkpoint", "c", "--output", "."], "output must have a name of its own, got '.'"),
+        (["train", "--data", "d", "--output", "/dev/null"], "/dev/null is neither a folder nor a file"),
+        (["train", "--data", "d", "--output", "o", "--device", "meta"], "device 'meta' is not known"),
+        (
+            ["train", "--data", "d", "--output", "o", "--optimizer.betas", "2", "3"],
+            "betas must be two numbers",
+        ),
+        (["demo", "--output", ""], "output must not be empty"),
+        (["run", "--config", "/dev/zero", "--output", "o"], "/dev/zero is not a file"),
+        (["prepare", "--data", "x" * 300, "--tokenizer", "t", "--output", "o"], "x" * 300),
     ],
 )
-def test_a_users_mistake_is_exit_2_and_one_line_and_writes_nothing(arguments, message, tmp_path):
-    result = run(*arguments, cwd=tmp_path)
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+def test_a_users_mistake_is_exit_2_and_one_line_and_writes_nothing(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.startswith(f"miniplm {arguments[0]}: ") and said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_debug_shows_the_traceback(tmp_path):
-    result = run("train", "--data", "nowhere", "--output", "o", "--debug", cwd=tmp_path)
-    assert result.returncode == 1 and "Traceback" in result.stderr
+def test_debug_shows_the_traceback_and_changes_no_exit_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--data", "nowhere", "--output", "o", "--debug"]) == 2
+    *traceback, last = capsys.readouterr().err.strip().splitlines()
+    assert traceback[0] == "Traceback (most recent call last):" and "UserError" in traceback[-1]
+    assert last == "miniplm train: corpus nowhere does not exist"
 
 
-def test_a_bug_is_exit_1_and_one_line(monkeypatch, capsys):
-    import miniplm.pipeline
-
-    def broken(_):
-        raise KeyError("lost")
-
-    monkeypatch.setattr(miniplm.pipeline, "demo", broken)
-    assert main(["demo"]) == 1
-    assert capsys.readouterr().err == "miniplm demo: KeyError: 'lost' (--debug shows the traceback)\n"
+@pytest.mark.parametrize("module", ["miniplm", "miniplm.cli"])
+def test_python_m(module, tmp_path):
+    command = [sys.executable, "-m", module, "select", "--data", "d"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    line = "miniplm select: scores and output are required (see miniplm select --help)\n"
+    assert result.stderr == line
 
 
-def test_an_operating_system_error_is_exit_2(monkeypatch, capsys):
-    import miniplm.pipeline
+@pytest.fixture
+def failing(monkeypatch, capsys):
+    """failing(error, *arguments): (exit code, stderr) of a command in which this error is raised."""
+    import miniplm.demo.command
 
-    for error in [
-        OSError(28, "No space left on device", "demo/x"),
-        shutil.Error([("a", "b", "[Errno 28] No space left on device: 'a' -> 'b'")]),
-    ]:
-
-        def full(_, error=error):
+    def fail(error, *arguments):
+        def demo(_):
             raise error
 
-        monkeypatch.setattr(miniplm.pipeline, "demo", full)
-        assert main(["demo"]) == 2
-        said = capsys.readouterr().err
-        assert (
-            said.count("\n") == 1
-            and "[Errno 28] No space left" in said
-            and said.endswith(": make room, then run the same command again\n")
-        )
+        monkeypatch.setattr(miniplm.demo.command, "demo", demo)
+        return main(["demo", *arguments]), capsys.readouterr().err
+
+    return fail
 
 
-def test_interrupt_is_130(monkeypatch, capsys):
-    import miniplm.pipeline
+@pytest.mark.parametrize("error", [KeyError("lost"), ValueError("a\nb"), OSError("no number"), MemoryError()])
+def test_a_bug_is_exit_1_and_one_line_without_the_errors_text(failing, error):
+    code, said = failing(error)
+    kind = type(error).__name__
+    assert (
+        code == 1 and said.startswith(f"miniplm demo: unexpected {kind} at cli.py:") and said.count("\n") == 1
+    )
+    assert said.endswith(" (--debug shows the traceback)\n")
+    assert not any(word in said for word in ("lost", "a b", "no number"))
+    code, said = failing(error, "--debug")
+    assert code == 1 and said.startswith("Traceback") and f"\n{kind}" in said
 
-    def interrupted(_):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(miniplm.pipeline, "demo", interrupted)
-    assert main(["demo"]) == 130
-    assert "the same command continues" in capsys.readouterr().err
+def test_a_run_that_failed_says_why(failing):
+    code, said = failing(RunError("the loss is not finite: lower the learning rate"))
+    assert (code, said) == (1, "miniplm demo: the loss is not finite: lower the learning rate\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device", "demo/x"),
+        shutil.Error([("demo/x", "b", "[Errno 28] No space left on device: 'demo/x' -> 'b'")]),
+    ],
+)
+def test_an_operating_system_error_is_exit_2(failing, error):
+    line = "[Errno 28] No space left on device: 'demo/x': make room, then run the same command again"
+    assert failing(error) == (2, f"miniplm demo: {line}\n")
+
+
+def test_a_network_error_is_exit_2(failing):
+    code, said = failing(ConnectionError("https://…\n<html>"))
+    assert code == 2 and said.startswith("miniplm demo: the network failed (ConnectionError)")
+    assert "html" not in said
+
+
+def test_what_a_terminal_obeys_is_written_out(failing):
+    assert failing(UserError("a\x1b[31m\u202eb")) == (2, "miniplm demo: a\\x1b[31m\\u202eb\n")
+
+
+def test_interrupt_is_130(failing):
+    code, said = failing(KeyboardInterrupt())
+    assert code == 130 and "the same command continues" in said

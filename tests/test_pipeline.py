@@ -21,7 +21,12 @@ def test_places_are_filled_in_everywhere_and_unknown_ones_refused():
     ("stages", "message"),
     [
         ({"a": {"stage": "bake"}}, "choose from prepare"),
-        ({"a": {"data": "x"}}, "`stage` is None"),
+        ({"a": {"data": "x"}}, "`stage` is missing; choose from prepare"),
+        ({"a": {"stage": None}}, "`stage` is null"),
+        ({"a": {"stage": ["prepare"]}}, r"`stage` is \['prepare'\]"),
+        ({1: {"stage": "prepare", "data": "x", "tokenizer": "t"}}, "stage 1: a name takes"),
+        ({"": {"stage": "prepare", "data": "x", "tokenizer": "t"}}, "stage '': a name takes"),
+        ({"a" * 300: {"stage": "prepare", "data": "x", "tokenizer": "t"}}, "a name takes up to 100"),
         ({"a": {"stage": "prepare", "data": "x", "tokenizer": "t", "output": "o"}}, "leave out `output`"),
         ({"a/b": {"stage": "prepare", "data": "x", "tokenizer": "t"}}, "letters, digits"),
         ({"a": {"stage": "prepare", "data": "x"}}, "tokenizer"),
@@ -48,12 +53,22 @@ def test_a_wrong_file_is_refused_before_anything_runs(stages, message, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "a: 3\n", "", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["- a\n- b\n", "a: [", "a: 3\n", "", "\x00", "{}", "null", "1: {stage: score}"]
+)
 def test_a_file_that_is_no_pipeline(text, tmp_path):
     path = tmp_path / "pipeline.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"pipeline\.yaml"):
+    with pytest.raises(UserError, match=r"^pipeline file .*pipeline\.yaml") as caught:
         read_stages(path)
+    assert str(caught.value).isprintable()
+
+
+def test_old_names_of_settings_work_in_a_pipeline(tmp_path):
+    values = {"stage": "train", "data": "d", "eval_data": "${held-out}", "keep_checkpoints": 3}
+    (planned,) = plan_stages({"a": values}, tmp_path, {"held-out": "/h"})
+    assert planned.name == "a" and planned.stage == "train"
+    assert (planned.settings.eval.data, planned.settings.checkpoint.keep) == ("/h", 3)
 
 
 def test_shipped_pipelines_are_right():
@@ -62,7 +77,9 @@ def test_shipped_pipelines_are_right():
     assert (
         len(
             plan_stages(
-                read_stages(root / "miniplm" / "demo.yaml"), "out", {"text": "t.jsonl", "tokenizer": "t"}
+                read_stages(root / "miniplm" / "demo" / "demo.yaml"),
+                "out",
+                {"text": "t.jsonl", "tokenizer": "t"},
             )
         )
         == 16
@@ -70,7 +87,14 @@ def test_shipped_pipelines_are_right():
 
 
 TINY = """
-split: &prepare {stage: prepare, data: "TEXT", tokenizer: "TOKENIZER", domain_column: domain, max_length: 32, take: [0.0, 0.3], workers: 1}
+split: &prepare
+  stage: prepare
+  data: "TEXT"
+  tokenizer: "TOKENIZER"
+  domain_column: domain
+  max_length: 32
+  take: [0.0, 0.3]
+  workers: 1
 pool: {<<: *prepare, take: [0.3, 1.0]}
 teacher:
   stage: train

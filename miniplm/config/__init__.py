@@ -7,6 +7,7 @@ field.
 from .arguments import from_arguments, from_dict
 from .checks import BATCH_TOKENS, MICRO_BATCH_TOKENS, SHARD_CHUNKS
 from .data import PrepareConfig, ScoreConfig, SelectConfig
+from .fields import shown
 from .publishing import DemoConfig, EvaluateConfig, ExportConfig, GenerateConfig, RunConfig
 from .training import (
     CheckpointConfig,
@@ -16,6 +17,7 @@ from .training import (
     StudentConfig,
     TrainConfig,
 )
+from .yaml_files import read_mapping
 
 # stage → its settings; stage X is the function X of miniplm.stages.X
 STAGES = {
@@ -49,4 +51,6 @@ __all__ = [
     "TrainConfig",
     "from_arguments",
     "from_dict",
+    "read_mapping",
+    "shown",
 ]

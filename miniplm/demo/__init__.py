@@ -1,1 +1,1 @@
-"""The whole story on one machine, offline: text and pipeline."""
+"""The whole story on one machine, offline: its text, its pipeline, and what came out."""

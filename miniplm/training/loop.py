@@ -18,6 +18,7 @@ from ..data.order import DataOrder, global_batch
 from ..models.base import LanguageModel
 from ..models.flops import training_flops
 from ..runtime.devices import peak_flops
+from ..runtime.errors import RunError
 from ..runtime.files import fingerprint
 from ..runtime.interrupts import Interrupted
 from ..runtime.profiling import trace
@@ -29,7 +30,7 @@ from .state import TrainState
 from .step import LOSS_COMPONENTS, Teacher, eval_loss, learning_rate, train_step
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(RunError):
     """Too many steps in a row had a loss or a gradient that is not finite."""
 
 
