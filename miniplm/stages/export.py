@@ -1,36 +1,33 @@
 """Stage 6, export: a checkpoint → a Hugging Face folder with a model card.
 
-The folder is what `AutoModelForCausalLM`, `AutoTokenizer`, text-generation servers and lm-eval open as it is.
-All that the card says comes from the manifests: training output → corpus → selection and scores. What in them
-comes from data (names of domains, sources, models) is escaped.
+The folder is what `AutoModelForCausalLM`, `AutoTokenizer`, text-generation servers and lm-eval open as it is,
+and a manifest that holds a hash of every other file in it.
 """
 
-import dataclasses
-import re
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..analysis.evaluation import Evaluation, read_evaluation
+from ..analysis.model_card import CardFacts, model_card
+from ..analysis.provenance import Provenance, read_provenance
 from ..config import ExportConfig
 from ..data.tokenizer import load_tokenizer, save_tokenizer
 from ..models.decoder import Decoder
 from ..models.loading import load_model, model_hash
 from ..runtime.artifacts import MANIFEST, open_output
 from ..runtime.errors import UserError
-from ..runtime.files import atomic_folder, atomic_write, fingerprint, read_json, write_json
-from ..training.checkpoints import read_training_output, training_output
+from ..runtime.files import atomic_folder, atomic_write, fingerprint, hash_files, read_json, write_json
+from ..runtime.progress import note
+from ..runtime.text import printable
+from ..training.checkpoints import metrics_file, read_training_output, training_output
 from ..training.metrics import latest_figures
 
-MAX_DOMAINS = 40  # lines of the card's table; a corpus can have thousands of domains
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-CITATION = """@inproceedings{gu2025miniplm,
-  title     = {{MiniPLM}: Knowledge Distillation for Pre-Training Language Models},
-  author    = {Gu, Yuxian and Zhou, Hao and Meng, Fandong and Zhou, Jie and Huang, Minlie},
-  booktitle = {The Thirteenth International Conference on Learning Representations},
-  year      = {2025},
-  url       = {https://arxiv.org/abs/2410.17215}
-}"""
+CARD = "README.md"
+# What is in every export, whatever its weights are written as.
+ALWAYS_THERE = (CARD, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def export(config: ExportConfig) -> None:
@@ -40,64 +37,144 @@ def export(config: ExportConfig) -> None:
 
     Raises:
         UserError: no whole checkpoint of a training output; an evaluation of other weights; weights that are
-            not finite in config.dtype; another folder in the way; a failed upload.
+            not finite in config.dtype; another folder in the way, or an equal export that is damaged; another
+            process that writes it; a failed upload.
     """
-    found, manifest = read_training_output(config.checkpoint)
-    checkpoint, state = found.folder, dataclasses.asdict(found.state)
-    evaluation = _read_evaluation(config.evaluation, checkpoint) if config.evaluation else None
+    checkpoint, manifest = read_training_output(config.checkpoint)
+    run, step = training_output(checkpoint.folder), checkpoint.state.step
+    provenance = read_provenance(manifest, run / MANIFEST)
+    evaluation = _evaluation_of(checkpoint.folder, config.evaluation) if config.evaluation else None
     output = Path(config.output)
     name = config.name or output.resolve().name
     identity = {
-        "checkpoint": found.fingerprint,
+        "checkpoint": checkpoint.fingerprint,
         "training": fingerprint(manifest),
         "dtype": config.dtype,
         "name": name,
         "license": config.license,
         "language": list(config.language),
         "datasets": list(config.datasets),
-        "evaluation": fingerprint(evaluation),
+        "evaluation": evaluation.fingerprint if evaluation else fingerprint(None),
     }
-    facts = {
-        "manifest": manifest,
-        "state": state,
-        "losses": latest_figures(training_output(checkpoint), ("loss", "eval_loss"), state["step"]),
-        "evaluation": evaluation,
-    }
-    occupied = output.is_file() or (output.is_dir() and any(output.iterdir()))
-    if occupied and open_output(output, "export", identity):
-        print(f"export {output} is complete, nothing to do")
+    losses = _losses(run, provenance, step)
+
+    def card(folder: Path, location: str) -> str:
+        architecture = read_json(folder / "config.json")
+        tokens = checkpoint.state.tokens
+        facts = CardFacts(name, architecture, provenance, step, tokens, losses, evaluation)
+        return model_card(config, facts, location)
+
+    if _is_complete(output, identity):
+        print(printable(f"export {output} is complete, nothing to do"))
     else:
         with atomic_folder(output) as folder:
-            _write_model(checkpoint, config.dtype, folder)
-            (folder / "README.md").write_text(
-                model_card(config, name, output.resolve().name, read_json(folder / "config.json"), facts),
-                encoding="utf-8",
-            )
-            write_json(folder / MANIFEST, {"stage": "export", "complete": True, "identity": identity})
-        print(f"exported {checkpoint} to {output} ({config.dtype})")
+            _write_model(checkpoint.folder, config.dtype, folder)
+            (folder / CARD).write_text(card(folder, output.resolve().name), encoding="utf-8")
+            _write_manifest(folder, identity)
+        print(printable(f"exported {checkpoint.folder} to {output} ({config.dtype})"))
     if config.push_to_hub:
-        _push(
-            config,
-            output,
-            lambda repository: model_card(config, name, repository, read_json(output / "config.json"), facts),
-        )
+        _push(config, output, lambda repository: card(output, repository))
 
 
-def _read_evaluation(path, checkpoint: Path) -> dict:
-    evaluation = read_json(path)
-    if (
-        not isinstance(evaluation, dict)
-        or not {"weights", "corpus", "source", "loss", "perplexity", "tokens", "domains"} <= evaluation.keys()
-    ):
-        raise UserError(f"{path} is no evaluation: give a file that `miniplm evaluate --output` wrote")
-    if evaluation["weights"] != model_hash(checkpoint):
+def _evaluation_of(checkpoint: Path, path: str) -> Evaluation:
+    evaluation = read_evaluation(path)
+    if evaluation.weights != model_hash(checkpoint):
         raise UserError(
             f"{path} is an evaluation of other weights than those of {checkpoint}: evaluate this checkpoint"
         )
     return evaluation
 
 
-def _write_model(checkpoint: Path, dtype: str, folder: Path):
+def _losses(run: Path, provenance: Provenance, step: int) -> dict[str, tuple[int, float | None]]:
+    """{"loss", "eval_loss": (step, nats per token or None where not finite)}: the latest of each up to
+    `step`. At the end of a run its manifest holds them too."""
+    losses = latest_figures(run, ("loss", "eval_loss"), step)
+    if not (provenance.complete and step == provenance.identity.steps):
+        return losses
+    for key in provenance.model_fields_set & {"loss", "eval_loss"}:
+        recorded, (found_at, found) = getattr(provenance, key), losses.get(key, (0, None))
+        if found_at == step and found != recorded:
+            raise UserError(
+                f"{metrics_file(run)} and {MANIFEST} beside it hold another {key} of step {step:,}: restore "
+                f"them, or export an earlier checkpoint"
+            )
+        if recorded is not None:
+            losses[key] = step, recorded
+    return losses
+
+
+# ---- the folder as a whole ----
+
+
+def _write_manifest(folder: Path, identity: dict) -> None:
+    files = {path.name: hash_files([path]) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    write_json(folder / MANIFEST, {"stage": "export", "complete": True, "identity": identity, "files": files})
+
+
+def _is_complete(output: Path, identity: dict) -> bool:
+    """True where an equal export has completed and its files are as they were written, False where there is
+    nothing. All else is refused."""
+    if output.is_dir():
+        if not any(output.iterdir()):
+            return False
+        if not (output / MANIFEST).exists():
+            raise UserError(
+                f"output folder {output} is not empty and holds no {MANIFEST}: choose another --output"
+            )
+    if not output.exists():
+        return False
+    if not open_output(output, "export", identity):
+        raise UserError(f"output folder {output} is no whole export: delete it or choose another --output")
+    manifest = read_json(output / MANIFEST)
+    damage = _damage(output, manifest["files"]) if "files" in manifest else _visible_damage(output)
+    if damage:
+        raise UserError(
+            f"export {output} was complete, but {damage}: restore that file, or delete {output} to export "
+            f"again"
+        )
+    return True
+
+
+def _damage(folder: Path, files: object) -> str | None:
+    """What is lost or changed of these files ({name: hash}), None where all are as they were written."""
+    if not isinstance(files, dict) or not files.keys() >= set(ALWAYS_THERE):
+        return f"the list of files in its {MANIFEST} is not as it was written"
+    for name, content_hash in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if hash_files([folder / name]) != content_hash:
+            return f"{name} is not as it was written"
+    return None
+
+
+def _visible_damage(folder: Path) -> str | None:
+    """As _damage, of an export from before the manifest held hashes: what is missing or cut."""
+    from safetensors import SafetensorError, safe_open
+
+    for name in ALWAYS_THERE:
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if name.endswith(".json"):
+            try:
+                read_json(folder / name)
+            except UserError:
+                return f"{name} is not as it was written"
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        return "model.safetensors is missing"
+    for path in weights:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError:
+            return f"{path.name} is not as it was written"
+    return None
+
+
+# ---- what is in it ----
+
+
+def _write_model(checkpoint: Path, dtype: str, folder: Path) -> None:
     """config.json, generation_config.json, model.safetensors and the tokenizer's files."""
     from safetensors import SafetensorError
     from transformers import GenerationConfig
@@ -116,11 +193,9 @@ def _write_model(checkpoint: Path, dtype: str, folder: Path):
     save_tokenizer(tokenizer, folder)
     model.config.save_pretrained(folder)
     if model.config.model_type == "qwen2" and not _cut_alike(folder, tokenizer):
-        print(
+        note(
             "transformers cuts text for any qwen2 model as Qwen2's tokenizer does, the corpus's tokenizer "
-            "does otherwise: "
-            "the model is written as the Llama model that computes the same",
-            file=sys.stderr,
+            "does otherwise: the model is written as the Llama model that computes the same"
         )
         model = _as_llama(model)
     try:
@@ -131,15 +206,14 @@ def _write_model(checkpoint: Path, dtype: str, folder: Path):
     if not _cut_alike(folder, tokenizer):
         raise UserError(
             f"transformers cuts text for a {model.config.model_type!r} model otherwise than the corpus's "
-            f"tokenizer does: "
-            "train a model of another model_type (llama, qwen3)"
+            f"tokenizer does: train a model of another model_type (llama, qwen3)"
         )
     eos = tokenizer.eos_token_id
     bos, pad = (eos if found is None else found for found in (tokenizer.bos_token_id, tokenizer.pad_token_id))
     GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad).save_pretrained(folder)
 
 
-def _write_for_transformers_4(folder: Path):
+def _write_for_transformers_4(folder: Path) -> None:
     """Say in config.json and tokenizer_config.json also by the names of transformers 4 what transformers 5
     renamed.
 
@@ -147,17 +221,16 @@ def _write_for_transformers_4(folder: Path):
     gives other logits.
     """
     config = read_json(folder / "config.json")
+    config["torch_dtype"] = config["dtype"]
     rope = dict(config.get("rope_parameters") or {})
-    config |= {"torch_dtype": config["dtype"]} | (
-        {"rope_theta": rope.pop("rope_theta")} if "rope_theta" in rope else {}
-    )
-    config |= {"rope_scaling": rope} if rope.get("rope_type", "default") != "default" else {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope.pop("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = rope
     write_json(folder / "config.json", config)
-    settings = {
-        key: value
-        for key, value in read_json(folder / "tokenizer_config.json").items()
-        if key not in ("is_local", "local_files_only")
-    }
+    settings = read_json(folder / "tokenizer_config.json")
+    for key in ("is_local", "local_files_only"):  # of this machine
+        settings.pop(key, None)
     settings |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
@@ -209,27 +282,29 @@ def _as_llama(model: Decoder) -> Decoder:
     return llama.to(model.head_weight.dtype)
 
 
-def _push(config: ExportConfig, folder: Path, card):
+# ---- the Hub ----
+
+
+def _push(config: ExportConfig, folder: Path, card: Callable[[str], str]) -> None:
     """Upload the folder; the card, a function of the repository's id, then says how to load the model from
     there."""
     from huggingface_hub import HfApi
 
-    def ask(method, *args, **settings):
+    def ask(method: Callable, *args, **settings) -> Any:
         try:
             return method(*args, **settings)
-        except (
-            Exception
-        ) as error:  # the HTTP library's errors too, which is another one from version to version
+        except Exception as error:  # the HTTP library's too, which is another one from version to version
             raise UserError(
                 f"{folder} is complete, but could not be uploaded to {config.push_to_hub} "
-                f"({' '.join(str(error).split())[:300]}): "
-                "look at the name and the network, log in with `hf auth login`, and run the command again"
+                f"({' '.join(str(error).split())[:300]}): look at the name and the network, log in with "
+                f"`hf auth login`, and run the command again"
             ) from error
 
     api = HfApi()
     repository = ask(api.create_repo, config.push_to_hub, private=config.private, exist_ok=True).repo_id
-    with atomic_write(folder / "README.md") as temporary:
+    with atomic_write(folder / CARD) as temporary:
         temporary.write_text(card(repository), encoding="utf-8")
+    _write_manifest(folder, read_json(folder / MANIFEST)["identity"])
     ask(
         api.upload_folder,
         repo_id=repository,
@@ -237,259 +312,4 @@ def _push(config: ExportConfig, folder: Path, card):
         ignore_patterns=[MANIFEST],
         commit_message="Upload model",
     )
-    print(f"uploaded to {api.endpoint}/{repository}")
-
-
-# ---- the model card ----
-
-
-def model_card(config: ExportConfig, name: str, location: str, architecture: dict, facts: dict) -> str:
-    """The README.md: YAML front matter, then Markdown.
-
-    Args:
-        name: the model's name. location: what from_pretrained loads it from.
-        architecture: config.json. facts: {"manifest": of the training output, "state": of the checkpoint,
-            "losses", "evaluation": or None}.
-    """
-    from huggingface_hub import ModelCardData
-
-    corpus = facts["manifest"].get("corpus", {})
-    source, rule = corpus.get("source", ""), corpus.get("selection", {}).get("rule", {})
-    distilled, identity = bool(rule) and "random_seed" not in rule, facts["manifest"]["identity"]
-    data = ModelCardData(
-        library_name="transformers",
-        license=config.license,
-        datasets=list(config.datasets) or ([source] if HUB_ID.fullmatch(source) else None),
-        language=list(config.language),
-        metrics=["perplexity"],
-        pipeline_tag="text-generation",
-        tags=[
-            "pretraining",
-            *(
-                ["miniplm", "knowledge-distillation", "data-selection"]
-                if distilled
-                else ["knowledge-distillation"]
-                if "teacher" in identity
-                else []
-            ),
-        ],
-    )
-    method = (
-        " on text that a larger model found worth learning: MiniPLM's Difference Sampling "
-        "([paper](https://arxiv.org/abs/2410.17215))"
-        if distilled
-        else ""
-    )
-    start = "trained further from other weights" if identity.get("init_from") else "pre-trained from scratch"
-    parts = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {_escape(name)}",
-        f"A causal language model, {start}{method}.",
-        "## Training",
-        _table(["", ""], _training_rows(architecture, facts, distilled)),
-        *_evaluation_section(facts["evaluation"], corpus),
-        "## Use",
-        "With the path of this folder, or its id on the Hugging Face Hub:",
-        f"""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({location!r})
-tokenizer = AutoTokenizer.from_pretrained({location!r})
-inputs = tokenizer("The", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
-```""",
-        "This is a base model: it continues text, has not been tuned to follow instructions, and repeats "
-        "what its corpus holds, errors and bias too.",
-    ]
-    if distilled:
-        parts += ["## Citation", "The method:", f"```bibtex\n{CITATION}\n```"]
-    return "\n\n".join(parts) + "\n"
-
-
-def _training_rows(architecture: dict, facts: dict, distilled: bool) -> list[tuple[str, str]]:
-    """The card's table of what was trained on what, cells in Markdown."""
-    manifest, state = facts["manifest"], facts["state"]
-    identity, corpus, optimizer = (
-        manifest["identity"],
-        manifest.get("corpus"),
-        manifest["identity"]["optimizer"],
-    )
-    heads, kv_heads = architecture.get("num_attention_heads"), architecture.get("num_key_value_heads")
-    sizes = {
-        "num_hidden_layers": "layers",
-        "hidden_size": "wide",
-        "intermediate_size": "wide feed-forward",
-        "vocab_size": "ids",
-    }
-    shape = [f"{architecture[key]:,} {label}" for key, label in sizes.items() if architecture.get(key)]
-    shape += [f"{heads} heads ({kv_heads or heads} for keys and values)"] if heads else []
-    shape += ["tied embeddings" if architecture.get("tie_word_embeddings") else "untied embeddings"]
-    rows = [
-        ("Architecture", f"{_escape((architecture.get('architectures') or ['?'])[0])}: {', '.join(shape)}")
-    ]
-    if "parameters" in manifest:
-        rows.append(("Parameters", f"{manifest['parameters']:,}"))
-    if corpus is None:
-        rows.append(("Corpus", f"fingerprint {identity['corpus']}"))
-    else:
-        rows.append(
-            (
-                "Corpus",
-                f"{_escape(corpus['source'])}: {corpus['rows']:,} chunks of at most "
-                f"{corpus['max_length'] + 1:,} tokens, "
-                f"{corpus['tokens']:,} tokens in {_count(len(corpus['domains']), 'domain')}",
-            )
-        )
-    if corpus and "selection" in corpus:
-        selection = corpus["selection"]
-        models = {
-            role: model
-            for scores in corpus["scores"]
-            for role, model in scores.items()
-            if role in ("teacher", "reference")
-        }
-        if distilled:
-            rows += [
-                ("Teacher", _model(models["teacher"])),
-                ("Reference model", _model(models["reference"])),
-                (
-                    "Score",
-                    "mean log-probability per token under the teacher minus that under the reference model",
-                ),
-            ]
-        total, total_tokens = (
-            selection["kept"] + selection["dropped"],
-            selection["kept_tokens"] + selection["dropped_tokens"],
-        )
-        rows.append(
-            (
-                "Selection",
-                f"{_rule(selection['rule'])}: {selection['kept']:,} of {total:,} chunks, "
-                f"{selection['kept_tokens']:,} of {total_tokens:,} tokens",
-            )
-        )
-    end = (
-        ""
-        if manifest.get("complete") and state["step"] == identity["steps"]
-        else f" of {identity['steps']:,} planned: the run had not ended here"
-    )
-    if "teacher" in identity:
-        name = (
-            _model(manifest["teacher"])
-            if "teacher" in manifest
-            else f"a model with the hash {identity['teacher']}"
-        )
-        rows.append(
-            (
-                "Loss",
-                f"{1 - identity['alpha']:g} × cross-entropy + {identity['alpha']:g} × KL divergence from "
-                f"the full distribution "
-                f"of {name} at temperature {identity['temperature']:g} (Vanilla KD)",
-            )
-        )
-    tokens = f"{state['tokens']:,}" + (
-        f" ({state['tokens'] / (corpus['tokens'] - corpus['rows']):.2f} passes over the corpus)"
-        if corpus
-        else ""
-    )
-    rows += [
-        ("Training tokens", tokens),
-        ("Steps", f"{state['step']:,}{end}"),
-        ("Tokens per step", f"{identity['batch_tokens']:,}"),
-        (
-            "Optimizer",
-            f"AdamW, betas {optimizer['betas'][0]} and {optimizer['betas'][1]}, epsilon {optimizer['eps']}, "
-            f"weight decay {optimizer['weight_decay']}, gradients clipped to norm "
-            f"{optimizer['max_grad_norm']}",
-        ),
-        (
-            "Learning rate",
-            f"{optimizer['warmup_steps']:,} steps of linear warm-up to {optimizer['lr']}, then a cosine to "
-            f"{optimizer['lr'] * optimizer['min_lr_ratio']:.3g} at step {identity['steps']:,}",
-        ),
-        ("Data order", "shuffled in every epoch" if identity["shuffle"] else "in corpus order"),
-        (
-            "Attention",
-            "within each document" if identity["document_mask"] else "across the documents of a chunk",
-        ),
-        ("Computed in", f"{identity['dtype']}, float32 master weights"),
-        ("Seed", str(identity["seed"])),
-    ]
-    for key, label in [("loss", "Training loss"), ("eval_loss", "Held-out loss")]:
-        if key in facts["losses"]:
-            step, loss = facts["losses"][key]
-            rows.append(
-                (label, "not finite" if loss is None else f"{loss:.4f} nats per token at step {step:,}")
-            )
-    return rows
-
-
-def _evaluation_section(evaluation: dict | None, corpus: dict) -> list[str]:
-    if evaluation is None:
-        return []
-    seen = evaluation["corpus"] in (corpus.get("fingerprint"), corpus.get("parent"))
-    text = "the text that it was trained on" if seen else "held-out text"
-
-    def figure(value, digits):
-        return "not finite" if value is None else f"{value:,.{digits}f}"
-
-    def row(label, figures):
-        empty = not figures["tokens"]
-        return [
-            label,
-            f"{figures['tokens']:,}",
-            *(
-                "–" if empty else figure(figures[key], digits)
-                for key, digits in (("loss", 4), ("perplexity", 2))
-            ),
-        ]
-
-    largest = sorted(evaluation["domains"].items(), key=lambda item: -item[1]["tokens"])
-    rows = [row(_escape(name), figures) for name, figures in largest[:MAX_DOMAINS]]
-    if len(largest) > MAX_DOMAINS:
-        rows.append([f"{len(largest) - MAX_DOMAINS:,} smaller domains", "", "", ""])
-    rows.append(row("**all**", evaluation))
-    return [
-        "## Evaluation",
-        f"Loss on {text}: {_escape(evaluation['source'])}, corpus fingerprint "
-        f"{_escape(evaluation['corpus'])}.",
-        _table(["domain", "tokens", "loss (nats per token)", "perplexity"], rows),
-    ]
-
-
-def _rule(rule: dict) -> str:
-    each = " of each domain" if rule.get("per_domain") else ""
-    if "random_seed" in rule:
-        kept = (
-            f"a share of {rule['ratio']}"
-            if "ratio" in rule
-            else f"as many as fit into {rule['token_budget']:,} tokens"
-        )
-        return (
-            f"{kept}{each}, chosen at random (seed {rule['random_seed']}; the control of a selection by "
-            f"score)"
-        )
-    if "ratio" in rule:
-        return f"the share of {rule['ratio']}{each} with the highest scores"
-    if "token_budget" in rule:
-        return f"those with the highest scores{each} that fit into {rule['token_budget']:,} tokens"
-    return f"those with a score of at least {rule['threshold']}"
-
-
-def _model(name: str) -> str:
-    """A model's display name; a Hugging Face id (paths were cut to their last part) as a link."""
-    return f"[{_escape(name)}](https://huggingface.co/{name})" if HUB_ID.fullmatch(name) else _escape(name)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + "s" * (number != 1)
-
-
-def _table(header: list[str], rows) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
-
-
-def _escape(text: str) -> str:
-    """Any text as inline Markdown that shows it: no markup, HTML, link, mention or line break comes of it."""
-    text = "".join(letter if letter.isprintable() else "�" for letter in " ".join(str(text).split()))
-    return re.sub(r"[\\`*_{}\[\]<>()#+!|&~$@:^=]|(?<=www)\.", r"\\\g<0>", text, flags=re.IGNORECASE)
+    print(printable(f"uploaded to {api.endpoint}/{repository}"))
