@@ -9,20 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from training_runs import (
-    check_equal_runs,
-    files,
-    flip_bit,
-    make_config,
-    metrics,
-    stop_after,
-    truncate,
-)
+from training_runs import check_equal_runs, files, flip_bit, make_config, metrics, stop_after, truncate
 
 from miniplm.cli import main
-from miniplm.config import (
-    CheckpointConfig,
-)
+from miniplm.config import CheckpointConfig
 from miniplm.runtime.errors import UserError
 from miniplm.runtime.files import read_json
 from miniplm.stages.train import train

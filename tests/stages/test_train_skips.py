@@ -9,18 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import (
-    check_equal_runs,
-    files,
-    make_config,
-    metrics,
-)
+from training_runs import check_equal_runs, files, make_config, metrics
 
-from miniplm.config import (
-    CheckpointConfig,
-    DistillConfig,
-    EvalConfig,
-)
+from miniplm.config import CheckpointConfig, DistillConfig, EvalConfig
 from miniplm.data.order import global_batch
 from miniplm.models.loading import load_model
 from miniplm.runtime.files import read_json

@@ -14,13 +14,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
-from training_runs import (
-    check_equal_runs,
-    files,
-    make_config,
-    metrics,
-    stop_after,
-)
+from training_runs import check_equal_runs, files, make_config, metrics, stop_after
 
 from miniplm.runtime.files import read_json
 from miniplm.runtime.interrupts import Interrupted

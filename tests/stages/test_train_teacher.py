@@ -20,6 +20,7 @@ from training_runs import (
     metrics,
     plain_loss,
     stop_after,
+    swap_two_tokens,
     truncate,
 )
 from transformers import AutoModelForCausalLM
@@ -260,19 +261,14 @@ def test_student_learns_the_teachers_distribution(tiny_corpus, tmp_path):
     lines = metrics(tmp_path / "student")
     teacher_loss = read_json(tmp_path / "teacher" / "manifest.json")["eval_loss"]
     assert lines[0]["kl_divergence"] > 1 and lines[-1]["kl_divergence"] < 0.2 * lines[0]["kl_divergence"]
-    assert lines[-1]["eval_loss"] < lines[0]["cross_entropy"] - 1 and lines[-1]["eval_loss"] == pytest.approx(
-        teacher_loss, abs=0.5
-    )
+    assert lines[-1]["eval_loss"] < lines[0]["cross_entropy"] - 1
+    assert lines[-1]["eval_loss"] == pytest.approx(teacher_loss, abs=0.5)
 
 
 def test_teacher_that_does_not_fit_leaves_nothing_behind(config, tiny_model, tmp_path):
     broken, reordered = (Path(tiny_model(tmp_path / name)) for name in ("broken", "reordered"))
     truncate(broken / "model.safetensors")
-    tokenizer = json.loads((reordered / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    first, second = list(vocabulary)[100:102]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    (reordered / "tokenizer.json").write_text(json.dumps(tokenizer))
+    swap_two_tokens(reordered)
     for teacher, message in [
         (str(tmp_path / "missing"), "missing"),
         (str(broken), "model.safetensors is not a whole"),
@@ -314,15 +310,9 @@ def test_teacher_below_the_tokenizer_but_above_the_corpus_is_taken_with_a_word(
         (dict(alpha=-0.1), "alpha must be between 0 and 1"),
         (dict(alpha=math.nan), "alpha must be between 0 and 1"),
         (dict(temperature=0.0), "temperature must be above 0, got 0.0"),
-        (dict(teacher=None), "distill.alpha and distill.temperature have no say without distill.teacher"),
-        (
-            dict(teacher=None, temperature=1.0),
-            "distill.alpha and distill.temperature have no say without distill.teacher",
-        ),
-        (
-            dict(teacher=None, alpha=0.5),
-            "distill.alpha and distill.temperature have no say without distill.teacher",
-        ),
+        (dict(teacher=None), "no say without distill.teacher"),
+        (dict(teacher=None, temperature=1.0), "no say without distill.teacher"),
+        (dict(teacher=None, alpha=0.5), "no say without distill.teacher"),
     ],
 )
 def test_settings_out_of_range_and_without_a_teacher(config, changed, message):

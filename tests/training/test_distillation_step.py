@@ -5,15 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from training_runs import (
-    EOS,
-    make_teachers,
-)
+from training_runs import EOS, make_teachers
 from transformers import AutoModelForCausalLM
 
-from miniplm.config import (
-    OptimizerConfig,
-)
+from miniplm.config import OptimizerConfig
 from miniplm.data.order import global_batch
 from miniplm.models.loading import load_model
 from miniplm.training.step import Teacher, make_optimizer, num_targets, train_step

@@ -8,16 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from training_runs import (
-    EOS,
-    STUDENT,
-    plain_loss,
-)
+from training_runs import EOS, STUDENT, plain_loss
 from transformers import AutoModelForCausalLM
 
-from miniplm.config import (
-    OptimizerConfig,
-)
+from miniplm.config import OptimizerConfig
 from miniplm.data.batches import IGNORE_INDEX
 from miniplm.data.order import DataOrder, global_batch
 from miniplm.models.decoder import Decoder, student_config
