@@ -9,22 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_runs import (
-    STUDENT,
-    files,
-    make_config,
-    metrics,
-    plain_loss,
-    write_corpus,
-)
+from corpora import write_corpus
+from training_runs import STUDENT, files, make_config, metrics, plain_loss
 from transformers import AutoModelForCausalLM
 
-from miniplm.config import (
-    CheckpointConfig,
-    EvalConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from miniplm.config import CheckpointConfig, EvalConfig, OptimizerConfig, TrainConfig
 from miniplm.data.corpus import Corpus
 from miniplm.data.order import DataOrder
 from miniplm.models.loading import load_model
@@ -48,14 +37,12 @@ def whole(tiny_corpus, tmp_path_factory):
     return config
 
 
-def test_run_writes_what_it_says(whole, tiny_corpus, capsys):
-    from safetensors import safe_open
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from transformers import AutoTokenizer
+def read_lines(output) -> list[dict]:
+    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
 
-    output = Path(whole.output)
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    steps = [4, 8, 9, 12, 16, 18, 20, 24, 26]
+
+def test_lines_of_metrics(whole, tiny_corpus):
+    lines, steps = read_lines(whole.output), [4, 8, 9, 12, 16, 18, 20, 24, 26]
     assert [line["step"] for line in lines] == steps
     assert [line["step"] for line in lines if "eval_loss" in line] == [9, 18, 26]
     assert [line["lr"] for line in lines] == [learning_rate(step, 26, whole.optimizer) for step in steps]
@@ -63,78 +50,94 @@ def test_run_writes_what_it_says(whole, tiny_corpus, capsys):
     order = DataOrder(corpus_tokens, 200, whole.seed)
     tokens = np.cumsum([(corpus_tokens[order.step(step)] - 1).sum() for step in range(26)])
     assert [line["tokens"] for line in lines] == [tokens[step - 1] for step in steps]
-    model = load_model(latest_checkpoint(output))
+    model = load_model(latest_checkpoint(whole.output))
     flops = 3 * model.flops_per_token(order.epoch_tokens // len(order.rows))
     for line in lines:
         assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / 1e11)
 
-    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
+
+def test_checkpoints_open_in_transformers(whole, tiny_corpus):
+    from safetensors import safe_open
+    from transformers import AutoTokenizer
+
+    assert [path.name for path in sorted(Path(whole.output, "checkpoints").iterdir())] == [
         "step-00000024",
         "step-00000026",
     ]
-    checkpoint = latest_checkpoint(output)
+    checkpoint, corpus = latest_checkpoint(whole.output), Corpus(tiny_corpus)
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint)
-    corpus = Corpus(tiny_corpus)
     with torch.no_grad():
-        assert lines[-1]["eval_loss"] == pytest.approx(
-            plain_loss(theirs, corpus.rows(range(6))).item(), abs=1e-5
-        )
-    assert (
-        AutoTokenizer.from_pretrained(checkpoint)("a model")["input_ids"]
-        == AutoTokenizer.from_pretrained(corpus.tokenizer)("a model")["input_ids"]
-    )
+        expected = plain_loss(theirs, corpus.rows(range(6))).item()
+    assert read_lines(whole.output)[-1]["eval_loss"] == pytest.approx(expected, abs=1e-5)
+    ids = [
+        AutoTokenizer.from_pretrained(name)("a model")["input_ids"] for name in (checkpoint, corpus.tokenizer)
+    ]
+    assert ids[0] == ids[1]
+    names = [name for name, _ in load_model(checkpoint).named_parameters()]
     with safe_open(f"{checkpoint}/optimizer.safetensors", "pt") as file:
-        assert set(file.keys()) == {
-            f"{moment}.{name}" for moment in ("exp_avg", "exp_avg_sq") for name, _ in model.named_parameters()
-        }
+        assert set(file.keys()) == {f"{key}.{name}" for key in ("exp_avg", "exp_avg_sq") for name in names}
     assert all(path.suffix in (".json", ".safetensors") for path in Path(checkpoint).iterdir())
 
-    manifest = read_json(output / "manifest.json")
-    assert manifest["complete"] and manifest["stage"] == "train"
+
+def test_manifest(whole, tiny_corpus):
+    text = Path(whole.output, "manifest.json").read_text()
+    manifest, last, corpus = json.loads(text), read_lines(whole.output)[-1], Corpus(tiny_corpus)
     expected = {
+        "stage": "train",
+        "complete": True,
         "steps": 26,
         "skipped": 0,
-        "tokens": int(tokens[-1]),
-        "loss": lines[-1]["loss"],
-        "eval_loss": lines[-1]["eval_loss"],
-        "parameters": theirs.num_parameters(),
+        "tokens": last["tokens"],
+        "loss": last["loss"],
+        "eval_loss": last["eval_loss"],
+        "parameters": load_model(latest_checkpoint(whole.output)).num_parameters(),
     }
     assert {key: manifest[key] for key in expected} == expected
-    assert (
-        manifest["corpus"]["fingerprint"] == corpus.fingerprint
-        and manifest["corpus"]["domains"] == corpus.manifest["domains"]
-    )
-    assert (
-        str(output) not in (output / "manifest.json").read_text()
-        and tiny_corpus not in (output / "manifest.json").read_text()
-    )
+    assert manifest["corpus"]["fingerprint"] == corpus.fingerprint
+    assert manifest["corpus"]["domains"] == corpus.manifest["domains"]
+    assert whole.output not in text and tiny_corpus not in text
 
-    board = EventAccumulator(str(output / "tensorboard"))
-    board.Reload()
-    assert set(board.Tags()["scalars"]) == {
-        "loss",
-        "eval_loss",
-        "lr",
-        "grad_norm",
-        "tokens_per_second",
-        "mfu",
+
+# What the identity of a run is called in its manifest: a run that was begun before must continue.
+IDENTITY = (
+    "corpus tokenizer optimizer steps batch_tokens shuffle seed document_mask device dtype model eval_corpus "
+    "eval_rows"
+)
+
+
+def test_identity_keeps_its_names(whole):
+    identity = read_json(Path(whole.output) / "manifest.json")["identity"]
+    assert list(identity) == IDENTITY.split()
+    assert identity["eval_rows"] == whole.eval.chunks
+    assert identity["optimizer"] == {
+        "lr": 1e-2,
+        "min_lr_ratio": 0.1,
+        "warmup_steps": 5,
+        "betas": [0.9, 0.98],
+        "eps": 1e-6,
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
     }
+
+
+def test_tensorboard_shows_the_same_figures(whole):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(Path(whole.output) / "tensorboard"))
+    board.Reload()
+    names = {"loss", "eval_loss", "lr", "grad_norm", "tokens_per_second", "mfu"}
+    assert set(board.Tags()["scalars"]) == names
     assert [(event.step, event.value) for event in board.Scalars("loss")] == [
-        (line["step"], pytest.approx(line["loss"])) for line in lines
+        (line["step"], pytest.approx(line["loss"])) for line in read_lines(whole.output)
     ]
 
-    before = files(output)
-    train(
-        replace(
-            whole,
-            log_interval=1,
-            checkpoint=CheckpointConfig(interval=2, keep=1),
-            micro_batch_tokens=64,
-            max_skipped_steps=1,
-        )
-    )
+
+def test_complete_run_is_left_alone(whole, capsys):
+    before = files(whole.output)
+    checkpoint = CheckpointConfig(interval=2, keep=1)
+    train(replace(whole, log_interval=1, checkpoint=checkpoint, micro_batch_tokens=64, max_skipped_steps=1))
     assert "complete, nothing to do" in capsys.readouterr().out
-    assert files(output) == before
+    assert files(whole.output) == before
 
 
 def test_logged_loss_is_the_mean_over_the_interval(config, whole, capsys):
@@ -154,18 +157,15 @@ def test_logged_loss_is_the_mean_over_the_interval(config, whole, capsys):
 def test_micro_batches_do_not_change_the_mathematics(config, whole):
     train(replace(config, micro_batch_tokens=100_000))
     for one, many in zip(metrics(config.output), metrics(whole.output), strict=True):
-        assert (
-            one["loss"] == pytest.approx(many["loss"], rel=1e-4)
-            and one["eval_loss" if "eval_loss" in one else "lr"]
-        )
-        assert one["tokens"] == many["tokens"]
+        assert one.keys() == many.keys() and one["tokens"] == many["tokens"]
+        for key in one.keys() & {"loss", "eval_loss"}:
+            assert one[key] == pytest.approx(many[key], rel=1e-4), key
 
 
-def test_it_learns(tiny_corpus, tmp_path):
+def test_it_learns(tiny_tokenizer, tmp_path):
     pattern = random.Random(0).choices(range(1, 500), k=37)
-    data = write_corpus(
-        tmp_path / "corpus", [(pattern * 3)[i % 37 : i % 37 + 60] for i in range(50)], tiny_corpus
-    )
+    chunks = [(pattern * 3)[i % 37 : i % 37 + 60] for i in range(50)]
+    data = write_corpus(tmp_path / "corpus", chunks, tiny_tokenizer)
     train(
         TrainConfig(
             data=data,
