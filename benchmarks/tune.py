@@ -150,7 +150,7 @@ class Timer:
             "per_processor": config.per_processor,
         }
         try:
-            ms, low, high = harness.measure(lambda: run(config))
+            ms, low, high = timing.measure(lambda: run(config))
         except Exception as problem:  # too many registers, too much shared memory, anything
             return timing | {"failed": harness.reason(problem)}
         return timing | {"ms": ms, "ms_low": low, "ms_high": high}

@@ -14,3 +14,8 @@ def module(monkeypatch):
 @pytest.fixture
 def harness(module):
     return module("harness")
+
+
+@pytest.fixture
+def timing(module):
+    return module("timing")

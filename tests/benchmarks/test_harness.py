@@ -225,9 +225,9 @@ def test_plot(harness, monkeypatch, tmp_path, capsys):
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_times_on_the_cpu_are_milliseconds(harness, monkeypatch):
+def test_times_on_the_cpu_are_milliseconds(timing, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    median, low, high = harness.measure(lambda: time.sleep(0.02))
+    median, low, high = timing.measure(lambda: time.sleep(0.02))
     assert 20 <= low <= median <= high < 2000
 
 
@@ -241,36 +241,36 @@ def test_memory_is_looked_up_before_it_is_used(harness, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_memory_on_a_gpu(harness):
+def test_memory_on_a_gpu(timing):
     kept = torch.empty(1 << 20, device="cuda")
-    assert harness.peak_memory(lambda: torch.empty(3 << 20, dtype=torch.int8, device="cuda")) == 3 << 20
+    assert timing.peak_memory(lambda: torch.empty(3 << 20, dtype=torch.int8, device="cuda")) == 3 << 20
     del kept
 
 
 @pytest.mark.gpu
-def test_time_on_a_gpu(harness):
+def test_time_on_a_gpu(timing):
     clock = 1e6  # torch.cuda._sleep counts clocks; no GPU runs at less than 0.2 or more than 5 GHz under load
-    median, low, high = harness.measure(lambda: torch.cuda._sleep(int(50 * clock)))
+    median, low, high = timing.measure(lambda: torch.cuda._sleep(int(50 * clock)))
     assert 10 < low <= median <= high < 250
 
 
 @pytest.mark.parametrize(
     "host_ms, flush_ms, flushes", [(0.01, 0.08, 1), (0.4, 0.08, 10), (0.041, 0.08, 2), (50.0, 0.08, 32)]
 )
-def test_the_flush_outlasts_the_host(harness, host_ms, flush_ms, flushes):
-    assert harness.flushes_for(host_ms, flush_ms) == flushes
-    assert flushes in (1, harness.MAX_FLUSHES) or flushes * flush_ms >= 2 * host_ms
+def test_the_flush_outlasts_the_host(timing, host_ms, flush_ms, flushes):
+    assert timing.flushes_for(host_ms, flush_ms) == flushes
+    assert flushes in (1, timing.MAX_FLUSHES) or flushes * flush_ms >= 2 * host_ms
 
 
 @pytest.mark.gpu
-def test_the_host_is_not_timed(harness):
+def test_the_host_is_not_timed(timing):
     """A call of many small launches: the events hold no pause of the host."""
     x = torch.zeros(8, device="cuda")
     launches = 100
-    one = harness.measure(lambda: x.add_(1))[0]
+    one = timing.measure(lambda: x.add_(1))[0]
 
     def many():
         for _ in range(launches):
             x.add_(1)
 
-    assert harness.measure(many)[0] < 3 * launches * one
+    assert timing.measure(many)[0] < 3 * launches * one
