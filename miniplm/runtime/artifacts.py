@@ -10,10 +10,11 @@ bytes.
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import UserError
-from .files import read_json, write_json
+from .files import lock, read_json, write_json
 
 MANIFEST = "manifest.json"
 
@@ -57,27 +58,12 @@ def open_output(folder, stage: str, identity: dict) -> bool:
 
 
 @contextlib.contextmanager
-def exclusive(folder):
+def exclusive(folder: str | os.PathLike) -> Iterator[None]:
     """Keep other processes out of an output folder while the block runs; UserError if one is in it. A kill
-    ends it too."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    ends it too: what is left of the lock file counts as nothing (see open_output)."""
+    refusal = f"another process is writing to {folder}: wait for it, stop it, or choose another --output"
+    with lock(Path(folder) / ".lock.tmp", refusal):
         yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is writing to {folder}: wait for it, stop it, or choose another --output"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _difference(old, new, prefix="") -> str:

@@ -6,19 +6,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import filelock
 
 from .errors import UserError
 
 
-def fingerprint(value) -> str:
+def fingerprint(value: Any) -> str:
     """SHA-256 (first 16 hex digits) of a JSON-able value; equal values give equal fingerprints."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def hash_files(paths) -> str:
+def hash_files(paths: Iterable[str | os.PathLike]) -> str:
     """SHA-256 (first 16 hex digits) of the contents of the files, in the order given. Names do not count."""
     total = hashlib.sha256()
     for path in paths:
@@ -31,14 +33,14 @@ def hash_files(paths) -> str:
     return total.hexdigest()[:16]
 
 
-def _digest(file) -> bytes:  # Python 3.10 has no hashlib.file_digest
+def _digest(file: BinaryIO) -> bytes:  # Python 3.10 has no hashlib.file_digest
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.digest()
 
 
-def _fsync(path):
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -51,7 +53,35 @@ def _temporary(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_write(path):
+def lock(path: str | os.PathLike, refusal: str) -> Iterator[None]:
+    """Hold a lock file while the block runs. A kill ends that too, and leaves a file that is in nobody's way.
+
+    Where the file system knows no locks, or the file cannot be made, nobody is kept out.
+
+    Raises:
+        UserError: another process holds it; the text is `refusal`.
+    """
+    held, is_ours = filelock.FileLock(path), True
+    try:
+        held.acquire(blocking=False)
+    except filelock.Timeout:
+        raise UserError(refusal) from None
+    except PermissionError:  # the file is another account's, or the folder is: writing there will tell
+        is_ours = False
+    except (OSError, NotImplementedError):  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        # Removed while it is held: who opens it in between finds that it has lost its name, and tries anew.
+        if is_ours:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        held.release()
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it is fsynced and renamed to `path`,
     else removed."""
     path = Path(path)
@@ -78,13 +108,10 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     temporary = _temporary(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir(exist_ok=True)
-    with _only_writer(temporary, path):
-        for leftover in temporary.iterdir():
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
+    refusal = f"another process is writing {path}: wait for it, or choose another --output"
+    with lock(path.with_name(f".{path.name}.lock.tmp"), refusal):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         try:
             yield temporary
             umask = os.umask(0)
@@ -108,35 +135,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
             raise
 
 
-@contextlib.contextmanager
-def _only_writer(temporary: Path, path: Path) -> Iterator[None]:
-    """Hold a lock on the temporary folder of `path`, which a kill ends too; UserError if another process has
-    it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    refusal = UserError(f"another process is writing {path}: wait for it, or choose another --output")
-    try:
-        descriptor = os.open(temporary, os.O_RDONLY)
-    except FileNotFoundError:  # it has just finished
-        raise refusal from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise refusal from None
-        except OSError:  # a file system without locks
-            pass
-        if not temporary.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(temporary)):
-            raise refusal  # what is locked was renamed or removed in the meantime
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path, value):
+def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write a JSON-able value atomically, keys in the order given."""
     with atomic_write(path) as temporary:
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,8 +1,11 @@
+import errno
 import json
+import subprocess
+import sys
 
 import pytest
 
-from miniplm.runtime.artifacts import complete_output, open_output, read_manifest
+from miniplm.runtime.artifacts import complete_output, exclusive, open_output, read_manifest
 from miniplm.runtime.errors import UserError
 from miniplm.runtime.files import atomic_folder, atomic_write, fingerprint, hash_files, write_json
 
@@ -69,6 +72,64 @@ def test_broken_manifest_is_a_users_error(tmp_path):
         open_output(tmp_path, "score", {})
     with pytest.raises(UserError, match="does not exist"):
         read_manifest(tmp_path / "nothing")
+
+
+HOLDER = """
+import sys
+from miniplm.runtime.artifacts import exclusive
+with exclusive(sys.argv[1]):
+    print("writing", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """(an output folder, a process that is writing to it)."""
+    folder = tmp_path / "out"
+    open_output(folder, "score", {})
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "writing\n"
+    yield folder, process
+    process.kill()
+    process.communicate()
+
+
+def test_one_process_writes_to_a_folder(holder):
+    folder, process = holder
+    with pytest.raises(UserError, match=r"another process is writing to .*out: wait"), exclusive(folder):
+        pytest.fail("two at once")
+    process.communicate("\n")
+    assert process.returncode == 0
+    assert [found.name for found in folder.iterdir()] == ["manifest.json"]
+    with exclusive(folder):
+        pass
+    assert [found.name for found in folder.iterdir()] == ["manifest.json"]
+
+
+def test_a_killed_process_keeps_nobody_out_and_what_it_leaves_counts_as_nothing(holder):
+    folder, process = holder
+    process.kill()
+    process.wait()
+    (folder / "manifest.json").unlink()
+    assert len(list(folder.iterdir())) == 1  # the lock's file
+    assert open_output(folder, "train", {}) is False
+    with exclusive(folder):
+        pass
+    assert [found.name for found in folder.iterdir()] == ["manifest.json"]
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    import fcntl
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with exclusive(tmp_path), exclusive(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_hashes_follow_content_and_order(tmp_path):
