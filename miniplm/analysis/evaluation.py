@@ -23,7 +23,7 @@ class Losses(Record):
     """The figures of some chunks. A loss that is not finite or of no token is None; so is a perplexity past
     the largest float."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow")  # what else is there counts for the checksum
 
     rows: Count  # chunks
     non_finite_rows: Count  # those with a loss that is not finite
@@ -65,6 +65,8 @@ def read_evaluation(path: str | Path) -> Evaluation:
     checksum = content.pop("checksum", None) if isinstance(content, dict) else None
     what = f"{path} is no evaluation as evaluate writes it"
     evaluation = read_record(Evaluation, content, what, REMEDY)
+    if checksum is None and evaluation.model_extra:  # without a checksum only what it had then
+        raise UserError(f"{what} (it has no checksum): {REMEDY}")
     if checksum not in (None, evaluation.fingerprint):
         raise UserError(f"{what} (its checksum is that of another content): {REMEDY}")
     return evaluation

@@ -3,6 +3,7 @@ corpora and names."""
 
 import json
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def run(model, data, **settings):
 
 
 def truth(model, corpus: Corpus, document_mask=False) -> dict:
-    """{domain: (rows, loss sum, tokens)}, row by row from transformers' logits with the softmax in
+    """{domain: (chunks, loss sum, tokens)}, chunk by chunk from transformers' logits with the softmax in
     float64."""
     from transformers import AutoModelForCausalLM
 
@@ -124,6 +125,22 @@ def test_output_file(tiny_model, tiny_corpus, tmp_path, capsys, monkeypatch):
         run(model, tiny_corpus, output=str(tmp_path))
 
 
+def test_output_that_is_damaged(tiny_model, tiny_corpus, tmp_path):
+    model, output = tiny_model(tmp_path / "model"), tmp_path / "losses.json"
+    run(model, tiny_corpus, output=str(output))
+    written = output.read_text()
+    for digit in "4567":  # of the loss: still an evaluation of this model, but not what came of it
+        output.write_text(re.sub(r'(?<="loss": )(\d+\.\d\d)\d', rf"\g<1>{digit}", written, count=1))
+        if output.read_text() != written:
+            with pytest.raises(UserError, match=r"no evaluation .*checksum.*: evaluate again"):
+                run(model, tiny_corpus, output=str(output))
+    for content, message in {written[:200]: "not valid JSON", "[" * 10**5: "not valid JSON"}.items():
+        output.write_text(content)
+        with pytest.raises(UserError, match=message):
+            run(model, tiny_corpus, output=str(output))
+        assert output.read_text() == content
+
+
 def test_training_output_gives_its_latest_checkpoint(tiny_model, tiny_corpus, tmp_path):
     for step in (5, 10):
         tiny_model(tmp_path / "run" / "checkpoints" / f"step-{step:08d}", seed=step)
@@ -167,7 +184,7 @@ def test_loss_that_is_not_finite_is_null_and_visible(tiny_model, tiny_tokenizer,
         raise AssertionError(f"{constant} is no JSON")
 
     assert json.loads((tmp_path / "losses.json").read_text(), parse_constant=refuse) == result
-    assert "not finite in 2 rows" in capsys.readouterr().out
+    assert "not finite in 2 chunks" in capsys.readouterr().out
 
 
 def test_perplexity_past_the_largest_float(tiny_model, tiny_corpus, tmp_path, capsys):
@@ -179,7 +196,7 @@ def test_perplexity_past_the_largest_float(tiny_model, tiny_corpus, tmp_path, ca
 
 
 def test_names_of_domains_are_only_text(tiny_model, tiny_tokenizer, tmp_path, capsys):
-    names = ["[/red]", "[bold]x", "\x1b[2Jclear", "line\nbreak", "", "漢字 🙂"]
+    names = ["[/red]", "[bold]x", "\x1b[2Jclear", "line\nbreak", "a\u202eb\u2069", "", "漢字 🙂"]
     chunks = [[5, 6, 7, 8, 9 + number] for number in range(len(names))] + [[3]]
     domains = [*names, "one id"]
     corpus = write_corpus(tmp_path / "corpus", chunks, tiny_tokenizer, domains, source="[/made] up")
@@ -193,8 +210,9 @@ def test_names_of_domains_are_only_text(tiny_model, tiny_tokenizer, tmp_path, ca
         "perplexity": None,
     }
     printed = capsys.readouterr().out
-    assert "\x1b" not in printed
-    for shown in ("[/red]", "[bold]x", r"\x1b[2Jclear", r"line\nbreak", "漢字 🙂", "no tokens", "[/made] up"):
+    assert printed.replace("\n", "").isprintable()
+    written_out = [r"\x1b[2Jclear", r"line\nbreak", r"a\u202eb\u2069"]
+    for shown in [*written_out, "[/red]", "[bold]x", "漢字 🙂", "no tokens", "[/made] up"]:
         assert shown in printed
 
 
