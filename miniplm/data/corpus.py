@@ -17,12 +17,29 @@ import numpy as np
 from ..runtime.artifacts import read_manifest
 from ..runtime.errors import UserError
 from ..runtime.files import atomic_write, fingerprint, hash_files, read_json, write_json
+from ..runtime.schema import Count, Record
 from .chunking import Chunk
 from .scores import SCORE_COLUMNS
 
 TOKENIZER = "tokenizer"  # the folder in a corpus
 COLUMNS = ("input_ids", "domain", "num_tokens")
 ROWS_PER_RECORD_BATCH = 1_000  # as datasets writes them
+
+
+class CorpusManifest(Record):
+    """What a corpus says of itself: prepare's counts, or select's, and what they were made with."""
+
+    fingerprint: str  # of the content
+    rows: Count  # chunks
+    tokens: Count
+    predictions: Count  # positions whose input is no end of text
+    domains: dict[str, Any]  # name → counts
+    bad_records: Count
+    eos_token_id: Count
+    vocab_size: Count  # the tokenizer's length
+    tokenizer_fingerprint: str
+    max_length: Count  # predictions per chunk
+    source: str
 
 
 class Corpus:
@@ -35,7 +52,7 @@ class Corpus:
         import datasets
 
         self.folder = Path(folder)
-        self.manifest = read_manifest(folder, "prepare", "select", what="corpus")
+        self.manifest = read_manifest(folder, "prepare", "select", what="corpus", schema=CorpusManifest)
         self.tokenizer = str(self.folder / "tokenizer")
         self.eos_token_id: int = self.manifest["eos_token_id"]
         self.fingerprint: str = self.manifest["fingerprint"]

@@ -14,9 +14,29 @@ import numpy as np
 
 from ..runtime.errors import UserError
 from ..runtime.files import atomic_write
+from ..runtime.schema import Count, Record
 
 ROLES = ("teacher", "reference")
 SCORE_COLUMNS = ("teacher_log_prob", "reference_log_prob", "score")
+
+
+class ScoreIdentity(Record):
+    """What determines scores, as far as select compares it."""
+
+    corpus: str  # fingerprint
+    teacher: str | None  # hash of its weights, where it has scored
+    reference: str | None
+    dtype: str
+    document_mask: bool
+
+
+class ScoreManifest(Record):
+    """What a score folder says of itself."""
+
+    identity: ScoreIdentity
+    teacher: str | None  # name
+    reference: str | None
+    vocab_size: Count  # the ids that the softmax covered
 
 
 def columns_of(roles: Any) -> list[str]:

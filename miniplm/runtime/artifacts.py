@@ -10,16 +10,37 @@ bytes.
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 from .files import lock, read_json, write_json
+from .schema import Record, read_record
 
 MANIFEST = "manifest.json"
+MAX_SHOWN = 80  # characters of a value in a message
 
 
-def open_output(folder, stage: str, identity: dict) -> bool:
+class _Manifest(Record):
+    """What every manifest holds."""
+
+    stage: str
+    complete: bool
+    identity: dict[str, Any]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    _check(content, path, _Manifest)
+    return content
+
+
+def _check(content: object, path: Path, schema: type[Record]) -> None:
+    read_record(schema, content, f"{path} is no manifest of ours", "restore it, or make its folder again")
+
+
+def open_output(folder: str | os.PathLike, stage: str, identity: Mapping[str, Any]) -> bool:
     """Claim `folder` for a run of `stage`. True when an equal run has completed there; False to start or to
     continue.
 
@@ -42,19 +63,18 @@ def open_output(folder, stage: str, identity: dict) -> bool:
             )
         write_json(path, {"stage": stage, "complete": False, "identity": identity})
         return False
-    found = read_json(path)
-    if found.get("stage") != stage:
+    found = _read(path)
+    if found["stage"] != stage:
         raise UserError(
-            f"output folder {folder} holds a {found.get('stage')!r} run, not a {stage!r} run: choose "
-            f"another --output"
+            f"output folder {folder} holds a {found['stage']!r} run, not a {stage!r} run: choose another "
+            f"--output"
         )
-    if found.get("identity") != identity:
+    if found["identity"] != identity:
         raise UserError(
             f"output folder {folder} holds another {stage} run "
-            f"({_difference(found.get('identity'), identity)}): "
-            "choose another --output or delete it"
+            f"({_difference(found['identity'], identity)}): choose another --output or delete it"
         )
-    return bool(found.get("complete"))
+    return found["complete"]
 
 
 @contextlib.contextmanager
@@ -66,46 +86,64 @@ def exclusive(folder: str | os.PathLike) -> Iterator[None]:
         yield
 
 
-def _difference(old, new, prefix="") -> str:
+def _difference(old: Any, new: Any, prefix: str = "") -> str:
     """The first place where two identities differ, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
             if old.get(key) != new.get(key):
                 return _difference(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
-    return f"{prefix} was {json.dumps(old)[:80]}, is now {json.dumps(new)[:80]}"
+    return f"{prefix} was {_shown(old)}, is now {_shown(new)}"
 
 
-def complete_output(folder, results: dict):
+def _shown(value: Any) -> str:
+    try:
+        return json.dumps(value)[:MAX_SHOWN]
+    except RecursionError:  # a manifest from outside may be as deep as JSON can be read
+        return "something else"
+
+
+def complete_output(folder: str | os.PathLike, results: Mapping[str, Any]) -> None:
     """Mark the run in `folder` complete and record its results in the manifest, beside stage and identity."""
-    manifest = read_json(Path(folder) / MANIFEST)
-    write_json(Path(folder) / MANIFEST, {**manifest, **results, "complete": True})
+    path = Path(folder) / MANIFEST
+    write_json(path, {**_read(path), **results, "complete": True})
 
 
-def reopen_output(folder) -> None:
+def reopen_output(folder: str | os.PathLike) -> None:
     """Take back that the run in `folder` is complete, and its results: a part of it is to be made again."""
-    manifest = read_json(Path(folder) / MANIFEST)
+    path = Path(folder) / MANIFEST
+    manifest = _read(path)
     if manifest["complete"]:
-        reopened = {"stage": manifest["stage"], "complete": False, "identity": manifest["identity"]}
-        write_json(Path(folder) / MANIFEST, reopened)
+        write_json(path, {"stage": manifest["stage"], "complete": False, "identity": manifest["identity"]})
 
 
-def read_manifest(folder, *stages: str, what: str = "folder") -> dict:
-    """The manifest of a complete output; UserError when missing, incomplete, or of none of `stages` (any if
-    none are given)."""
+def read_manifest(
+    folder: str | os.PathLike, *stages: str, what: str = "folder", schema: type[Record] | None = None
+) -> dict[str, Any]:
+    """The manifest of a complete output.
+
+    Args:
+        stages: the stages that may have written it; any if none are given.
+        what: the folder, in messages.
+        schema: the keys and types that the caller relies on, beside stage, complete and identity.
+    Raises:
+        UserError: it is missing, incomplete, of none of the stages, or not as the schema has it.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{what} {folder} does not exist")
     if not (folder / MANIFEST).exists():
         raise UserError(f"{what} {folder} has no {MANIFEST}: give a folder that miniplm wrote")
-    manifest = read_json(folder / MANIFEST)
-    if stages and manifest.get("stage") not in stages:
+    manifest = _read(folder / MANIFEST)
+    if stages and manifest["stage"] not in stages:
         raise UserError(
-            f"{what} {folder} holds the output of {manifest.get('stage')!r}; expected that of "
+            f"{what} {folder} holds the output of {manifest['stage']!r}; expected that of "
             f"{' or '.join(map(repr, stages))}"
         )
-    if not manifest.get("complete"):
+    if not manifest["complete"]:
         raise UserError(
-            f"{what} {folder} is not complete: run its {manifest.get('stage')!r} command again, it "
-            f"continues where it stopped"
+            f"{what} {folder} is not complete: run its {manifest['stage']!r} command again, it continues "
+            f"where it stopped"
         )
+    if schema is not None:
+        _check(manifest, folder / MANIFEST, schema)
     return manifest

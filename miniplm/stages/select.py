@@ -8,7 +8,7 @@ import numpy as np
 
 from ..config import SelectConfig
 from ..data.corpus import TOKENIZER, Corpus, write_dataset_files, write_shard
-from ..data.scores import ROLES, SCORE_COLUMNS, read_scores
+from ..data.scores import ROLES, SCORE_COLUMNS, ScoreManifest, read_scores
 from ..data.selection import choose, why_nothing
 from ..runtime.artifacts import MANIFEST, complete_output, open_output, read_manifest
 from ..runtime.errors import UserError
@@ -106,7 +106,7 @@ def _score_folders(folders: list[str], corpus: Corpus) -> Sources:
     other."""
     sources: Sources = {}
     for folder in folders:
-        manifest = read_manifest(folder, "score", what="score folder")
+        manifest = read_manifest(folder, "score", what="score folder", schema=ScoreManifest)
         if manifest["identity"]["corpus"] != corpus.fingerprint:
             raise UserError(
                 f"score folder {folder} holds the scores of another corpus than {corpus.folder}: score this "

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
-from miniplm.runtime.artifacts import complete_output, exclusive, open_output, read_manifest
+from miniplm.runtime.artifacts import complete_output, exclusive, open_output, read_manifest, reopen_output
 from miniplm.runtime.errors import UserError
 from miniplm.runtime.files import atomic_folder, atomic_write, fingerprint, hash_files, write_json
+from miniplm.runtime.schema import Count, Record
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path):
@@ -130,6 +131,82 @@ def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
     with exclusive(tmp_path), exclusive(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+CORPUS = {
+    "stage": "prepare",
+    "complete": True,
+    "identity": {"data": "d"},
+    "fingerprint": "f",
+    "rows": 3,
+}
+
+
+class CorpusLike(Record):
+    fingerprint: str
+    rows: Count
+
+
+def test_a_manifest_is_read_with_what_else_is_in_it(tmp_path):
+    write_json(tmp_path / "manifest.json", {**CORPUS, "new": {"a": [1, None]}})
+    found = read_manifest(tmp_path, "prepare", schema=CorpusLike)
+    assert found == {**CORPUS, "new": {"a": [1, None]}}
+
+
+NO_MANIFESTS = {
+    "list": "[]",
+    "null": "null",
+    "text": '"manifest"',
+    "number": "5",
+    "nothing in it": "{}",
+    "no stage": json.dumps({**CORPUS, "stage": None}),
+    "a list for a stage": json.dumps({**CORPUS, "stage": ["prepare"]}),
+    "complete in words": json.dumps({**CORPUS, "complete": "yes"}),
+    "complete as a number": json.dumps({**CORPUS, "complete": 1}),
+    "identity as a list": json.dumps({**CORPUS, "identity": []}),
+    "a number of 5,000 digits": json.dumps(CORPUS).replace("3}", "9" * 5000 + "}"),
+    "deep": "[" * 100_000,
+    "deep and closed": '{"a":' * 100_000 + "1" + "}" * 100_000,
+    "not UTF-8": "\xff",
+    "cut": json.dumps(CORPUS)[:-5],
+}
+NO_CORPUS = {
+    "a key lacks": json.dumps({key: value for key, value in CORPUS.items() if key != "rows"}),
+    "rows as text": json.dumps({**CORPUS, "rows": "3"}),
+    "rows below 0": json.dumps({**CORPUS, "rows": -1}),
+    "rows with a fraction": json.dumps({**CORPUS, "rows": 3.5}),
+    "rows past int64": json.dumps({**CORPUS, "rows": 2**63}),
+}
+
+
+@pytest.mark.parametrize("content", NO_MANIFESTS.values(), ids=NO_MANIFESTS)
+def test_what_is_no_manifest_is_one_line(content, tmp_path):
+    (tmp_path / "manifest.json").write_bytes(content.encode("latin-1"))
+    for reader in (
+        lambda: read_manifest(tmp_path),
+        lambda: open_output(tmp_path, "prepare", {}),
+        lambda: complete_output(tmp_path, {}),
+        lambda: reopen_output(tmp_path),
+    ):
+        with pytest.raises(UserError, match=r"manifest\.json is (no manifest|not valid JSON)") as caught:
+            reader()
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("content", NO_CORPUS.values(), ids=NO_CORPUS)
+def test_a_manifest_that_lacks_what_is_relied_on_is_one_line(content, tmp_path):
+    (tmp_path / "manifest.json").write_text(content)
+    assert read_manifest(tmp_path, "prepare")["fingerprint"] == "f"
+    with pytest.raises(UserError, match=r"manifest\.json is no manifest of ours \(rows: ") as caught:
+        read_manifest(tmp_path, "prepare", schema=CorpusLike)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
+def test_an_identity_that_is_as_deep_as_json_can_be(tmp_path):
+    deep = '{"a":' * 900 + "1" + "}" * 900
+    (tmp_path / "manifest.json").write_text(json.dumps({**CORPUS, "identity": {}}).replace("{}", deep))
+    with pytest.raises(UserError, match="holds another prepare run"):
+        open_output(tmp_path, "prepare", {"a": 1})
 
 
 def test_hashes_follow_content_and_order(tmp_path):
