@@ -91,6 +91,8 @@ class ExportConfig:
     """The model's name on the card; default: the output folder's."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The dtype of the published weights."""
+    gguf: Optional[Literal["f16", "q8_0"]] = None
+    """Also write a .gguf file for llama.cpp, its matrices in half precision (f16) or in 8 bits (q8_0)."""
     license: str = "apache-2.0"
     """The licence on the card."""
     language: Tuple[str, ...] = ("en",)

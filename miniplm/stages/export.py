@@ -1,7 +1,7 @@
 """Stage 6, export: a checkpoint → a Hugging Face folder with a model card.
 
 The folder is what `AutoModelForCausalLM`, `AutoTokenizer`, text-generation servers and lm-eval open as it is,
-and a manifest that holds a hash of every other file in it.
+and a manifest that holds a hash of every other file in it. With `gguf` there is a file for llama.cpp too.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from ..analysis.provenance import Provenance, read_provenance
 from ..config import ExportConfig
 from ..data.tokenizer import load_tokenizer, save_tokenizer
 from ..models.decoder import Decoder
+from ..models.gguf_file import Encoding, write_gguf
 from ..models.loading import load_model, model_hash
 from ..runtime.artifacts import MANIFEST, open_output
 from ..runtime.errors import UserError
@@ -56,6 +57,8 @@ def export(config: ExportConfig) -> None:
         "datasets": list(config.datasets),
         "evaluation": evaluation.fingerprint if evaluation else fingerprint(None),
     }
+    if config.gguf:
+        identity["gguf"] = config.gguf
     losses = _losses(run, provenance, step)
 
     def card(folder: Path, location: str) -> str:
@@ -69,6 +72,8 @@ def export(config: ExportConfig) -> None:
     else:
         with atomic_folder(output) as folder:
             _write_model(checkpoint.folder, config.dtype, folder)
+            if config.gguf:
+                _write_gguf(checkpoint.folder, folder, config.gguf, name)
             (folder / CARD).write_text(card(folder, output.resolve().name), encoding="utf-8")
             _write_manifest(folder, identity)
         print(printable(f"exported {checkpoint.folder} to {output} ({config.dtype})"))
@@ -211,6 +216,16 @@ def _write_model(checkpoint: Path, dtype: str, folder: Path) -> None:
     eos = tokenizer.eos_token_id
     bos, pad = (eos if found is None else found for found in (tokenizer.bos_token_id, tokenizer.pad_token_id))
     GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad).save_pretrained(folder)
+
+
+def _write_gguf(checkpoint: Path, folder: Path, encoding: Encoding, name: str) -> None:
+    """The .gguf file: of the checkpoint, for there is no need in it to write Qwen2 as Llama."""
+    model = load_model(checkpoint)
+    if not isinstance(model, Decoder):
+        raise UserError(
+            f"a .gguf file of a {model.config.model_type!r} model cannot be written: leave out gguf"
+        )
+    write_gguf(model, load_tokenizer(str(checkpoint)), folder / f"model-{encoding}.gguf", encoding, name)
 
 
 def _write_for_transformers_4(folder: Path) -> None:
