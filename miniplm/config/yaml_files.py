@@ -72,16 +72,27 @@ def load(text: str) -> Any:
         if node is None:
             return None
         _Graph().check(node)
-        return loader.construct_document(node)
+        return _construct(loader, node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f", line {mark.line + 1}" if mark else ""
         raise ValueError(f"not valid YAML ({error.problem or error.context}{where})") from None
-    except (yaml.YAMLError, OverflowError):
-        raise ValueError("not valid YAML (it holds characters or numbers that YAML does not allow)") from None
+    except yaml.YAMLError:
+        raise ValueError("not valid YAML (it holds characters that YAML does not allow)") from None
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _construct(loader: Any, node: Any) -> Any:
+    import yaml
+
+    try:
+        return loader.construct_document(node)
+    except yaml.YAMLError:
+        raise
+    except Exception:  # PyYAML lets pass what int() and its like raise at a value such as `!!int x`
+        raise ValueError("not valid YAML (a value is not what its tag says)") from None
 
 
 @functools.cache
