@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
 
 import harness
 from miniplm.kernels import tuning
+from timing import measure
 
 from miniplm import kernels
 
@@ -150,7 +151,7 @@ class Timer:
             "per_processor": config.per_processor,
         }
         try:
-            ms, low, high = timing.measure(lambda: run(config))
+            ms, low, high = measure(lambda: run(config))
         except Exception as problem:  # too many registers, too much shared memory, anything
             return timing | {"failed": harness.reason(problem)}
         return timing | {"ms": ms, "ms_low": low, "ms_high": high}
