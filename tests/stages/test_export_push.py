@@ -59,11 +59,22 @@ def test_push_to_hub(work, tmp_path, monkeypatch, capsys):
     ]
     assert "from_pretrained('me/tiny')" in hub.readme
     assert "me/tiny" in capsys.readouterr().out
+    publish(work / "refined-student", tmp_path / "model")
+    assert "is complete, nothing to do" in capsys.readouterr().out
     publish(work / "refined-student", tmp_path / "new", push_to_hub="org/tiny")
     assert hub.calls[2:] == [
         ("create", "org/tiny", {"private": False, "exist_ok": True}),
         ("upload", "org/tiny", files),
     ]
+
+
+def test_a_card_that_was_edited_is_not_overwritten(work, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", hub := Hub())
+    folder = publish(work / "refined-student", tmp_path / "model")
+    (folder / "README.md").write_text("# Mine")
+    with pytest.raises(UserError, match=r"README\.md is not as it was written"):
+        publish(work / "refined-student", tmp_path / "model", push_to_hub="me/tiny")
+    assert (folder / "README.md").read_text() == "# Mine" and not hub.calls
 
 
 @pytest.mark.parametrize(
