@@ -50,6 +50,10 @@ class PackedLM(TemplateLM):
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
+    def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """As the base class has it, whose own bar only shows the tokenizer."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """log p of whole texts, each token once, in windows of ROLLING_WINDOW tokens."""
         windows, lengths = [], []

@@ -56,7 +56,8 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     """lm-eval's tasks, by name.
 
     Args:
-        names: of the harness's tasks (groups stand for theirs), or .yaml files that define one.
+        names: of the harness's tasks (groups stand for theirs; several in one text with commas), or .yaml
+            files that define one.
     Raises:
         UserError: lm-eval is missing, there is no such task, its questions cannot be read, or it generates
             text.
@@ -66,6 +67,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    names = [part for name in names for part in ([name] if _is_file(name) else name.split(","))]
     files_only = all(map(_is_file, names))  # then the harness need not look through its own, which takes long
     manager, loaded = TaskManager(include_defaults=not files_only), {}
     for name in dict.fromkeys(names):
@@ -95,8 +97,23 @@ def _is_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
 
+def harness_version() -> str:
+    import lm_eval
+
+    return f"lm-eval {lm_eval.__version__}"
+
+
+def questions_fingerprint(task: Any) -> str:
+    """A fingerprint of a task's version, questions and answers, as the model is asked them."""
+    asked = []
+    for doc in task.eval_docs:
+        choices = task.doc_to_choice(doc) if task.OUTPUT_TYPE == "multiple_choice" else None
+        asked.append([task.doc_to_text(doc), task.doc_to_target(doc), choices])
+    return fingerprint({"version": task.VERSION, "asked": asked, "delimiter": task.config.target_delimiter})
+
+
 def run_tasks(
-    model: LanguageModel, tokenizer, tasks: dict[str, Any], device: torch.device, batch_tokens: int
+    model: LanguageModel, tokenizer: Any, tasks: dict[str, Any], device: torch.device, batch_tokens: int
 ) -> dict[str, Any]:
     """The figures of a model on tasks.
 
@@ -106,18 +123,26 @@ def run_tasks(
         batch_tokens: of a packed batch.
 
     Returns:
-        {"harness": "lm-eval" and its version, "tasks": {name: figures}, "average", "average_standard_error"
-        (of the tasks that have a metric, None without one)}. Figures are "version" (of the task), "prompts"
-        (fingerprint of all questions and answers as the model saw them), "questions", "metric" ("acc_norm",
-        "acc" or None), "value", "standard_error" (of the questions as a sample), "gold_bits_per_byte" (the
-        mean over the questions, of the answer as it was asked for, its leading space included) with
-        "gold_standard_error", and "bits_per_byte" (of all text, for tasks of the type
-        loglikelihood_rolling). What a task does not have is None.
+        {"tasks": {name: figures}, "average", "average_standard_error" (of the tasks that have a metric, None
+        without one), "parameters" (of the model)}. Figures are "version" (of the task), "questions" (how
+        many), "metric" ("acc_norm", "acc" or None), "value", "standard_error" (of the questions as a sample),
+        "gold_bits_per_byte" (the mean over the questions, of the answer as it was asked for, its leading
+        space included) with "gold_standard_error", and "bits_per_byte" (of all text, for tasks of the type
+        loglikelihood_rolling). What a task does not have, and what is not finite, is None.
+    Raises:
+        UserError: the tokenizer is not the model's, or has no EOS.
     """
     import lm_eval
 
     from .harness import PackedLM
 
+    if tokenizer.eos_token_id is None:
+        raise UserError("tasks need a tokenizer with an EOS token, which stands before texts without context")
+    if len(tokenizer) > len(model.head_weight):
+        raise UserError(
+            f"the tokenizer has {len(tokenizer):,} ids, the model {len(model.head_weight):,}: they do not "
+            f"belong together"
+        )
     for task in tasks.values():
         if task.config.num_fewshot is None:
             task.set_config(key="num_fewshot", value=0)
@@ -135,37 +160,34 @@ def run_tasks(
     measured = [found for found in figures.values() if found["metric"]]
     errors = [found["standard_error"] or 0.0 for found in measured]
     return {
-        "harness": f"lm-eval {lm_eval.__version__}",
         "tasks": figures,
         "average": statistics.fmean(found["value"] for found in measured) if measured else None,
         "average_standard_error": math.hypot(*errors) / len(errors) if measured else None,
+        "parameters": model.num_parameters(),
     }
 
 
-def _figures(task, samples: list[dict]) -> dict[str, Any]:
+def _figures(task: Any, samples: list[dict]) -> dict[str, Any]:
     metric = next((name for name in ("acc_norm", "acc") if name in samples[0]["metrics"]), None)
     value, error = _mean([sample[metric] for sample in samples]) if metric else (None, None)
-    figures = {
-        "prompts": fingerprint([[sample["arguments"], sample["target"]] for sample in samples]),
+    gold = gold_error = bits = None
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        total = sum(_bits(sample["filtered_resps"][0]) for sample in samples)
+        bits = _finite(total / sum(len(sample["arguments"][0][0].encode()) for sample in samples))
+    else:
+        gold, gold_error = _mean([_gold_bits_per_byte(task, sample) for sample in samples])
+    return {
         "questions": len(samples),
         "metric": metric,
         "value": value,
         "standard_error": error,
-        "gold_bits_per_byte": None,
-        "gold_standard_error": None,
-        "bits_per_byte": None,
+        "gold_bits_per_byte": gold,
+        "gold_standard_error": gold_error,
+        "bits_per_byte": bits,
     }
-    if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        texts = [sample["arguments"][0][0] for sample in samples]
-        scores = [sample["filtered_resps"][0] for sample in samples]
-        figures["bits_per_byte"] = _bits(sum(scores)) / sum(len(text.encode()) for text in texts)
-    else:
-        answers = [_gold_bits_per_byte(task, sample) for sample in samples]
-        figures["gold_bits_per_byte"], figures["gold_standard_error"] = _mean(answers)
-    return figures
 
 
-def _gold_bits_per_byte(task, sample: dict) -> float:
+def _gold_bits_per_byte(task: Any, sample: dict) -> float:
     gold = 0
     if task.OUTPUT_TYPE == "multiple_choice":
         # Where the choices are contexts, as in Winogrande, it is the text that says which one is right.
@@ -180,11 +202,16 @@ def _bits(log_prob: float) -> float:
     return -log_prob / math.log(2)
 
 
-def _mean(values: list[float]) -> tuple[float, float | None]:
+def _mean(values: list[float]) -> tuple[float | None, float | None]:
     """(mean, its standard error), as the harness has them."""
     from lm_eval.api.metrics import mean_stderr
 
-    return sum(values) / len(values), mean_stderr(values) if len(values) > 1 else None
+    error = mean_stderr(values) if len(values) > 1 else math.nan
+    return _finite(sum(values) / len(values)), _finite(error)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 # ---- the table ----
@@ -198,17 +225,22 @@ def published_beside(parameters: int) -> tuple[str, dict[str, dict[str, float]]]
     return label, {method: dict(zip(NINE_TASKS, values, strict=True)) for method, values in methods}
 
 
-def print_tasks(result: dict[str, Any], model: str, parameters: int) -> None:
-    """The table of what run_tasks returned, beside the published figures of the nearest size."""
+def print_tasks(result: dict[str, Any]) -> None:
+    """The table of what run_tasks returned, of the "model" with the "harness", beside the published figures
+    of the nearest size."""
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    size, published = published_beside(parameters)
-    table = Table(title=Text(f"{printable(model)}: zero-shot tasks, {result['harness']}"))
-    table.add_column("task")
-    for heading in ("questions", "metric", "%", "bits/byte", *(f"{method} {size}" for method in published)):
-        table.add_column(heading, justify="right")
+    size, published = published_beside(result["parameters"])
+    title = f"{printable(result['model'])}, {result['harness']}; beside it the published students of {size}"
+    table = Table(title=Text(title), box=SIMPLE, padding=0)
+    table.add_column("task", no_wrap=True)
+    # In two lines, so that the table fits into 80 columns.
+    headings = [method.replace("-", "-\n").replace(" ", "\n") for method in published]
+    for heading in ("asked", "metric", "%", "bits/\nbyte", *headings):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, figures in result["tasks"].items():
         known = name.removeprefix(LOCAL)
         theirs = [f"{values[known]:.1f}" if known in values else "" for values in published.values()]

@@ -21,12 +21,14 @@ MAX_NEW_TOKENS = 2**20
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Loss and perplexity of a model on a held-out corpus, per domain."""
+    """Loss and perplexity of a model on a held-out corpus, per domain, and its answers to tasks."""
 
     model: str
     """The model: training output, checkpoint, local folder, Hugging Face id, or .gguf file."""
-    data: str
+    data: Optional[str] = None
     """The corpus folder to evaluate on."""
+    tasks: Tuple[str, ...] = ()
+    """Zero-shot tasks: names of lm-eval's (hellaswag, piqa, …) and .yaml files of one's own."""
     output: Optional[str] = None
     """A JSON file for the figures."""
     document_mask: bool = False
@@ -41,6 +43,7 @@ class EvaluateConfig:
     """Run code that comes with a model. Only for models that you trust."""
 
     def __post_init__(self):
+        require(bool(self.data or self.tasks), "give data, tasks, or both")
         require_texts(self)
         require_output(self.output)
         require_device(self.device)

@@ -1,4 +1,4 @@
-"""Stage 5, evaluate: the loss of a model on a held-out corpus, per domain.
+"""Stage 5, evaluate: the loss of a model on a held-out corpus, per domain, and its answers to tasks.
 
 The loss is the mean of −log p over the predicted positions (those whose input is not EOS), in nats per token,
 and the perplexity its exponential. Domains and the whole are weighted by tokens, not by chunks.
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..analysis.evaluation import read_evaluation, with_checksum
+from ..analysis.tasks import harness_version, load_tasks, print_tasks, questions_fingerprint, run_tasks
 from ..config import BATCH_TOKENS, EvaluateConfig
 from ..data.batches import IGNORE_INDEX, pack, prefetch, split_by_tokens
 from ..data.corpus import Corpus
@@ -28,39 +29,69 @@ from ..training.checkpoints import latest_checkpoint
 
 
 def evaluate(config: EvaluateConfig) -> dict:
-    """Print the table of losses, write it to `config.output` if given, and return what is written.
+    """Print the tables of losses and of tasks, write them to `config.output` if given, and return what is
+    written.
 
-    An output file of an equal evaluation (weights, corpus, document_mask, dtype) is taken as it is.
+    An output file of an equal evaluation (weights, corpus, document_mask, questions of the tasks, version of
+    lm-eval, dtype) is taken as it is.
 
     Returns:
         What analysis/evaluation.py describes: what was evaluated on what, the figures of the whole, and of
-        each domain.
+        each domain; without `data` none of that. With tasks also "harness", "asked" ({task: fingerprint of
+        its questions}) and what analysis.tasks.run_tasks returns.
     Raises:
-        UserError: the corpus, the model or the output file cannot be used, or model and corpus have different
-            tokens.
+        UserError: the corpus, the model, a task or the output file cannot be used, or model and corpus have
+            different tokens.
     """
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    corpus, folder = Corpus(config.data), latest_checkpoint(config.model)
-    if not corpus.manifest["predictions"]:
-        raise UserError(f"corpus {config.data} holds no token to predict: evaluate on another one")
-    identity = {
-        "model": Path(config.model).resolve().name if Path(config.model).exists() else config.model,
-        "weights": model_hash(folder),
-        "corpus": corpus.fingerprint,
-        "source": corpus.manifest["source"],
-        "document_mask": config.document_mask,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+    folder, corpus = latest_checkpoint(config.model), _read_corpus(config.data) if config.data else None
+    tasks = load_tasks(config.tasks) if config.tasks else {}
+    identity = _identity(config, folder, dtype, corpus, tasks)
     result = _read_equal(config.output, identity)
     if result is None:
         model = _load_model(config, folder, corpus, dtype, device)
-        result = with_checksum({**identity, **_all_figures(config, model, corpus, device)})
+        figures: dict[str, Any] = {}
+        if corpus:
+            figures |= _all_figures(config, model, corpus, device)
+        if tasks:
+            tokenizer = load_tokenizer(folder, config.trust_remote_code)
+            batch_tokens = config.batch_tokens or BATCH_TOKENS.on(device.type)
+            figures |= run_tasks(model, tokenizer, tasks, device, batch_tokens)
+        result = with_checksum({**identity, **figures})
         if config.output:
             Path(config.output).parent.mkdir(parents=True, exist_ok=True)
             write_json(config.output, result)
-    _print_table(result)
+    if corpus:
+        _print_table(result)
+    if tasks:
+        print_tasks(result)
     return result
+
+
+def _read_corpus(data: str) -> Corpus:
+    corpus = Corpus(data)
+    if not corpus.manifest["predictions"]:
+        raise UserError(f"corpus {data} holds no token to predict: evaluate on another one")
+    return corpus
+
+
+def _identity(
+    config: EvaluateConfig, folder: str, dtype: torch.dtype, corpus: Corpus | None, tasks: dict[str, Any]
+) -> dict[str, Any]:
+    """All that determines the figures."""
+    identity: dict[str, Any] = {
+        "model": Path(config.model).resolve().name if Path(config.model).exists() else config.model,
+        "weights": model_hash(folder),
+    }
+    if corpus:
+        identity |= {"corpus": corpus.fingerprint, "source": corpus.manifest["source"]}
+        identity["document_mask"] = config.document_mask
+    identity["dtype"] = str(dtype).removeprefix("torch.")
+    if tasks:
+        identity["harness"] = harness_version()
+        identity["asked"] = {name: questions_fingerprint(task) for name, task in tasks.items()}
+    return identity
 
 
 def _read_equal(output: str | None, identity: dict) -> dict | None:
@@ -75,19 +106,23 @@ def _read_equal(output: str | None, identity: dict) -> dict | None:
         raise UserError(
             f"output {output} holds something else than this evaluation: choose another --output or delete it"
         )
-    read_evaluation(output)  # as it was written
+    if "corpus" in identity:
+        read_evaluation(output)  # as it was written
+    elif found != with_checksum({key: value for key, value in found.items() if key != "checksum"}):
+        raise UserError(f"{output} is not as evaluate wrote it: delete it to evaluate again")
     print(printable(f"{output} is complete, nothing to do"))
     return found
 
 
 def _load_model(
-    config: EvaluateConfig, folder: str, corpus: Corpus, dtype: torch.dtype, device: torch.device
+    config: EvaluateConfig, folder: str, corpus: Corpus | None, dtype: torch.dtype, device: torch.device
 ) -> LanguageModel:
-    """The model in `folder`; UserError unless it goes with the corpus."""
-    own = load_tokenizer(folder, config.trust_remote_code)
-    check_same_tokens(load_tokenizer(corpus.tokenizer), own, config.model)
+    """The model in `folder`; UserError unless it goes with the corpus, if there is one."""
+    if corpus:
+        own = load_tokenizer(folder, config.trust_remote_code)
+        check_same_tokens(load_tokenizer(corpus.tokenizer), own, config.model)
     model = load_model(folder, dtype, device, config.trust_remote_code)
-    if len(model.head_weight) <= corpus.highest_id:
+    if corpus and len(model.head_weight) <= corpus.highest_id:
         raise UserError(
             f"model {config.model} knows {len(model.head_weight)} ids, corpus {config.data} has ids up to "
             f"{corpus.highest_id}: evaluate a model that was made for its tokenizer"

@@ -16,6 +16,7 @@ from miniplm.analysis.tasks import (
     load_tasks,
     print_tasks,
     published_beside,
+    questions_fingerprint,
     run_tasks,
 )
 from miniplm.data.tokenizer import load_tokenizer
@@ -183,23 +184,34 @@ def test_batches_change_nothing(task_files, tiny_model, tmp_path):
             assert large["tasks"][name][key] == (pytest.approx(value) if isinstance(value, float) else value)
 
 
-def test_prompts_are_told_apart(task_files, tiny_model, tmp_path):
-    folder = tiny_model(tmp_path / "model")
-    first = figures(folder, [task_files["both"]])["tasks"]["tiny_both"]["prompts"]
-    assert figures(folder, [task_files["both"]])["tasks"]["tiny_both"]["prompts"] == first
+def test_questions_are_told_apart(task_files, tmp_path):
+    def fingerprint(path):
+        (task,) = load_tasks([path]).values()
+        return questions_fingerprint(task)
+
+    first = fingerprint(task_files["both"])
+    assert fingerprint(task_files["both"]) == first
     config = yaml.safe_load(open(task_files["both"]))
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump(config | {"doc_to_text": "{{question}}?"}))
-    assert figures(folder, [str(tmp_path / "other.yaml")])["tasks"]["tiny_both"]["prompts"] != first
+    for change in (
+        {"doc_to_text": "{{question}}?"},
+        {"doc_to_choice": "{{choices[::-1]}}"},
+        {"doc_to_target": 0},
+        {"target_delimiter": ""},
+        {"metadata": {"version": 3.0}},
+    ):
+        (tmp_path / "other.yaml").write_text(yaml.safe_dump(config | change))
+        assert fingerprint(str(tmp_path / "other.yaml")) != first, change
 
 
 def test_the_table(task_files, tiny_model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("COLUMNS", "80")
     result = figures(tiny_model(tmp_path / "model"), [task_files["both"], task_files["text"]])
     result["tasks"] = {
         "local_piqa": result["tasks"]["tiny_both"],
+        "local_lambada_openai": result["tasks"]["tiny_both"] | {"questions": 10_042},
         "text\x1b[31m": result["tasks"]["tiny_text"],
     }
-    print_tasks(result, "run\x1b[31m", parameters=200_000_000)
+    print_tasks(result | {"model": "run\x1b[31m", "harness": "lm-eval 1", "parameters": 200_000_000})
     shown = capsys.readouterr().out
     assert "\x1b[31m" not in shown and r"\x1b" in shown
     (piqa,) = (line.split() for line in shown.splitlines() if "local_piqa" in line)
@@ -207,8 +219,10 @@ def test_the_table(task_files, tiny_model, tmp_path, capsys, monkeypatch):
     assert f"{value:.1f}" in piqa and f"{error:.1f}" in piqa and "acc_norm" in piqa
     assert [cell for cell in piqa if cell in ("61.8", "62.2", "63.3")] == ["61.8", "62.2", "63.3"]
     (mean,) = (line.split() for line in shown.splitlines() if "mean" in line)
-    assert "63.3" in mean  # of the published figures on the same tasks
-    assert "MiniPLM 203M" in " ".join(shown.split())
+    assert mean[-1] == f"{(63.3 + 35.4) / 2:.1f}"  # of the published figures on the same tasks
+    assert "students of 203M" in " ".join(shown.split())
+    (lambada,) = (line.split() for line in shown.splitlines() if "local_lambada_openai" in line)
+    assert lambada[1:3] == ["10,042", "acc_norm"] and lambada[-1] == "35.4"  # nothing is cut
 
 
 @pytest.mark.parametrize(

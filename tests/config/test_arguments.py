@@ -61,9 +61,8 @@ BOOLEANS = [
 @pytest.mark.parametrize(("settings", "name"), BOOLEANS)
 def test_every_boolean_stands_alone_or_takes_a_value_or_no(settings, name):
     schema = Schema(settings)
-    required = [f"--{each}=x" for each in schema.kinds if each not in schema.defaults] + ["--teacher=x"] * (
-        settings is config.ScoreConfig
-    )
+    one_of = {config.ScoreConfig: ["--teacher=x"], config.EvaluateConfig: ["--data=x"]}.get(settings, [])
+    required = [f"--{each}=x" for each in schema.kinds if each not in schema.defaults] + one_of
 
     def value(*flags):
         found = parse(settings, *required, *flags)
