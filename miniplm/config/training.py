@@ -61,7 +61,7 @@ class StudentConfig:
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         group = "model."
         require_count(self, "hidden_size", high=MAX_WIDTH, group=group)
         require_count(self, "intermediate_size", high=MAX_FEED_FORWARD, group=group)
@@ -108,7 +108,7 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; .inf: never."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         group = "optimizer."
         require_finite(self, "lr", "eps", positive=True, group=group)
         require_finite(self, "weight_decay", group=group)
@@ -132,7 +132,7 @@ class DistillConfig:
     temperature: float = 1.0
     """Both models' logits are divided by this in the KL divergence, which is not multiplied by its square."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(0 <= self.alpha <= 1, f"distill.alpha must be between 0 and 1, got {self.alpha}")
         require_finite(self, "temperature", positive=True, group="distill.")
         require_texts(self, group="distill.")
@@ -151,7 +151,7 @@ class CheckpointConfig:
     keep: int = 2
     """How many of the latest checkpoints to keep."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_count(self, "interval", "keep", high=MAX_STEPS, group="checkpoint.")
 
 
@@ -166,7 +166,7 @@ class EvalConfig:
     chunks: int = 1_000
     """Chunks of the evaluation corpus to evaluate on, from its start."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_count(self, "interval", high=MAX_STEPS, group="eval.")
         require_count(self, "chunks", group="eval.")
         require_texts(self, group="eval.")
@@ -235,7 +235,7 @@ class TrainConfig:
     profile: Optional[str] = None
     """Write a Chrome trace of three steps near the start to this file (.json or .json.gz)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_texts(self)
         require_output(self.output)
         require_device(self.device)

@@ -7,12 +7,15 @@ scored nor trained.
 
 import queue
 import threading
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 IGNORE_INDEX = -100
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def split_by_tokens(num_tokens, batch_tokens: int) -> list[slice]:
     return groups
 
 
-def prefetch(items, depth: int = 2):
+def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
     """Iterate over `items` while a background thread makes the next `depth`. An exception there is raised
     here."""
     ready, stop, end = queue.Queue(depth), threading.Event(), object()

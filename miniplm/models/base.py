@@ -1,6 +1,9 @@
 """LanguageModel: what every stage works with."""
 
-from torch import nn
+import os
+from typing import Any
+
+from torch import Tensor, nn
 
 
 class LanguageModel(nn.Module):
@@ -10,8 +13,26 @@ class LanguageModel(nn.Module):
     cu_seqlens[b]:cu_seqlens[b+1], empty ones allowed) and optionally max_seqlen, the length of the longest
     document or more. It returns the hidden states [T, d] after the final norm. Each document starts at
     position 0 and attends to itself only.
-    `head_weight` [V, d]: hidden @ head_weight.T are the logits. `config`: transformers' config.
     """
+
+    config: Any
+    """transformers' config."""
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, d]: hidden @ head_weight.T are the logits."""
+        raise NotImplementedError
+
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def flops_per_token(self, context: int) -> int:
+        """Forward FLOPs per token in documents of `context` tokens."""
+        raise NotImplementedError
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json, generation_config.json and the weights for transformers."""
+        raise NotImplementedError
 
     def num_parameters(self) -> int:
         """How many parameters there are; a tied head counts once."""

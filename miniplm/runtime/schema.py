@@ -31,8 +31,13 @@ def read_record(schema: type[AnyRecord], value: object, what: str, remedy: str) 
     try:
         return schema.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        message = "an object is expected" if first["type"] == "model_type" else first["msg"]
-        reason = f"{place}: {message}" if place else message
-        raise UserError(f"{what} ({' '.join(reason.split())[:MAX_SHOWN]}): {remedy}") from None
+        raise UserError(f"{what} ({reason_of(error)}): {remedy}") from None
+
+
+def reason_of(error: ValidationError) -> str:
+    """The first place that does not fit and why, in one line."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    message = "an object is expected" if first["type"] == "model_type" else first["msg"]
+    reason = f"{place}: {message}" if place else message
+    return " ".join(reason.split())[:MAX_SHOWN]

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,7 +48,7 @@ from ..training.step import Teacher, learning_rate, make_optimizer, num_targets
 class _Sources(NamedTuple):
     """Where the models come from; training outputs are resolved to their latest checkpoints."""
 
-    architecture: object | None  # transformers' config of a model from scratch
+    architecture: Any  # transformers' config of a model from scratch
     init_from: str | None
     teacher: str | None
 
@@ -73,7 +73,7 @@ def train(config: TrainConfig) -> None:
         print(f"training {output} is complete, nothing to do")
         return
     # Made before the output is claimed: weights that cannot be read must not leave a run behind.
-    model = None if checkpoint_folders(output) else _initial_model(config, setup, sources)
+    first_model = None if checkpoint_folders(output) else _initial_model(config, setup, sources)
     teacher = _load_teacher(config, setup, sources.teacher) if sources.teacher else None
     open_output(output, "train", setup.identity)
     _warn_of_long_warm_up(config, setup.steps)
@@ -86,7 +86,7 @@ def train(config: TrainConfig) -> None:
             model = load_model(checkpoint.folder, torch.float32, setup.device)
             _set_checkpointing(model, config)
         else:
-            state = TrainState()
+            state, model = TrainState(), first_model or _initial_model(config, setup, sources)
         model.eval()  # no dropout, as published; so a step depends on no random numbers
         optimizer = make_optimizer(model, config.optimizer)
         if checkpoint:
@@ -135,7 +135,8 @@ def _set_up(config: TrainConfig) -> tuple[Setup, _Sources]:
     init_from, teacher = (
         _resolve(name, corpus) if name else None for name in (config.init_from, config.distill.teacher)
     )
-    architecture, eval_batches = None, []
+    architecture: Any = None
+    eval_batches: list[Batch] = []
     if init_from:
         identity["init_from"] = model_hash(init_from)
     elif config.model_config:
@@ -162,7 +163,7 @@ def _resolve(name: str, corpus: Corpus) -> str:
     return resolved
 
 
-def _read_architecture(path: Path, corpus: Corpus) -> tuple[object, dict]:
+def _read_architecture(path: Path, corpus: Corpus) -> tuple[Any, dict]:
     """(transformers' config in a config.json, set for the corpus's tokenizer; the file's content)."""
     from transformers import AutoConfig
 
@@ -229,7 +230,7 @@ def _initial_model(config: TrainConfig, setup: Setup, sources: _Sources) -> Lang
     return model
 
 
-def _random_model(config: TrainConfig, architecture) -> LanguageModel:
+def _random_model(config: TrainConfig, architecture: Any) -> LanguageModel:
     with torch.random.fork_rng(devices=[]):  # on the CPU, so that every device starts from the same weights
         torch.manual_seed(config.seed)
         if not unsupported_reason(architecture):

@@ -6,7 +6,7 @@ it alone, so a run that was stopped and continued computes the same bits as one 
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import torch
@@ -75,7 +75,7 @@ class TrainingRun:
         self.last_saved_step = state.step
         self.step_times: list[tuple[float, int]] = []  # (seconds, tokens) of each step
         self.logged_step_times = 0  # how many of them are in a line of the metrics
-        self.batches: Iterator[list[Batch]]
+        self.batches: Generator[list[Batch], None, None]
         if metrics.last["step"] == state.step:  # this step's line was written after its checkpoint
             self.start_new_line()
 

@@ -1,5 +1,7 @@
 """How many tokens are trained on at a time."""
 
+from typing import Any
+
 import torch
 
 from ..config import MICRO_BATCH_TOKENS
@@ -18,7 +20,7 @@ def head_logits_bytes(model: LanguageModel, itemsize: int, num_models: int = 1) 
     return num_models * HEAD_CHUNK_TOKENS * len(model.head_weight) * itemsize
 
 
-def activation_bytes(config, itemsize: int, checkpointing: bool = False) -> int:
+def activation_bytes(config: Any, itemsize: int, checkpointing: bool = False) -> int:
     """Bytes per token that the forward pass of the decoder keeps for the backward pass.
 
     A layer keeps the residual stream at both norms in float32, and in the compute dtype: the norms' results,

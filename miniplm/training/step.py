@@ -155,7 +155,8 @@ def train_step(
         group["lr"] = lr
     # Where found_inf is 1 the fused step leaves all as it is: the device decides, the host need not wait
     # before it.
-    optimizer.found_inf = (~(total[0].isfinite() & grad_norm.isfinite())).float()
+    skip = (~(total[0].isfinite() & grad_norm.isfinite())).float()
+    optimizer.found_inf = skip  # type: ignore[attr-defined]
     optimizer.step()
     # The one wait for the device, with all of the step in its queue.
     norm, loss, *loss_components = torch.cat([grad_norm[None], total]).tolist()

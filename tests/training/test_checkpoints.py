@@ -171,10 +171,12 @@ def test_state_of_before_is_read():
     state = {"step": 3, "updates": 2, "tokens": 9, "skipped_in_a_row": 1, "grad_norm": None}
     state |= {"losses": [1.5], "line_step": 1}
     content = {"identity": "abcd", "state": state, "files": {}}
-    expected = TrainState(3, 2, 9, 1, None, [1.5], [], 1, None)
+    expected = TrainState(
+        step=3, optimizer_steps=2, tokens=9, skipped_in_a_row=1, losses=[1.5], last_logged_step=1
+    )
     assert state_from_json(content) == ("abcd", expected, {})
     later = {**content, "state": {**state, "parts": [[1.0, 0.5]], "micro_batch_tokens": 64}}
-    expected = dataclasses.replace(expected, loss_components=[[1.0, 0.5]], micro_batch_tokens=64)
+    expected = expected.model_copy(update={"loss_components": [[1.0, 0.5]], "micro_batch_tokens": 64})
     assert state_from_json(later)[1] == expected
     written = json.loads(json.dumps(state_to_json("abcd", expected, {})))
     assert state_from_json(written)[1] == expected
