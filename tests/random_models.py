@@ -1,5 +1,4 @@
-"""Tiny random models of many architectures and packed documents, for the tests of miniplm.decoder and
-miniplm.model."""
+"""Tiny random models of many architectures, packed documents, and training steps of transformers' models."""
 
 import copy
 
@@ -139,3 +138,29 @@ def transformers_logits(model, input_ids, cu_seqlens):
 
 def logits(model, input_ids, cu_seqlens, **options):
     return model(input_ids, cu_seqlens, **options) @ model.head_weight.T
+
+
+def text_batch(padded=False, seed=0):
+    """Two texts of 19 tokens; padded: the second has 12, right-padded."""
+    input_ids = documents([38], seed=seed)[0].view(2, 19)
+    labels, mask = input_ids.clone(), torch.ones_like(input_ids)
+    labels[0, :3] = -100
+    if padded:
+        input_ids[1, 12:], labels[1, 12:], mask[1, 12:] = 0, -100, 0
+    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+
+
+def training_step(model, **inputs):
+    """(loss, gradients by name) of a training step."""
+    model.zero_grad()
+    model.train()
+    output = model(**inputs)
+    output.loss.backward()
+    return output, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_equal_steps(one, two):
+    torch.testing.assert_close(one[0].loss, two[0].loss, rtol=1e-5, atol=0)
+    assert one[1].keys() == two[1].keys()
+    for name, gradient in one[1].items():
+        assert (gradient - two[1][name]).norm() <= 2e-4 * two[1][name].norm() + 1e-9, name

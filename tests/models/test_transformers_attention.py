@@ -1,20 +1,11 @@
 """attn_implementation="miniplm": transformers' models with and without it."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from random_models import ADAPTED, DECODED, SIZES, random_model
-from transformers import (
-    AutoModelForCausalLM,
-    DataCollatorWithFlattening,
-    Gemma2Config,
-    LlamaConfig,
-    MistralConfig,
-)
-from transformers.masking_utils import causal_mask_function
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, MistralConfig, Qwen2MoeConfig
 
-from miniplm.models import patching as huggingface
+from miniplm.models import transformers_attention
 
 MODELS = {
     name: (DECODED | ADAPTED)[name]
@@ -34,9 +25,9 @@ LENGTHS = [5, 1, 9, 4]
 @pytest.fixture
 def calls(monkeypatch):
     """The cu_seqlens of every call of flash_attention."""
-    seen, op = [], huggingface.flash_attention
+    seen, op = [], transformers_attention.flash_attention
     monkeypatch.setattr(
-        huggingface,
+        transformers_attention,
         "flash_attention",
         lambda q, k, v, bounds, *others: seen.append(bounds.tolist()) or op(q, k, v, bounds, *others),
     )
@@ -197,92 +188,36 @@ def test_a_window_longer_than_the_text():
 
 
 WINDOW = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=8)
-SOFTCAP = Gemma2Config(
-    **{**SIZES, "hidden_size": 32},
-    num_key_value_heads=2,
-    head_dim=8,
-    sliding_window=64,
-    attn_logit_softcapping=30.0,
-)
-LLAMA = LlamaConfig(**SIZES)
-BOUNDS = torch.tensor([0, 5, 9])
 
 
-@pytest.mark.parametrize(
-    "config, what, inputs",
-    [
-        (WINDOW, "window of 8 tokens", {}),
-        (ADAPTED["qwen2 sliding window"], "window of 8 tokens", {}),
-        (WINDOW, "window of 8 tokens", {"attention_mask": torch.tensor([[0, *[1] * 8]])}),
-        (WINDOW, "window of 8 tokens", {"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS}),
-        (SOFTCAP, "softcap", {}),
-        (LlamaConfig(**SIZES, attention_dropout=0.1), "dropout", {"train": True}),
-        (LLAMA, "a mask of shape", {"attention_mask": torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()}),
-        (LLAMA, "attention weights", {"output_attentions": True}),
-        (LLAMA, "several rows", {"rows": 2, "cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS}),
-        (
-            LLAMA,
-            "padding mask",
-            {
-                "attention_mask": torch.tensor([[0, *[1] * 8]]),
-                "cu_seq_lens_q": BOUNDS,
-                "cu_seq_lens_k": BOUNDS,
-            },
-        ),
-        (LLAMA, "cu_seq_lens_k unlike", {"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS[1:]}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_refusals(config, what, inputs):
-    inputs = dict(inputs)
-    model = random_model(config).train(inputs.pop("train", False))
-    model.set_attn_implementation("miniplm")
-    with pytest.raises(ValueError, match=f'attn_implementation="miniplm".*{what}'):
-        model(token_ids(inputs.pop("rows", 1), 9), use_cache=False, **inputs)
+@pytest.mark.parametrize("implementation", ["miniplm", "miniplm_or_sdpa"])
+def test_several_tokens_meet_a_cache_and_a_window(implementation, calls):
+    """Prompt lookup, and the next turn of a chat; the cache grows past the window."""
+    model, input_ids = random_model(WINDOW), token_ids(1, 6)
+    settings = dict(attention_mask=torch.ones_like(input_ids), do_sample=False, pad_token_id=0)
+    results = {}
+    for name in (implementation, "eager"):
+        model.set_attn_implementation(name)
+        looked_up = model.generate(input_ids, max_new_tokens=20, prompt_lookup_num_tokens=3, **settings)
+        turn = model(input_ids, use_cache=True)
+        turn = model(token_ids(1, 11), past_key_values=turn.past_key_values)
+        results[name] = looked_up, turn.logits
+    assert torch.equal(results[implementation][0], results["eager"][0])
+    torch.testing.assert_close(results[implementation][1], results["eager"][1], rtol=1e-4, atol=1e-4)
+    assert calls == [[0, 6]] * 2 * model.config.num_hidden_layers
 
 
-@pytest.mark.parametrize(
-    "what, arguments",
-    [
-        ("non-causal attention", {"module": SimpleNamespace(is_causal=False)}),
-        ("non-causal attention", {"is_causal": False}),
-        ("s_aux", {"s_aux": torch.zeros(2)}),
-        ("position_bias", {"position_bias": torch.zeros(1, 2, 4, 4)}),
-    ],
-)
-def test_refusals_of_the_attention(what, arguments):
-    arguments = {"module": SimpleNamespace(), **arguments}
-    with pytest.raises(ValueError, match=what):
-        huggingface.attention(
-            **dict.fromkeys(("query", "key", "value"), torch.randn(1, 2, 4, 8)),
-            attention_mask=None,
-            **arguments,
-        )
-
-
-@pytest.mark.parametrize(
-    "mask_function",
-    [
-        lambda b, h, q, k: (k <= q) | (k < 3),  # a prefix that sees all of itself
-        lambda b, h, q, k: (k <= q) & (q - k < 4),
-        lambda b, h, q, k: (
-            (k <= q) & ((q // 3 == k // 3) | (q < 3)) & ~((q == 5) & (k == 3))
-        ),  # blocks, one key left out
-        lambda b, h, q, k: (k <= q) & (k != q),
-    ],
-)
-def test_other_masks_are_refused(mask_function):
-    with pytest.raises(ValueError, match="causal attention within documents"):
-        huggingface.attention_mask_documents(1, q_length=9, kv_length=9, mask_function=mask_function)
-    with pytest.raises(ValueError, match="causal attention within documents"):
-        huggingface.attention_mask_documents(
-            1, q_length=9, kv_length=9, mask_function=lambda b, h, q, k: k <= q, use_vmap=True
-        )
-
-
-def test_the_mask_interface_of_transformers_5_0():
-    """There the queries come as cache_position."""
-    found = huggingface.attention_mask_documents(
-        2, cache_position=torch.arange(4), kv_length=4, kv_offset=0, mask_function=causal_mask_function
+def test_a_mask_that_no_layer_uses(calls):
+    """Qwen2-MoE makes a mask of its window, and has no layer with one."""
+    config = Qwen2MoeConfig(
+        **SIZES,
+        num_key_value_heads=2,
+        sliding_window=4,
+        num_experts=4,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
     )
-    assert found.cu_seqlens.tolist() == [0, 4, 8] and found.kept is None
+    model = random_model(config)
+    found = logits_and_gradients(model, "miniplm", input_ids=token_ids(2, 19))
+    assert calls == [[0, 19, 38]] * model.config.num_hidden_layers
+    assert_equal(found, logits_and_gradients(model, "eager", input_ids=token_ids(2, 19)))
