@@ -92,6 +92,7 @@ def rewrite(run, change):
     """Change the manifest of a training output, and its checkpoints so that they belong to it."""
     manifest = read_json(run / MANIFEST)
     change(manifest)
+    manifest.pop("checksum", None)
     write_json(run / MANIFEST, manifest)
     for checkpoint in run.glob("checkpoints/step-*"):
         seal(checkpoint, fingerprint(manifest["identity"]))

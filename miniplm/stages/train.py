@@ -37,6 +37,7 @@ from ..training.checkpoints import (
     find_checkpoint,
     latest_checkpoint,
     load_optimizer,
+    manifest_checksum,
 )
 from ..training.loop import Setup, TrainingRun
 from ..training.metrics import Metrics
@@ -281,6 +282,7 @@ def _finish(
         results["teacher"] = Path(teacher).resolve().name if Path(teacher).exists() else teacher
     summary = setup.corpus.manifest.items()
     results["corpus"] = {key: value for key, value in summary if key not in ("stage", "complete", "identity")}
+    results["checksum"] = manifest_checksum({"identity": setup.identity, **results})
     complete_output(config.output, results)
     figures = [
         text.format(value)

@@ -14,8 +14,9 @@ torch.distributed.checkpoint is not used: its .metadata file is a pickle, and no
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +29,7 @@ from .state import TrainState, state_from_json, state_to_json
 
 STATE_FILE, OPTIMIZER_FILE = "trainer_state.json", "optimizer.safetensors"
 OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq")  # AdamW's names
+UNCHECKED_KEYS = ("stage", "complete", "checksum")  # of the manifest
 STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -132,7 +134,16 @@ def read_training_output(name: str | Path) -> tuple[Checkpoint, dict]:
             f"checkpoint {folder} does not belong to the run whose manifest is in {run}: give it in its own "
             f"training output"
         )
+    if manifest.get("checksum") not in (None, manifest_checksum(manifest)):
+        raise UserError(
+            f"{run / MANIFEST} is not as it was written: run its train command again, which mends it"
+        )
     return checkpoint, manifest
+
+
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """Of a complete run's identity and results; manifests of before have none."""
+    return fingerprint({key: value for key, value in manifest.items() if key not in UNCHECKED_KEYS})
 
 
 # ---- writing and reading a checkpoint ----
@@ -186,10 +197,13 @@ def read_checkpoint(folder: Path, with_optimizer: bool = True) -> Checkpoint:
     if not (folder / STATE_FILE).exists():
         raise DamagedCheckpoint(folder, f"{STATE_FILE} is missing")
     try:
-        identity, state, files = state_from_json(read_json(folder / STATE_FILE))
-    except (ValueError, RecursionError) as error:  # a UserError is a ValueError
-        reason = " ".join(str(error).replace(f"{folder}/", "").split())[:200]
-        raise DamagedCheckpoint(folder, f"{STATE_FILE} is not as it was written: {reason}") from None
+        content = read_json(folder / STATE_FILE)
+    except UserError:
+        raise DamagedCheckpoint(folder, f"{STATE_FILE} is not as it was written: it is no JSON") from None
+    try:
+        identity, state, files = state_from_json(content)
+    except ValueError as error:
+        raise DamagedCheckpoint(folder, f"{STATE_FILE} is not as it was written: {error}") from None
     if not {OPTIMIZER_FILE, "config.json"} <= files.keys():
         raise DamagedCheckpoint(folder, f"{STATE_FILE} is not as it was written: it lacks files")
     match = STEP_FOLDER.fullmatch(folder.name)

@@ -21,7 +21,7 @@ def read_metrics(output: str | Path) -> list[dict]:
 
     A last line that a kill cut off is left out, and any other that is not as it was written, with a word.
     """
-    lines, damaged = _read_lines(metrics_file(output))
+    lines, damaged = read_lines(output)
     if damaged:
         note(f"{metrics_file(output)}: {damaged:,} damaged lines are left out")
     return [line for _, line in lines]
@@ -39,9 +39,14 @@ def latest_figures(
     }
 
 
-def _read_lines(path: Path) -> tuple[list[tuple[bytes, dict]], int]:
-    """([(bytes, line)], how many whole lines are damaged)."""
-    lines, damaged = [], 0
+def read_lines(output: str | Path) -> tuple[list[tuple[bytes, dict]], int]:
+    """([(bytes, line)] of the lines that are as they were written, how many others there are).
+
+    A last line that a kill cut off counts as neither.
+    """
+    path = metrics_file(output)
+    lines: list[tuple[bytes, dict]] = []
+    damaged = 0
     for text in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         if not text.endswith(b"\n"):  # where a kill cut it off
             continue
@@ -77,7 +82,7 @@ class Metrics:
 
     def __init__(self, output: str | Path, state: TrainState):
         path = metrics_file(output)
-        lines, damaged = _read_lines(path)
+        lines, damaged = read_lines(output)
         if damaged:
             note(f"{path}: {damaged:,} damaged lines are removed")
         kept = [(text, line) for text, line in lines if line["step"] <= state.step]

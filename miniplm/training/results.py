@@ -5,9 +5,9 @@ from pathlib import Path
 from ..runtime.artifacts import MANIFEST, open_output, read_manifest
 from ..runtime.errors import UserError
 from ..runtime.progress import note
-from .checkpoints import DamagedCheckpoint, checkpoint_folders, read_checkpoint
+from .checkpoints import DamagedCheckpoint, checkpoint_folders, manifest_checksum, read_checkpoint
 from .loop import Setup
-from .metrics import read_metrics
+from .metrics import read_lines
 from .state import TrainState
 from .step import LOSS_COMPONENTS
 
@@ -51,10 +51,15 @@ def _what_is_lost(output: Path, checkpoint: Path, setup: Setup) -> str | None:
         return f"checkpoint {checkpoint.name} is damaged ({error.reason})"
     if state.step != setup.steps:
         return "its last checkpoint is gone"
-    lines = read_metrics(output)
-    if not lines or lines[-1]["step"] != setup.steps:
+    lines, damaged = read_lines(output)
+    if damaged:
+        return f"{damaged:,} lines of its metrics are damaged"
+    last_line = lines[-1][1] if lines else {"step": 0}
+    if last_line["step"] != setup.steps:
         return "the last line of its metrics is gone"
     manifest = read_manifest(output, "train")
-    if any(manifest.get(name) != value for name, value in run_results(setup, state, lines[-1]).items()):
+    changed = manifest.get("checksum") not in (None, manifest_checksum(manifest))
+    results = run_results(setup, state, last_line)
+    if changed or any(manifest.get(name) != value for name, value in results.items()):
         return f"its {MANIFEST} does not hold its results"
     return None

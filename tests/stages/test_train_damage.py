@@ -120,8 +120,14 @@ def test_a_complete_run_mends_what_else_it_lost(done, whole, capsys):
     truncate(lines)
     mended("the last line of its metrics is gone")
     manifest = Path(done.output, "manifest.json")
-    manifest.write_text(manifest.read_text().replace('"skipped": 0', '"skipped": 4'))
-    mended("its manifest.json does not hold its results")
+    for key in ("skipped", "parameters", "max_length"):  # the last one's of the corpus
+        manifest.write_text(re.sub(rf'"{key}": \d+', f'"{key}": 77', manifest.read_text()))
+        export = ["export", "--checkpoint", done.output, "--output", done.output + "-model"]
+        assert main(export) == 2
+        assert f"{manifest} is not as it was written: run its train command again" in capsys.readouterr().err
+        mended("its manifest.json does not hold its results")
+    lines.write_bytes(lines.read_bytes() + b'{"step": 26, "loss": NaN}\n')
+    mended("1 lines of its metrics are damaged")
     lines.unlink()
     train(done)
     assert "the last lines up to step 24 are lost" in capsys.readouterr().err
