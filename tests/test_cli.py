@@ -54,7 +54,7 @@ def test_every_command_has_help(command, capsys):
         ),
         (["select", "--data", "d", "--scores", "s", "--output", ""], "output must not be empty"),
         (["export", "--checkpoint", "c", "--output", "."], "output must have a name of its own, got '.'"),
-        (["train", "--data", "d", "--output", "/dev/null"], "/dev/null is neither a folder nor a file"),
+        (["train", "--data", "d", "--output", "/dev/null"], "'/dev/null' is neither a folder nor a file"),
         (["train", "--data", "d", "--output", "o", "--device", "meta"], "device 'meta' is not known"),
         (
             ["train", "--data", "d", "--output", "o", "--optimizer.betas", "2", "3"],

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+from .fields import shown
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 MAX_BATCH_TOKENS = 2**24  # of one forward pass: more fits into no memory
@@ -87,21 +89,21 @@ def require_output(path: Optional[str], name: str = "output") -> None:
     """ValueError unless the path names a file or folder of its own, and no device, pipe or socket."""
     if path is None:
         return
-    require(Path(path).name not in ("", ".."), f"{name} must have a name of its own, got {path!r}")
+    require(Path(path).name not in ("", ".."), f"{name} must have a name of its own, got {shown(path)}")
     plain = os.path.isdir(path) or os.path.isfile(path) or not os.path.exists(path)
-    require(plain, f"{name} {path} is neither a folder nor a file: choose another")
+    require(plain, f"{name} {shown(path)} is neither a folder nor a file: choose another")
 
 
 def require_trace(path: Optional[str]) -> None:
     require_output(path, "profile")
     require(
         path is None or path.endswith((".json", ".json.gz")),
-        f"profile must be a .json or .json.gz file, got {path}",
+        f"profile must be a .json or .json.gz file, got {shown(path)}",
     )
 
 
 def require_device(device: str) -> None:
     require(
         re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", device) is not None,
-        f"device {device!r} is not known: give auto, cpu, cuda or cuda:1",
+        f"device {shown(device)} is not known: give auto, cpu, cuda or cuda:1",
     )

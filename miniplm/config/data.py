@@ -61,7 +61,7 @@ class PrepareConfig:
     shard_tokens: int = 33_554_432
     """Tokens per file of the corpus; a killed run continues after the last whole file."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_texts(self)
         require_output(self.output)
         require_count(self, "max_length", high=MAX_CHUNK_LENGTH)
@@ -113,7 +113,7 @@ class ScoreConfig:
     profile: Optional[str] = None
     """Write a Chrome trace of three batches near the start to this file (.json or .json.gz)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_texts(self)
         require_output(self.output)
         require(bool(self.teacher or self.reference), "give --teacher, --reference, or both")
@@ -146,7 +146,7 @@ class SelectConfig:
     """Choose at random with this seed instead of by score: the control experiment. Chunks without a finite
     score are left out here too."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_texts(self)
         require_output(self.output)
         rules = [name for name in ("ratio", "token_budget", "threshold") if getattr(self, name) is not None]

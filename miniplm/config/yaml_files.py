@@ -1,6 +1,7 @@
 """YAML from anywhere: what is ambiguous, or grows when it is read, is refused in one line."""
 
 import functools
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -31,26 +32,26 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         ValueError: the file cannot be read, is not a regular file, too large, not UTF-8, or holds no mapping;
             or as in `load`. The text begins with the path.
     """
-    path = Path(path)
+    shown = str(path) if str(path).isprintable() else repr(str(path))
     try:
-        if not path.exists():
-            raise ValueError(f"{path} does not exist")
-        if not path.is_file():
-            raise ValueError(f"{path} is not a file")
+        if not os.path.exists(path):  # never raises
+            raise ValueError(f"{shown} does not exist")
+        if not os.path.isfile(path):
+            raise ValueError(f"{shown} is not a file")
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+        raise ValueError(f"{shown} cannot be read ({error.strerror})") from None
     if len(content) > MAX_BYTES:
-        raise ValueError(f"{path} is larger than {MAX_BYTES // 1024} KiB, which no file of settings is")
+        raise ValueError(f"{shown} is larger than {MAX_BYTES // 1024} KiB, which no file of settings is")
     try:
         values = load(content.decode("utf-8"))
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
+        raise ValueError(f"{shown} is not UTF-8 text") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{shown}: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must map names to values")
+        raise ValueError(f"{shown} must map names to values")
     return values
 
 
