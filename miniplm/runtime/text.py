@@ -1,5 +1,9 @@
 """Text from anywhere on a terminal: names and messages may hold what a terminal obeys."""
 
+# For `keep`, where the text is not a name but something to read: line breaks, tabs, spaces of other widths,
+# and what joins or parts letters (Persian, emoji).
+IN_PROSE = "\n\t\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}\u200c\u200d"
+
 
 def printable(text: object, keep: str = "") -> str:
     """The text with all that is not to be seen written out instead of sent to the terminal.

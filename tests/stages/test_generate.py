@@ -61,6 +61,23 @@ def test_greedy_text_and_what_is_printed(tiny_model, tmp_path, capsys):
     assert capsys.readouterr().out == PROMPT + text + "\n"
 
 
+def test_what_a_terminal_obeys_is_written_out(tiny_model, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model(tmp_path / "model", tie_word_embeddings=False)
+    prompt, tokenizer = "\x1b[31mred\u202e\tx\a\n漢\u3000字\u200d🙂", load_tokenizer(model)
+    (escape,) = tokenizer("\x1b")["input_ids"]
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(model).model
+        hidden = base(**tokenizer(prompt, return_tensors="pt")).last_hidden_state[0, -1]
+    poison(model, "lm_head.weight", lambda weight: weight[escape].copy_(10 * hidden))
+    text, _ = greedy(model, prompt, 12)
+    assert text.startswith("\x1b") and run(model, prompt, temperature=0) == text
+    printed = capsys.readouterr().out
+    assert printed.startswith("\\x1b[31mred\\u202e\tx\\x07\n漢\u3000字\u200d🙂\\x1b")
+    assert "\x1b" not in printed and "\u202e" not in printed
+
+
 def test_sampling_is_seeded_and_bounded(tiny_model, tmp_path):
     model = tiny_model(tmp_path / "model")
     text, _ = greedy(model, PROMPT, 12)
@@ -69,7 +86,8 @@ def test_sampling_is_seeded_and_bounded(tiny_model, tmp_path):
     assert run(model, seed=1) == first
     assert len({first, *(run(model, seed=seed, temperature=1.5, top_p=1.0) for seed in range(4))}) == 5
     assert run(model, seed=1, top_p=1e-9, temperature=1.5) == text  # the likeliest token alone is left
-    assert run(model, seed=1, temperature=1e-3) == text
+    for temperature in (1e-3, 1e-7, 1e-40, 5e-324):  # by the last two logits cannot be divided
+        assert run(model, seed=1, temperature=temperature) == text
 
 
 def test_sampling_follows_the_temperature(tiny_model, tmp_path, monkeypatch):
