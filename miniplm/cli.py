@@ -87,7 +87,7 @@ def _run(command: str, *arguments: str) -> None:
         raise UserError(f"no such command; choose from {', '.join(COMMANDS)}")
     settings, module = COMMANDS[command]
     try:
-        parsed = config.from_arguments(settings, list(arguments), prog=f"miniplm {command}")
+        parsed: object = config.from_arguments(settings, list(arguments), prog=f"miniplm {command}")
     except ValueError as error:
         raise UserError(f"{error} (see miniplm {command} --help)") from None
     getattr(importlib.import_module(f".{module}", __package__), command)(parsed)

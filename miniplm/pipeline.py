@@ -89,7 +89,7 @@ def plan_stages(
         _check_name(name, known)
         try:
             stage, values = _with_output(values, output, name)
-            settings = config.from_dict(config.STAGES[stage], _resolve(values, known))
+            settings: object = config.from_dict(config.STAGES[stage], _resolve(values, known))
         except ValueError as error:
             raise UserError(f"stage {name!r}: {error}") from None
         planned.append(Planned(name, stage, settings))
@@ -99,8 +99,12 @@ def plan_stages(
 
 
 def _check_name(name: object, known: Mapping[str, str]) -> None:
-    plain = isinstance(name, str) and name.replace("-", "").replace("_", "").isalnum()
-    if not plain or len(name) > NAME_LENGTH or name in known:
+    if (
+        not isinstance(name, str)
+        or not name.replace("-", "").replace("_", "").isalnum()
+        or len(name) > NAME_LENGTH
+        or name in known
+    ):
         raise UserError(
             f"stage {config.shown(name)}: a name takes up to {NAME_LENGTH} letters, digits, - and _, and is "
             f"used once"

@@ -40,7 +40,7 @@ class Schema:
             self.aliases[prefix + old] = prefix + new
         for field in settings_of(config_class):
             name, kind = prefix + field.name, hints[field.name]
-            if is_dataclass(kind):
+            if isinstance(kind, type) and is_dataclass(kind):
                 self.groups[name] = kind
                 self._add(kind, f"{name}.")
                 continue

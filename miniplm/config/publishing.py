@@ -42,7 +42,7 @@ class EvaluateConfig:
     trust_remote_code: bool = False
     """Run code that comes with a model. Only for models that you trust."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(bool(self.data or self.tasks), "give data, tasks, or both")
         require_texts(self)
         require_output(self.output)
@@ -73,7 +73,7 @@ class GenerateConfig:
     trust_remote_code: bool = False
     """Run code that comes with a model. Only for models that you trust."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_texts(self, "prompt")
         require_device(self.device)
         require_count(self, "max_new_tokens", high=MAX_NEW_TOKENS)
@@ -109,7 +109,7 @@ class ExportConfig:
     private: bool = False
     """Make that repository private."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_texts(self)
         require_output(self.output)
 
@@ -123,7 +123,7 @@ class RunConfig:
     output: str
     """The folder under which each stage gets a folder of its own."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_texts(self)
 
 
@@ -134,5 +134,5 @@ class DemoConfig:
     output: str = "miniplm-demo"
     """The folder to write."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_texts(self)

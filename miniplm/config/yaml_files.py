@@ -100,15 +100,14 @@ def _construct(loader: Any, node: Any) -> Any:
 def _loader_class() -> Any:
     import yaml
 
-    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        pass
-
-    Loader.yaml_implicit_resolvers = {
+    base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    loader: Any = type("Loader", (base,), {})
+    loader.yaml_implicit_resolvers = {
         letter: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(NOT_RESOLVED)]
-        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        for letter, resolvers in base.yaml_implicit_resolvers.items()
     }
-    Loader.add_implicit_resolver(FLOAT_TAG, FLOAT, list("-+0123456789."))
-    return Loader
+    loader.add_implicit_resolver(FLOAT_TAG, FLOAT, list("-+0123456789."))
+    return loader
 
 
 def _check_depth(text: str) -> None:
@@ -116,6 +115,7 @@ def _check_depth(text: str) -> None:
     import yaml
 
     depth = 0
+    event: Any
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1

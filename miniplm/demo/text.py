@@ -17,11 +17,10 @@ from ..runtime.artifacts import complete_output, open_output
 from ..runtime.errors import UserError
 from ..runtime.files import atomic_folder, atomic_write, fingerprint
 
-DOMAIN_BYTES = (
-    1_200_000  # at most so much text per domain: enough to learn from, few enough for minutes on two cores
-)
+DOMAIN_BYTES = 1_200_000  # of text per domain at most: enough to learn from, few enough for minutes
 TEST_DATA_BYTES = 400_000  # numbers mostly, of a token per digit: more would fill half of the corpus
 TEST_DATA = {".txt", ".html", ".xml", ".json", ".toml", ".decTest"}
+LEFT_OUT = {"site-packages", "dist-packages", "pydoc_data", "test", "tests", "idle_test"}
 VOCABULARY = 2048
 SEED = 10
 
@@ -38,61 +37,64 @@ def write_text(folder: Path) -> Path:
     return path
 
 
-def _collect() -> dict:
+def _collect() -> dict[str, list[str]]:
+    """The texts of each domain."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    reference, docstrings, sources = [], [], []
+    docstrings, sources = _docstrings_and_sources(library)
+    domains = {
+        "language reference": _capped(_language_reference(), DOMAIN_BYTES),
+        "docstrings": _capped(docstrings, DOMAIN_BYTES),
+        "sources": _capped(sources, DOMAIN_BYTES),
+        "test data": _capped(_test_data(library), TEST_DATA_BYTES),
+    }
+    return {name: texts for name, texts in domains.items() if texts}
+
+
+def _language_reference() -> list[str]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
         raise UserError(
             "this Python has no pydoc_data: install the full standard library of Python"
         ) from None
-    reference.extend(topics[name] for name in sorted(topics))
+    return [topics[name] for name in sorted(topics)]
+
+
+def _docstrings_and_sources(library: Path) -> tuple[list[str], list[str]]:
+    """(the docstrings of each module of the standard library, its source without them)."""
+    docstrings, sources = [], []
     for path in sorted(library.rglob("*.py")):
-        if {"site-packages", "dist-packages", "pydoc_data", "test", "tests", "idle_test"} & set(
-            path.relative_to(library).parts
-        ):
+        if LEFT_OUT & set(path.relative_to(library).parts):
             continue
         try:
-            text = path.read_text(encoding="utf-8")
-            found, rest = _split_docstrings(text)
+            found, rest = _split_docstrings(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, SyntaxError, ValueError):
             continue  # a file that this Python itself would not read
         if found:
             docstrings.append(found)
         sources.append(rest)
-    tests = [
-        path.read_bytes()
-        for path in sorted((library / "test").rglob("*"))
-        if path.suffix in TEST_DATA and path.is_file()
-    ]
-    data = [text for text in (_decode(content) for content in tests) if text]
-    domains = {
-        "language reference": reference,
-        "docstrings": docstrings,
-        "sources": sources,
-        "test data": data,
-    }
-    return {
-        name: _capped(texts, TEST_DATA_BYTES if texts is data else DOMAIN_BYTES)
-        for name, texts in domains.items()
-        if texts
-    }
+    return docstrings, sources
 
 
-def _decode(content: bytes):
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
+def _test_data(library: Path) -> list[str]:
+    """The data files of Python's own tests that are text."""
+    texts = []
+    for path in sorted((library / "test").rglob("*")):
+        if path.suffix in TEST_DATA and path.is_file():
+            try:
+                texts.append(path.read_bytes().decode("utf-8"))
+            except UnicodeDecodeError:
+                continue
+    return [text for text in texts if text]
 
 
-def _capped(texts: list, limit: int) -> list:
+def _capped(texts: list[str], limit: int) -> list[str]:
     """A seeded random choice of the texts, `limit` bytes long at most; one text gives a tenth of that at
     most."""
     texts = [text[: limit // 10] for text in texts]
     random.Random(SEED).shuffle(texts)
-    kept, size = [], 0
+    kept: list[str] = []
+    size = 0
     for text in texts:
         size += len(text.encode())
         if size > limit and kept:
@@ -106,12 +108,13 @@ def _split_docstrings(text: str) -> tuple[str, str]:
     lines = text.splitlines(keepends=True)
     found = []
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (
-            docstring := ast.get_docstring(node)
-        ):
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        docstring = ast.get_docstring(node)
+        if docstring:
             found.append(f"{getattr(node, 'name', 'module')}\n\n{docstring}\n")
             statement = node.body[0]
-            for number in range(statement.lineno - 1, statement.end_lineno):
+            for number in range(statement.lineno - 1, statement.end_lineno or statement.lineno):
                 lines[number] = ""
     return "\n".join(found), "".join(lines)
 

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from types import TracebackType
 
 from tqdm import tqdm
 
@@ -23,26 +24,28 @@ class Progress:
     `done` is what an earlier run had finished (it does not count for the rate).
     """
 
-    def __init__(self, label: str, total: int | None, unit: str = "tokens", done: int = 0):
+    def __init__(self, label: str, total: int | None, unit: str = "tokens", done: int = 0) -> None:
         self.label, self.total, self.unit, self.done, self.first = label, total, unit, done, done
         self.text, self.start = "", time.monotonic()
         self.logged = self.start
-        self.bar = None
+        self.bar: tqdm | None = None
         if sys.stderr.isatty():
             self.bar = tqdm(
                 total=total, initial=done, desc=label, unit=f" {unit}", unit_scale=True, dynamic_ncols=True
             )
 
-    def __enter__(self):
+    def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bar is not None:
             self.bar.close()
         elif kind is None and self.done > self.first:
             self._line()
 
-    def update(self, n: int):
+    def update(self, n: int) -> None:
         self.done += n
         if self.bar is not None:
             self.bar.update(n)
@@ -50,12 +53,12 @@ class Progress:
             self.logged = time.monotonic()
             self._line()
 
-    def note(self, text: str):
+    def note(self, text: str) -> None:
         self.text = text
         if self.bar is not None:
             self.bar.set_postfix_str(text)
 
-    def _line(self):
+    def _line(self) -> None:
         seconds = max(time.monotonic() - self.start, 1e-9)
         rate = (self.done - self.first) / seconds
         line = (
