@@ -197,7 +197,8 @@ def _write_model(checkpoint: Path, dtype: str, folder: Path) -> None:
     )
     save_tokenizer(tokenizer, folder)
     model.config.save_pretrained(folder)
-    if model.config.model_type == "qwen2" and not _cut_alike(folder, tokenizer):
+    is_qwen2 = model.config.model_type == "qwen2"
+    if isinstance(model, Decoder) and is_qwen2 and not _cut_alike(folder, tokenizer):
         note(
             "transformers cuts text for any qwen2 model as Qwen2's tokenizer does, the corpus's tokenizer "
             "does otherwise: the model is written as the Llama model that computes the same"
@@ -253,7 +254,7 @@ def _write_for_transformers_4(folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def _cut_alike(folder: Path, tokenizer) -> bool:
+def _cut_alike(folder: Path, tokenizer: Any) -> bool:
     """Does AutoTokenizer, which goes by the model's type, cut text as `tokenizer` does?
 
     transformers 5 builds the tokenizer of a qwen2 folder as Qwen2Tokenizer, with its own rules for cutting
@@ -288,11 +289,12 @@ def _as_llama(model: Decoder) -> Decoder:
         "bos_token_id",
         "eos_token_id",
     )
-    head_dim = model.model.layers[0].self_attn.head_dim
+    weights = model.state_dict()
+    head_dim = len(weights["model.layers.0.self_attn.q_proj.weight"]) // config.num_attention_heads
     llama = Decoder(
         LlamaConfig(**{name: getattr(config, name) for name in kept}, head_dim=head_dim, attention_bias=True)
     )
-    missing, unexpected = llama.load_state_dict(model.state_dict(), strict=False)
+    missing, unexpected = llama.load_state_dict(weights, strict=False)
     assert not unexpected and all(name.endswith("o_proj.bias") for name in missing)  # which start at 0
     return llama.to(model.head_weight.dtype)
 
@@ -305,7 +307,7 @@ def _push(config: ExportConfig, folder: Path, card: Callable[[str], str]) -> Non
     there."""
     from huggingface_hub import HfApi
 
-    def ask(method: Callable, *args, **settings) -> Any:
+    def ask(method: Callable, *args: Any, **settings: Any) -> Any:
         try:
             return method(*args, **settings)
         except Exception as error:  # the HTTP library's too, which is another one from version to version
