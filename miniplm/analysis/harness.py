@@ -4,6 +4,9 @@ Imported only where tasks are run: it needs the package lm-eval (pip install min
 tokens as in the harness's own model for transformers, so the same requests give the same answers.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -27,7 +30,7 @@ class PackedLM(TemplateLM):
         batch_tokens: of a packed batch.
     """
 
-    def __init__(self, model: LanguageModel, tokenizer, device: torch.device, batch_tokens: int):
+    def __init__(self, model: LanguageModel, tokenizer: Any, device: torch.device, batch_tokens: int):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.batch_tokens = batch_tokens
@@ -44,17 +47,17 @@ class PackedLM(TemplateLM):
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """The tokenizer's ids; with a BOS where the tokenizer adds one and the text has none yet."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
-    def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """As the base class has it, whose own bar only shows the tokenizer."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """log p of whole texts, each token once, in windows of ROLLING_WINDOW tokens."""
         windows, lengths = [], []
         for request in requests:
@@ -72,11 +75,13 @@ class PackedLM(TemplateLM):
         )
         return [float(part.sum()) for part in scores.split(lengths)]
 
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         raise NotImplementedError("tasks that generate text are refused before they run")
 
     @torch.inference_mode()
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
         """For each request (texts, context ids, continuation ids): log p of the continuation, and whether
         each of its tokens is the likeliest."""
         longest = max((len(continuation) for *_, continuation in requests), default=0)
@@ -97,7 +102,9 @@ class PackedLM(TemplateLM):
                 progress.update(sum(lengths[group]))
         return [answers[index] for index in range(len(requests))]
 
-    def _answers(self, batch: list[int], ids: list[list[int]], requests) -> list[tuple[float, bool]]:
+    def _answers(
+        self, batch: list[int], ids: list[list[int]], requests: Sequence[Any]
+    ) -> list[tuple[float, bool]]:
         """(log p, greedy) of the requests of one packed batch."""
         inputs = [ids[index][:-1] for index in batch]
         asked = [len(requests[index][2]) for index in batch]  # the last so many of each

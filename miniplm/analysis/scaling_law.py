@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -26,6 +26,8 @@ MIN_POINTS = 4  # one more than the law has constants: what is left over measure
 MAX_FINAL_LR_RATIO = 0.1  # of the peak: a schedule that ends higher has not decayed
 EXPONENTS = (1e-3, 4.0)  # α is sought between these
 GRID, REFINEMENTS = 40, 5  # values of α per search, and searches between the neighbours of the best
+
+Numbers: TypeAlias = float | np.ndarray
 
 
 class Point(NamedTuple):
@@ -65,7 +67,8 @@ class ScalingLaw:
 
     def loss_interval(self, flops: float) -> Interval:
         """The interval of the curve at this cost (a single run lies around the curve with `noise`)."""
-        return self._interval(_loss(*self.resampled.T, flops))
+        log_amplitude, exponent, limit = self.resampled.T
+        return self._interval(_loss(log_amplitude, exponent, limit, flops))
 
     def flops_for(self, loss: float) -> float:
         """The cost at which the curve reaches a loss, in FLOPs. UserError at L∞ or below."""
@@ -195,7 +198,7 @@ def _check(points: Sequence[Point]) -> None:
         )
 
 
-def _loss(log_amplitude, exponent, irreducible_loss, flops):
+def _loss(log_amplitude: Numbers, exponent: Numbers, irreducible_loss: Numbers, flops: Numbers) -> np.ndarray:
     """The law, for constants or costs that are arrays too."""
     return np.exp(log_amplitude - exponent * np.log(flops)) + irreducible_loss
 

@@ -69,7 +69,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names = [part for name in names for part in ([name] if _is_file(name) else name.split(","))]
     files_only = all(map(_is_file, names))  # then the harness need not look through its own, which takes long
-    manager, loaded = TaskManager(include_defaults=not files_only), {}
+    manager, loaded = TaskManager(include_defaults=not files_only), dict[str, Any]()
     for name in dict.fromkeys(names):
         if _is_file(name) and not Path(name).is_file():
             raise UserError(f"task file {name} does not exist")

@@ -9,7 +9,7 @@ normalise text to NFC, as Qwen's tokenizer does.
 import importlib.util
 import json
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from torch import Tensor
@@ -35,7 +35,7 @@ WORD_RULES: dict[str, tuple[list[tuple[str, object]], bool]] = {
 MAX_FLOAT16 = 65_504.0
 
 
-def write_gguf(model: Decoder, tokenizer, path: str | Path, encoding: Encoding, name: str) -> None:
+def write_gguf(model: Decoder, tokenizer: Any, path: str | Path, encoding: Encoding, name: str) -> None:
     """Write a model and its tokenizer to one GGUF file.
 
     Args:
@@ -68,6 +68,7 @@ def write_gguf(model: Decoder, tokenizer, path: str | Path, encoding: Encoding, 
         )
         for parameter, tensor in model.state_dict().items():
             found = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
+            assert found, parameter
             _add_tensor(writer, found, _reordered(parameter, tensor, model.config), encoding)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -90,10 +91,11 @@ def _reason_against(model: Decoder) -> str | None:
 # ---- the architecture ----
 
 
-def _add_architecture(writer, model: Decoder, encoding: Encoding) -> None:
+def _add_architecture(writer: Any, model: Decoder, encoding: Encoding) -> None:
     import gguf
 
-    config, head_dim = model.config, model.model.layers[0].self_attn.head_dim
+    layers: Any = model.model["layers"]
+    config, head_dim = model.config, layers[0].self_attn.head_dim
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -111,7 +113,7 @@ def _add_architecture(writer, model: Decoder, encoding: Encoding) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _reordered(parameter: str, tensor: Tensor, config) -> Tensor:
+def _reordered(parameter: str, tensor: Tensor, config: Any) -> Tensor:
     """The rows of a Llama's q and k as llama.cpp rotates them: pairs side by side, where transformers has the
     halves of a head one after the other."""
     if config.model_type != "llama" or not parameter.endswith(("q_proj.weight", "k_proj.weight")):
@@ -120,7 +122,7 @@ def _reordered(parameter: str, tensor: Tensor, config) -> Tensor:
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def _add_tensor(writer, name: str, tensor: Tensor, encoding: Encoding) -> None:
+def _add_tensor(writer: Any, name: str, tensor: Tensor, encoding: Encoding) -> None:
     import gguf
 
     values = tensor.detach().float().cpu().contiguous().numpy()
@@ -139,7 +141,7 @@ def _add_tensor(writer, name: str, tensor: Tensor, encoding: Encoding) -> None:
 # ---- the tokenizer ----
 
 
-def _vocabulary(tokenizer, rows: int) -> dict:
+def _vocabulary(tokenizer: Any, rows: int) -> dict:
     """The tokenizer as llama.cpp wants it: {"tokens": of every row of the embedding, "types", "merges",
     "rules": the name of its way of cutting words}."""
     import gguf
@@ -200,7 +202,7 @@ def _steps(pre_tokenizer: dict | None) -> list[tuple[str, object]]:
     return [("unknown", pre_tokenizer)]
 
 
-def _add_tokenizer(writer, vocabulary: dict, tokenizer, config) -> None:
+def _add_tokenizer(writer: Any, vocabulary: dict, tokenizer: Any, config: Any) -> None:
     writer.add_tokenizer_model("gpt2")  # byte-level BPE
     writer.add_tokenizer_pre(vocabulary["rules"])
     writer.add_token_list(vocabulary["tokens"])
