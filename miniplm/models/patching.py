@@ -252,7 +252,7 @@ def _patched_class(original: type[nn.Module], compute: Callable[..., Any]) -> ty
             return type(self).forward(self, *args, **kwargs)
         return compute(self, *args, **kwargs)
 
-    forward.__signature__ = inspect.signature(compute)
+    forward.__signature__ = inspect.signature(original.forward)
     members = {"forward": forward, "transformers_class": original, "__module__": __name__}
     patched = type(original.__name__, (original,), members)
     return patched

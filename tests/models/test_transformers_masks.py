@@ -1,10 +1,16 @@
 """The masks of attn_implementation="miniplm", from transformers' mask functions."""
 
+import inspect
+
 import pytest
 import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from miniplm.models.transformers_masks import Documents, boolean_mask, documents_mask, documents_or_sdpa_mask
+
+# Nine queries and keys, for whichever interface transformers has (see documents_mask).
+NEW_INTERFACE = "q_length" in inspect.signature(sdpa_mask).parameters
+SIZES = dict(kv_length=9) | (dict(q_length=9) if NEW_INTERFACE else dict(cache_position=torch.arange(9)))
 
 
 def packed(*lengths):
@@ -26,14 +32,14 @@ OTHER_MASKS = [
 @pytest.mark.parametrize("mask_function", OTHER_MASKS)
 def test_other_masks(mask_function):
     """They are told, for the layer that uses them to refuse; "sdpa" gets its own mask."""
-    arguments = dict(q_length=9, kv_length=9, mask_function=mask_function)
+    arguments = dict(**SIZES, mask_function=mask_function)
     assert documents_mask(1, **arguments).unlike == "a mask that is not causal within documents"
     found = documents_or_sdpa_mask(1, **arguments, allow_is_causal_skip=False)
     assert torch.equal(found, sdpa_mask(1, **arguments, allow_is_causal_skip=False))
 
 
 def test_a_mask_of_the_users_own():
-    arguments = dict(q_length=9, kv_length=9, mask_function=lambda b, h, q, k: k <= q)
+    arguments = dict(**SIZES, mask_function=lambda b, h, q, k: k <= q)
     assert documents_mask(1, **arguments).unlike == ""
     assert documents_mask(1, **arguments, use_vmap=True).unlike != ""
 
@@ -54,7 +60,7 @@ def test_documents_of_every_shape(function, padding):
     if padding is not None:
         mask = torch.ones(2, 9, dtype=torch.bool)
         mask[1, padding] = False
-    arguments = dict(q_length=9, kv_length=9, mask_function=function, attention_mask=mask)
+    arguments = dict(**SIZES, mask_function=function, attention_mask=mask)
     expected = sdpa_mask(2, **arguments, allow_is_causal_skip=False).expand(2, 1, 9, 9)
     traced = torch.compile(lambda: documents_mask(2, **arguments), fullgraph=True, backend="eager")()
     kept = torch.ones(2, 9, dtype=torch.bool) if mask is None else mask
@@ -68,7 +74,7 @@ def test_documents_of_every_shape(function, padding):
 
 def test_another_mask_while_tracing():
     """What can be seen without values is told; the rest fails when it runs."""
-    window = dict(q_length=9, kv_length=9, mask_function=OTHER_MASKS[1])
+    window = dict(**SIZES, mask_function=OTHER_MASKS[1])
     compiled = torch.compile(
         lambda **others: documents_mask(1, **window, **others), fullgraph=True, backend="eager"
     )
