@@ -40,6 +40,7 @@ from ..training.checkpoints import (
     manifest_checksum,
 )
 from ..training.loop import Setup, TrainingRun
+from ..training.memory import check_weights_fit
 from ..training.metrics import Metrics
 from ..training.results import is_complete, run_results
 from ..training.state import TrainState
@@ -233,11 +234,14 @@ def _initial_model(config: TrainConfig, setup: Setup, sources: _Sources) -> Lang
 
 def _random_model(config: TrainConfig, architecture: Any) -> LanguageModel:
     with torch.random.fork_rng(devices=[]):  # on the CPU, so that every device starts from the same weights
-        torch.manual_seed(config.seed)
         if not unsupported_reason(architecture):
+            with torch.device("meta"):  # sizes without memory
+                check_weights_fit(Decoder(architecture).num_parameters())
+            torch.manual_seed(config.seed)
             return Decoder(architecture)
         from transformers import AutoModelForCausalLM
 
+        torch.manual_seed(config.seed)
         model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
         return TransformersLM(model, str(config.model_config))
 

@@ -51,6 +51,7 @@ def test_bad_input_leaves_nothing_behind(config, tiny_tokenizer, tiny_model, tmp
     unknown = tmp_path / "unknown.json"
     unknown.write_text(json.dumps({"model_type": "no-such-model", "vocab_size": 500}))
     (tmp_path / "text.json").write_text("{model")
+    huge = replace(STUDENT, hidden_size=2**16, intermediate_size=2**18, num_hidden_layers=64, head_dim=64)
     for changed, message in [
         (dict(data=str(tmp_path / "missing")), "does not exist"),
         (dict(data=nothing), "holds no token to predict"),
@@ -58,6 +59,7 @@ def test_bad_input_leaves_nothing_behind(config, tiny_tokenizer, tiny_model, tmp
         (dict(eval=EvalConfig(data=other)), "different tokenizers"),
         (dict(batch_tokens=32), "batch_tokens 32 is below the longest chunk"),
         (dict(model=replace(STUDENT, vocab_size=499)), "vocab_size 499"),
+        (dict(model=huge), r"[\d,]{15} parameters takes [\d,.]+ GB for its weights alone, this machine has"),
         (dict(init_from=str(tmp_path / "missing")), "missing"),
         (dict(init_from=str(broken)), "model.safetensors is not a whole"),
         (dict(init_from=str(reordered)), "the tokenizer of .*reordered is not the corpus's"),
