@@ -8,7 +8,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(C
 UV ?= $(shell command -v uv >/dev/null && ! $(PYTHON) -m pip config list 2>/dev/null | grep -Eq 'index|find-links|constraint' && echo uv)
 SOURCES := setup.py pyproject.toml $(CONSTRAINTS) Makefile
 
-.PHONY: demo test test-fast test-oldest test-newest lint typecheck bench peers clean
+.PHONY: demo test test-fast test-oldest test-newest lint typecheck bench clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/miniplm demo
@@ -44,10 +44,6 @@ typecheck: $(VENV)/installed-test
 bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/score.py --rows 16
 	$(VENV)/bin/python benchmarks/prepare.py --megabytes 8
-
-# Other people's models, trainers and tools on our operations.
-peers: $(VENV)/installed-test
-	$(VENV)/bin/python tests/peers/run.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'

@@ -113,7 +113,7 @@ def _combine_kernel(
                 onehot = tl.where(c == target, (1 - alpha) * unit, 0.0)
                 gradient = p_scale * p + q_scale * e - r_scale * e_teacher - onehot
                 tl.store(e_ptr + c, gradient.to(e_ptr.dtype.element_ty), mask=c < V)
-        if tl.sum(lost) > (LOST if e_ptr.dtype.element_ty == tl.float32 else LOST_16) * teacher_total:
+        if tl.sum(lost) > teacher_total * (LOST if e_ptr.dtype.element_ty == tl.float32 else LOST_16):
             tl.store(flag_ptr, 1)  # whoever does it, writes the same
         logit = tl.load(logit_ptr + t)
         offset = tl.load(offset_ptr + t) + temperature * tl.log2(unit) * LN_2

@@ -8,12 +8,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
 
+import atexit
 import random
+import shutil
 import sys
+import tempfile
 
 import pytest
 import torch
 from texts import make_text
+
+os.environ["MINIPLM_CACHE"] = tempfile.mkdtemp(prefix="miniplm-tests-")  # not the user's
+atexit.register(shutil.rmtree, os.environ["MINIPLM_CACHE"], ignore_errors=True)
 
 if not torch.cuda.is_available():
     os.environ.setdefault(

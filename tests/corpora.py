@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 
 from miniplm.data.corpus import write_dataset_files, write_shard
 from miniplm.data.scores import SCORE_COLUMNS
-from miniplm.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from miniplm.data.tokenizer import content_fingerprint, load_tokenizer, tokenizer_fingerprint
+from miniplm.data.verify import without_layout
 from miniplm.runtime.artifacts import complete_output, open_output, read_manifest
 from miniplm.runtime.files import fingerprint
 
@@ -27,7 +28,13 @@ def write_corpus(folder, chunks, tokenizer, domains=None, files=None, with_score
         manifest: what its manifest is to say instead of the truth.
     """
     domains = domains or ["default"] * len(chunks)
-    open_output(folder, "prepare", {"made": fingerprint([chunks, domains])})
+    loaded = load_tokenizer(str(tokenizer))
+    eos, text = loaded.eos_token_id, Path(tokenizer, "tokenizer.json").read_text(encoding="utf-8")
+    identity = {
+        "made": fingerprint([chunks, domains]),
+        "tokenizer": content_fingerprint(without_layout(text), eos),
+    }
+    open_output(folder, "prepare", identity)
     ends = np.cumsum(files or [len(chunks)]).tolist()
     assert ends[-1] == len(chunks)
     lengths = [len(ids) for ids in chunks]
@@ -42,8 +49,6 @@ def write_corpus(folder, chunks, tokenizer, domains=None, files=None, with_score
             columns |= {name: pa.array(lengths[start:end], pa.float32()) for name in SCORE_COLUMNS}
         hashes.append(write_shard(folder, number, columns))
     shutil.copytree(tokenizer, Path(folder) / "tokenizer")
-    loaded = load_tokenizer(str(tokenizer))
-    eos = loaded.eos_token_id
     results = {
         "fingerprint": write_dataset_files(folder, hashes, with_scores),
         "rows": len(chunks),
@@ -94,6 +99,7 @@ def write_scores(folder, corpus, teacher=None, reference=None, order=None, file_
             columns["score"] = columns["teacher_log_prob"] - columns["reference_log_prob"]
     rows = len(next(iter(columns.values())))
     order = np.arange(rows) if order is None else np.asarray(order)
+    scored = np.int32([sum(token != 0 for token in ids[:-1]) for ids in chunks_of(corpus)])
     claimed = {
         "corpus": read_manifest(corpus)["fingerprint"],
         "teacher": "t" if teacher is not None else None,
@@ -105,7 +111,7 @@ def write_scores(folder, corpus, teacher=None, reference=None, order=None, file_
     open_output(folder, "score", claimed | identity)
     for number, start in enumerate(range(0, len(order), file_rows)):
         part = order[start : start + file_rows]
-        table = {"index": part, "num_tokens": np.int32(part + 1)}
+        table = {"index": part, "num_tokens": scored[part]}
         table |= {name: values[part] for name, values in columns.items()}
         pq.write_table(pa.table(table), Path(folder) / f"scores-{number:05d}.parquet")
     complete_output(folder, {"teacher": "big", "reference": "small", "vocab_size": 999, "rows": rows})

@@ -1,144 +1,204 @@
-"""The house stays in order: imports go one way, importing is light, the README's tree is the disk's."""
+"""The house stays in order: imports go downwards only, a format has one owner, files and functions are short,
+and the README's tree is the disk's."""
 
 import ast
 import re
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from source_tree import PACKAGE, ROOT, imports, parse, python_files, room
 
-ROOT = Path(__file__).parents[1]
-# module → level; a module imports only from lower levels, so stages never import one another
+# room → level; what is in a room imports only from its own and from lower ones, and stages never one another
 LEVELS = {
-    "artifacts": 0,
-    "config": 0,
-    "progress": 0,
-    "signals": 0,
-    "hardware": 0,
-    "batches": 1,
-    "storage": 1,
-    "tokenizer": 1,
-    "sources": 1,
-    "checkpoints": 1,
-    "processes": 1,
-    "float8": 1,
-    "trace": 1,
-    "demo_text": 2,
-    "data_order": 2,
-    "decoder": 2,
-    "model": 3,
+    "runtime": 0,
+    "config": 1,
+    "kernels": 1,
+    "data": 2,
+    "models": 2,
+    "training": 3,
     "huggingface": 3,
-    "corpus": 4,
-    "scoring": 4,
-    "sampling": 4,
-    "training": 4,
-    "evaluation": 4,
-    "generation": 4,
-    "export": 4,
-    "pipeline": 5,
-    "cli": 6,
+    "analysis": 4,
+    "stages": 5,
+    "pipeline": 6,
+    "demo": 7,
+    "cli": 8,
+    "__main__": 9,
+    "api": 9,
+    "": 10,  # miniplm/__init__.py
+}
+# what only one module writes down: names of files, and how the names of numbered files begin
+OWNERS = {
+    "manifest.json": "runtime/artifacts.py",
+    "data-": "data/corpus.py",
+    "dataset_info.json": "data/corpus.py",
+    "state.json": "data/corpus.py",
+    "scores-": "data/scores.py",
+    "progress.json": "stages/prepare.py",
+    "metrics.jsonl": "training/checkpoints.py",
+    "trainer_state.json": "training/checkpoints.py",
+    "optimizer.safetensors": "training/checkpoints.py",
+}
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
+TILE_LOOPS = {  # Triton kernels: what a tile goes through is read in one piece
+    "kernels/attention.py": ["_forward_kernel"],
+    "kernels/attention_backward.py": ["_key_kernel", "_query_kernel"],
+    "kernels/distillation.py": ["_combine_kernel"],
+    "kernels/divergence.py": ["_divergence_kernel"],
+    "kernels/logits.py": ["_logits_kernel"],
 }
 
 
-def imports(path: Path):
-    """Every module that a file imports, at the top or inside a function: relative ones as ".name"."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            dots = "." * node.level
-            yield from (
-                [f"{dots}{node.module}"] if node.module else [f"{dots}{alias.name}" for alias in node.names]
-            )
+@pytest.mark.parametrize("module", sorted(PACKAGE))
+def test_imports_go_downwards(module):
+    here = room(module)
+    for name in imports(PACKAGE[module]):
+        assert room(name) != "miniplm", f"{module} imports {name}: inside the package imports are relative"
+        if not name.startswith("."):
+            continue
+        target, there = name[1:], room(name[1:])
+        assert target in PACKAGE, f"{module} imports {target}, which is not there"
+        if (module, target) == ("cli", ""):
+            continue  # __version__
+        assert here == there or LEVELS[there] < LEVELS[here], f"{module} imports {target}, not below it"
+        assert (here, there) != ("stages", "stages"), f"stages meet in files: {module} imports {target}"
 
 
-def modules():
-    return sorted(path.stem for path in (ROOT / "miniplm").glob("*.py") if path.stem != "__init__")
-
-
-def test_every_module_has_a_level():
-    assert sorted(LEVELS) == modules()
-
-
-@pytest.mark.parametrize("module", modules())
-def test_imports_go_one_way(module):
-    for name in imports(ROOT / "miniplm" / f"{module}.py"):
-        assert not name.startswith("miniplm"), (
-            f"{module} imports {name}: inside the package imports are relative"
-        )
-        if name.startswith(".") and not name.startswith(".kernels") and name != ".__version__":
-            target = name[1:].split(".")[0]
-            assert LEVELS[target] < LEVELS[module], f"{module} imports {target}, which is not below it"
+def test_no_import_circles():
+    graph = {
+        module: {name[1:] for name in imports(path) if name[:1] == "."} for module, path in PACKAGE.items()
+    }
+    graph["cli"] -= {""}  # __version__
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 def test_kernels_know_nothing_of_miniplm():
-    standard = set(sys.stdlib_module_names)
-    for path in (ROOT / "kernels").glob("*.py"):
-        for name in imports(path):
-            assert not name.startswith(".."), f"{path.name} imports {name}"
-            assert name.startswith(".") or name.split(".")[0] in {"torch", "triton", *standard}, (
-                f"{path.name} imports {name}"
-            )
+    for path in python_files("kernels"):
+        names = {name for name in imports(path) if not name.startswith(".kernels")}
+        foreign = {name for name in names if room(name) not in {"torch", "triton", *sys.stdlib_module_names}}
+        assert not foreign, f"{path.name} imports {foreign}"
 
 
-@pytest.mark.parametrize("module", ["batches", "decoder", "model", "training", "scoring", "evaluation"])
-def test_datasets_only_where_a_corpus_is_read_or_written(module):
-    code = f"import sys; sys.modules['datasets'] = None; import miniplm.{module}"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_every_folder_is_a_room():
+    assert {room(module) for module in PACKAGE} == set(LEVELS)
+    for path in PACKAGE.values():
+        assert (path.parent / "__init__.py").exists(), (
+            f"{path.parent} has no __init__.py: it is not installed"
+        )
 
 
-def test_kernels_import_without_triton():
-    subprocess.run(
-        [sys.executable, "-c", "import sys; sys.modules['triton'] = None; import miniplm.kernels"], check=True
-    )
+def string_constants(path: Path) -> Iterator[str]:
+    """The strings in a file's code, also as parts of f-strings; without doc strings."""
+    module = parse(path)
+    doc_strings = {id(node.value) for node in ast.walk(module) if isinstance(node, ast.Expr)}
+    for node in ast.walk(module):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in doc_strings:
+            yield node.value
 
 
-def test_help_is_light():
-    code = (
-        "import sys; from miniplm.cli import main; main(['--help']); sys.exit('torch' in sys.modules or "
-        "'transformers' in sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+def test_one_owner_per_format():
+    found = defaultdict(set)
+    for path in python_files("miniplm"):
+        for text in string_constants(path):
+            name = re.sub(r"(?<=-)\*.*", "", text).split("/")[-1]  # of a pattern, what is before its star
+            if name in OWNERS:
+                found[name].add(path.relative_to(ROOT / "miniplm").as_posix())
+    assert found == {name: {owner} for name, owner in OWNERS.items()}
+
+
+def test_arrow_and_parquet_in_data_alone():
+    """Files of both are read and written there; others give it tables and take them from it."""
+    for path in python_files("miniplm"):
+        names = {part for name in imports(path) for part in name.split(".")}
+        names |= {node.attr for node in ast.walk(parse(path)) if isinstance(node, ast.Attribute)}
+        found = names & {"ipc", "parquet", "memory_map", "load_from_disk"}
+        assert not found or path.parent.name == "data", f"{path.relative_to(ROOT)} has {found}"
+
+
+def long_functions(path: Path) -> dict[str, int]:
+    functions = [node for node in ast.walk(parse(path)) if isinstance(node, ast.FunctionDef)]
+    lines = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    return {name: count for name, count in lines.items() if count > MAX_FUNCTION_LINES}
+
+
+@pytest.mark.parametrize("folder", ["miniplm", "kernels", "tests", "benchmarks"])
+def test_files_and_functions_are_short(folder):
+    for path in python_files(folder):
+        name = path.relative_to(ROOT).as_posix()
+        lines = path.read_text(encoding="utf-8").count("\n")
+        assert lines <= MAX_FILE_LINES, f"{name} has {lines} lines"
+        for function, length in long_functions(path).items():
+            assert function in TILE_LOOPS.get(name, []), f"{function} in {name} has {length} lines"
+
+
+def test_only_tile_loops_are_excused():
+    for name, functions in TILE_LOOPS.items():
+        assert sorted(long_functions(ROOT / name)) == functions, f"{name} needs no such excuse"
+        for node in ast.walk(parse(ROOT / name)):
+            if isinstance(node, ast.FunctionDef) and node.name in functions:
+                assert any("triton.jit" in ast.unparse(each) for each in node.decorator_list), node.name
+
+
+def test_no_test_imports_another():
+    for path in python_files("tests"):
+        for node in ast.walk(parse(path)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                last = name.split(".")[-1]
+                assert not last.startswith(("test_", "conftest")), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def readme_tree() -> dict[str, list[str]]:
+    """Folder → its entries in the README's tree, "" for the repository itself; by indentation."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    entries, folders = {"": []}, [(-1, "")]
+    for line in re.search(r"```\n(kernels/.*?)```", readme, re.S)[1].splitlines():
+        indent, entry = re.match(r"(\s*)(\S+)", line).groups()
+        while folders[-1][0] >= len(indent):
+            folders.pop()
+        parent = folders[-1][1]
+        entries[parent].append(entry)
+        if entry.endswith("/"):
+            folders.append((len(indent), parent + entry))
+            entries[parent + entry] = []
+    return entries
+
+
+def on_disk(folder: str) -> set[str]:
+    """What the tree must say of a folder with code: its modules, scripts and templates, and the folders that
+    have some. Left out is what every package (__init__.py) and every folder of tests (test_*.py) has."""
+    found = set()
+    for path in (ROOT / folder).rglob("*"):
+        inner = path.relative_to(ROOT / folder).parts
+        named = path.suffix in {".py", ".yaml", ".jinja", ".c", ".sh"} and path.name != "__init__.py"
+        if named and (len(inner) > 1 or not path.name.startswith(("test_", "conftest"))):
+            found.add(inner[0] if len(inner) == 1 else f"{inner[0]}/")
+    return found
 
 
 def test_readme_tree_is_the_disk():
-    tree = re.search(r"```\n(kernels/.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S).group(
-        1
-    )
-    folder, listed = "", set()
-    for line in tree.splitlines():
-        indent, entry = re.match(r"(\s*)(\S+)", line).groups()
-        if not indent:
-            folder = entry if entry.endswith("/") else ""
-            listed.add(entry)
-        else:
-            listed.add(folder + entry)
-    for folder in ("kernels", "miniplm", "benchmarks", "tests"):
-        for path in sorted((ROOT / folder).glob("*.py")):
-            if folder != "tests":
-                assert f"{folder}/{path.name}" in listed or path.name == "__init__.py", (
-                    f"{folder}/{path.name} is not in the README's tree"
-                )
-    for entry in listed:
-        assert (ROOT / entry).exists(), f"the README's tree lists {entry}, which does not exist"
+    entries = readme_tree()
+    for folder, listed in entries.items():
+        assert len(listed) == len(set(listed)), f"{folder} lists something twice"
+        for entry in listed:
+            path = ROOT / folder / entry
+            assert path.is_dir() if entry.endswith("/") else path.is_file(), f"there is no {folder}{entry}"
+    for top in ("kernels/", "miniplm/", "benchmarks/", "tests/"):
+        for folder in [top, *(f"{top}{entry}" for entry in on_disk(top) if entry.endswith("/"))]:
+            missing = on_disk(folder) - set(entries.get(folder, []))
+            assert not missing, f"the README's tree lacks {sorted(folder + name for name in missing)}"
 
 
-def test_the_folder_kernels_does_not_shadow_the_package_of_that_name(tmp_path):
-    """From the repository's root, where `kernels/` is importable, transformers must not take it for the PyPI
-    package."""
-    code = (
-        "from transformers import LlamaForCausalLM; import miniplm.kernels; from transformers.utils "
-        "import is_kernels_available as a; print(a())"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT
-    )
-    assert result.stdout.strip() == "False"
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "__init__.py").write_text("real = True")
-    code = (
-        f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; assert kernels.real; from "
-        f"miniplm.kernels import rms_norm"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+def test_readme_tree_has_the_whole_repository():
+    """Its folders and files, but for hidden ones and what every repository has."""
+    result = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip("not a git repository")
+    names = [Path(line).parts for line in result.stdout.splitlines()]
+    top = {parts[0] + "/" * (len(parts) > 1) for parts in names if not parts[0].startswith(".")}
+    assert top - {"README.md", "LICENSE"} == set(readme_tree()[""])

@@ -16,13 +16,15 @@ import numpy as np
 
 from ..runtime.artifacts import read_manifest
 from ..runtime.errors import UserError
+from ..runtime.file_facts import file_facts, signature
 from ..runtime.files import atomic_write, fingerprint, hash_files, read_json, write_json
 from ..runtime.schema import Count, Record
 from .chunking import Chunk
 from .scores import SCORE_COLUMNS
+from .verify import COLUMNS, Damaged, ShardFacts, hash_of, verify_ids, verify_shards, verify_tokenizer
 
 TOKENIZER = "tokenizer"  # the folder in a corpus
-COLUMNS = ("input_ids", "domain", "num_tokens")
+STATE, INFO = "state.json", "dataset_info.json"  # what `datasets` reads first
 ROWS_PER_RECORD_BATCH = 1_000  # as datasets writes them
 
 
@@ -43,31 +45,34 @@ class CorpusManifest(Record):
 
 
 class Corpus:
-    """A complete corpus folder, memory-mapped.
+    """A complete corpus folder, memory-mapped, once its files have been compared with its manifest.
 
-    `len(corpus)` chunks; `eos_token_id`; `fingerprint` of the content; `manifest`; `tokenizer` (its folder).
+    `len(corpus)` chunks; `eos_token_id`; `fingerprint` of the content; `manifest`; `tokenizer` (its folder);
+    `highest_id` of the chunks; `table`, all of it in Arrow.
+
+    Raises:
+        UserError: there is no complete corpus.
+        Damaged: it is not what was written.
     """
 
     def __init__(self, folder: str | PathLike[str]):
-        import datasets
-
         self.folder = Path(folder)
         self.manifest = read_manifest(folder, "prepare", "select", what="corpus", schema=CorpusManifest)
-        self.tokenizer = str(self.folder / "tokenizer")
+        self.tokenizer = str(self.folder / TOKENIZER)
         self.eos_token_id: int = self.manifest["eos_token_id"]
         self.fingerprint: str = self.manifest["fingerprint"]
         try:
-            self.table = datasets.load_from_disk(str(folder)).data.table
-            self._ids = self.table.column("input_ids")
-        except Exception as error:  # pyarrow and datasets raise many kinds
-            raise UserError(
-                f"corpus {folder} cannot be read ({str(error).splitlines()[0]}): write it again"
-            ) from error
-        if self.table.num_rows != self.manifest["rows"]:
-            raise UserError(
-                f"corpus {folder} has {self.table.num_rows} rows, its manifest says "
-                f"{self.manifest['rows']}: write it again"
-            )
+            self._paths = [self.folder / name for name in _listed_shards(self.folder)]
+            facts = _verify(self.folder, self._paths, self.manifest)
+        except Damaged as error:
+            raise Damaged(
+                f"corpus {folder} is damaged: {error}: restore it, or run its {self.manifest['stage']} "
+                f"command again, which mends it",
+                error.reason,
+            ) from None
+        self.highest_id = max(found.highest for found in facts)
+        self.table = _mapped(self._paths)
+        self._ids = self.table.column("input_ids")
         self._starts = np.cumsum([0, *(len(chunk) for chunk in self._ids.chunks)])
 
     def __len__(self) -> int:
@@ -77,13 +82,6 @@ class Corpus:
     def num_tokens(self) -> np.ndarray:
         """int64 [chunks], the ids in each."""
         return self.table.column("num_tokens").to_numpy().astype(np.int64)
-
-    @cached_property
-    def highest_id(self) -> int:
-        """The highest token id in the corpus; reads all of it."""
-        import pyarrow.compute as pc
-
-        return max(pc.max(chunk.flatten()).as_py() or 0 for chunk in self._ids.chunks)
 
     @cached_property
     def domains(self) -> tuple[np.ndarray, list[str]]:
@@ -146,12 +144,62 @@ class Corpus:
     def _batches(self) -> Iterator[Any]:
         import pyarrow as pa
 
-        for file in read_json(self.folder / "state.json")["_data_files"]:
-            with (
-                pa.OSFile(str(self.folder / file["filename"])) as source,
-                pa.ipc.open_stream(source) as reader,
-            ):
+        for path in self._paths:
+            with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:
                 yield from reader
+
+
+def _listed_shards(folder: Path) -> list[str]:
+    """The names of the Arrow files, from state.json, which write_dataset_files wrote."""
+    try:
+        files = read_json(folder / STATE)["_data_files"]
+        names = [file["filename"] for file in files]
+    except (UserError, TypeError, KeyError):
+        names = []
+    if not names or names != [shard_name(number) for number in range(len(names))]:
+        raise Damaged(f"{STATE} is missing or not as written")
+    try:
+        columns = list(read_json(folder / INFO)["features"])
+    except (UserError, TypeError, KeyError):
+        columns = []
+    if tuple(columns) not in (COLUMNS, COLUMNS + SCORE_COLUMNS):
+        raise Damaged(f"{INFO} is missing or not as written")
+    return names
+
+
+def _verify(folder: Path, paths: list[Path], manifest: dict[str, Any]) -> list[ShardFacts]:
+    """The facts of the Arrow files; Damaged unless they and the tokenizer are what the manifest says."""
+    with file_facts() as memory:
+        facts = verify_shards(paths, manifest["fingerprint"], memory)
+        tokenizer = verify_tokenizer(folder / TOKENIZER, manifest, memory)
+    verify_ids(paths, facts, tokenizer.ids)
+    counts = {
+        "rows": sum(found.chunks for found in facts),
+        "tokens": sum(found.tokens for found in facts),
+        "vocab_size": tokenizer.tokens,
+    }
+    for key, count in counts.items():
+        if count != manifest[key]:
+            what = {"rows": "chunks", "vocab_size": "tokens of the tokenizer"}.get(key, key)
+            raise Damaged(f"its files hold {count:,} {what}, its manifest says {manifest[key]:,}")
+    return facts
+
+
+def _mapped(paths: list[Path]) -> Any:
+    import pyarrow as pa
+
+    return pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in paths])
+
+
+def changed_shard(folder: str | PathLike[str], hashes: list[str]) -> str | None:
+    """The name of the first of the Arrow files 0, 1, … that is missing or has another hash; None if all are
+    as they were written."""
+    with file_facts() as memory:
+        for number, digest in enumerate(hashes):
+            path = Path(folder) / shard_name(number)
+            if not path.is_file() or hash_of(path, memory) != digest:
+                return path.name
+    return None
 
 
 # ---- writing ----
@@ -208,11 +256,32 @@ def write_shard(folder: str | PathLike[str], number: int, columns: dict[str, Any
         pa.ipc.new_stream(sink, schema) as writer,
     ):
         writer.write_table(table, max_chunksize=ROWS_PER_RECORD_BATCH)
-    return hash_files([path])
+    return _remember(path, table)
+
+
+def _remember(path: Path, table: Any) -> str:
+    """The hash of the file that holds this table; what is in it is remembered, so that it is not read for
+    that again."""
+    import pyarrow.compute as pc
+
+    ids = [pc.min_max(chunk.flatten()).as_py() for chunk in table["input_ids"].chunks]
+    ids = [bounds for bounds in ids if bounds["min"] is not None]
+    found = signature(path)
+    facts = ShardFacts(
+        hash=hash_files([path]),
+        chunks=table.num_rows,
+        tokens=pc.sum(table["num_tokens"]).as_py() or 0,
+        lowest=min((bounds["min"] for bounds in ids), default=0),
+        highest=max((bounds["max"] for bounds in ids), default=-1),
+        fault=None,
+    )
+    with file_facts() as memory:
+        memory.put(path, found, facts.model_dump())
+    return facts.hash
 
 
 def write_dataset_files(folder: str | PathLike[str], hashes: list[str], with_scores: bool) -> str:
-    """Write `dataset_info.json` and `state.json`, which make the folder one that `datasets.load_from_disk`
+    """Write dataset_info.json and state.json, which make the folder one that `datasets.load_from_disk`
     opens, and return the fingerprint of the corpus' content.
 
     Args:
@@ -226,9 +295,9 @@ def write_dataset_files(folder: str | PathLike[str], hashes: list[str], with_sco
         "homepage": "",
         "license": "",
     }
-    write_json(Path(folder) / "dataset_info.json", info)
+    write_json(Path(folder) / INFO, info)
     write_json(
-        Path(folder) / "state.json",
+        Path(folder) / STATE,
         {
             "_data_files": [{"filename": shard_name(number)} for number in range(len(hashes))],
             "_fingerprint": content,

@@ -2,12 +2,19 @@
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..runtime.errors import UserError
+from ..runtime.guarded import call_within
 from .chunking import boundaries, boundary_table
-from .sources import Block, read_record
+from .records import read_record
+from .sources import Block, Position
+from .tokenizer import panics_as_errors
+
+SECONDS_PER_BLOCK, SECONDS_PER_MIB = 120, 20  # of text: far more than a tokenizer takes
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Documents:
     domains: list[str]
     records: int
     bad: list[str]
-    next: tuple[int, int, int]
+    next: Position
     size: int
 
 
@@ -51,20 +58,27 @@ class Encoder:
         from tokenizers import Tokenizer
 
         self.settings = settings
-        self.tokenizer = Tokenizer.from_file(settings.tokenizer)
+        # Read here: tokenizers opens no file whose name is not UTF-8.
+        self.tokenizer = Tokenizer.from_str(Path(settings.tokenizer).read_text(encoding="utf-8"))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.add_special_tokens([self.tokenizer.id_to_token(settings.eos_token_id)])
-        self.table = boundary_table(self.tokenizer, settings.eos_token_id)
+        try:
+            with panics_as_errors():
+                self.table = boundary_table(self.tokenizer, settings.eos_token_id)
+        except ValueError as error:
+            raise UserError(
+                f"the tokenizer cannot decode its own tokens ({error}): use one that can"
+            ) from None
         # Text that spells a special token, EOS among them, stays text.
         self.tokenizer.encode_special_tokens = True
 
     def __call__(self, block: Block) -> Documents:
-        """The documents of the block; UserError where the tokenizer fails."""
+        """The documents of the block; UserError where the tokenizer fails, or takes too long."""
         texts, domains, bad, records = self._read(block)
         try:
-            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:
+            encodings = self._encode(texts)
+        except Exception as error:  # tokenizers raises Exception itself
             raise UserError(
                 f"the tokenizer cannot encode the text at {block.where(0)} or soon after ({error}): use one "
                 f"that can"
@@ -76,6 +90,14 @@ class Encoder:
         return Documents(
             ids, boundaries(ids, self.table), lengths, domains, records, bad, block.next, block.size
         )
+
+    def _encode(self, texts: list[str]) -> list[Any]:
+        """The encodings of the texts. A regular expression in a tokenizer may take for ever."""
+        seconds = SECONDS_PER_BLOCK + SECONDS_PER_MIB * (sum(map(len, texts)) >> 20)
+        with panics_as_errors():
+            return call_within(
+                seconds, lambda: self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            )
 
     def _read(self, block: Block) -> tuple[list[str], list[str], list[str], int]:
         """(texts and domains of the documents taken, where and why records are bad, number of records)."""

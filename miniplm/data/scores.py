@@ -3,9 +3,11 @@
 A score folder holds parquet files `scores-00000.parquet`, … with the columns `index` (int64, the row of the
 corpus), `num_tokens` (int32, the positions that were scored) and, of `teacher_log_prob`, `reference_log_prob`
 (means over those, nats) and `score` (their difference), those that were computed (float32, null where not
-finite); beside them `manifest.json`.
+finite); beside them `manifest.json`, which holds the hash of each file under `files` (folders from before
+there were hashes have page checksums alone).
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from ..runtime.errors import UserError
-from ..runtime.files import atomic_write
+from ..runtime.files import atomic_write, hash_files
 from ..runtime.schema import Count, Record
 
 ROLES = ("teacher", "reference")
 SCORE_COLUMNS = ("teacher_log_prob", "reference_log_prob", "score")
+MAX_REASON = 200  # characters of a library's message
+REMEDY = "run score again, it writes what is damaged or missing anew"
 
 
 class ScoreIdentity(Record):
@@ -37,11 +41,13 @@ class ScoreManifest(Record):
     teacher: str | None  # name
     reference: str | None
     vocab_size: Count  # the ids that the softmax covered
+    files: dict[str, str] | None = None  # name → hash
 
 
-def columns_of(roles: Any) -> list[str]:
+def columns_of(roles: Iterable[str]) -> list[str]:
     """The score columns of a folder with these of the ROLES; the last is the one that says most."""
-    return [f"{role}_log_prob" for role in ROLES if role in roles] + ["score"] * (len(roles) == 2)
+    present = [f"{role}_log_prob" for role in ROLES if role in roles]
+    return [*present, "score"] if len(present) == len(ROLES) else present
 
 
 def shard_path(folder: str | PathLike[str], number: int) -> Path:
@@ -49,7 +55,7 @@ def shard_path(folder: str | PathLike[str], number: int) -> Path:
     return Path(folder) / f"scores-{number:05d}.parquet"
 
 
-def _schema(columns: Any) -> Any:
+def _schema(columns: Iterable[str]) -> Any:
     import pyarrow as pa
 
     return pa.schema(
@@ -57,10 +63,13 @@ def _schema(columns: Any) -> Any:
     )
 
 
+# ---- writing ----
+
+
 def write_shard(
     folder: str | PathLike[str], number: int, rows: range, columns: list[str], values: dict[str, np.ndarray]
-) -> None:
-    """Write the scores of `rows` of the corpus atomically.
+) -> str:
+    """Write the scores of `rows` of the corpus atomically and return the hash of the file.
 
     Args:
         values: "num_tokens" and each of the columns, [len(rows)]; null is written where one is not finite.
@@ -70,28 +79,34 @@ def write_shard(
 
     arrays = [pa.array(np.arange(rows.start, rows.stop)), pa.array(values["num_tokens"].astype(np.int32))]
     arrays += [pa.array(values[name].astype(np.float32), mask=~np.isfinite(values[name])) for name in columns]
-    with atomic_write(shard_path(folder, number)) as temporary:
+    path = shard_path(folder, number)
+    with atomic_write(path) as temporary:
         pq.write_table(pa.table(arrays, schema=_schema(columns)), temporary, write_page_checksum=True)
+    return hash_files([path])
 
 
-def is_whole(folder: str | PathLike[str], number: int, rows: range, columns: list[str]) -> bool:
-    """Is this score file there, undamaged (by its checksums), and of exactly these rows and columns?"""
-    import pyarrow as pa
+def whole_hash(
+    folder: str | PathLike[str], number: int, rows: range, columns: list[str], files: Mapping[str, str] | None
+) -> str | None:
+    """The hash of a score file of exactly these rows and columns; None if it is missing or damaged.
 
+    Args:
+        files: the hashes by name that the folder's manifest holds; None of a folder from before there were
+            any, whose files are judged by their page checksums.
+    """
+    path = shard_path(folder, number)
+    if not path.is_file():
+        return None
+    digest = hash_files([path])
+    if files is not None:
+        return digest if files.get(path.name) == digest else None
     try:
-        table = _read_shard(shard_path(folder, number))
-    except (OSError, pa.ArrowException):
-        return False
-    return table.schema.equals(_schema(columns)) and np.array_equal(
-        table["index"].to_numpy(), np.arange(rows.start, rows.stop)
-    )
-
-
-def _read_shard(path: Path) -> Any:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        return file.read()
+        table = _read_shard(path)
+        index = table["index"].to_numpy()
+    except Exception:  # Arrow raises many kinds
+        return None
+    whole = table.schema.equals(_schema(columns)) and np.array_equal(index, np.arange(rows.start, rows.stop))
+    return digest if whole else None
 
 
 def score_figures(folder: str | PathLike[str], shards: int, column: str) -> dict[str, Any]:
@@ -116,34 +131,31 @@ def score_figures(folder: str | PathLike[str], shards: int, column: str) -> dict
     }
 
 
-def read_scores(folder: str | PathLike[str], rows: int, names: Any) -> dict[str, np.ndarray]:
+# ---- reading ----
+
+
+def read_scores(
+    folder: str | PathLike[str], rows: int, names: Sequence[str], files: Mapping[str, str] | None = None
+) -> dict[str, np.ndarray]:
     """The score columns `names` (float32 [rows], NaN where null) and num_tokens (int32 [rows]) of a score
     folder, by row of the corpus.
 
     The files may hold the rows in any order.
 
+    Args:
+        files: the hashes by name that the folder's manifest holds, if it does.
     Raises:
-        UserError: not every row of a corpus of `rows` is there exactly once; a file cannot be read.
+        UserError: not every row of a corpus of `rows` is there exactly once; a file is damaged.
     """
-    import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
-    schema = _schema(names)
     result = {
         "num_tokens": np.zeros(rows, np.int32),
         **{name: np.full(rows, np.nan, np.float32) for name in names},
     }
     seen, entries = np.zeros(rows, bool), 0
-    for path in sorted(Path(folder).glob("scores-*.parquet")):
-        try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                table = file.read(schema.names).select(schema.names).cast(schema)
-        except (pa.ArrowException, OSError, KeyError) as error:
-            raise UserError(
-                f"{path} cannot be read ({str(error).splitlines()[0]}): run score again, it writes damaged "
-                f"files anew"
-            ) from error
+    for path in _intact_files(Path(folder), files):
+        table = _read_columns(path, names)
         index = pc.fill_null(table["index"], -1).to_numpy()
         if len(index) and (index.min() < 0 or index.max() >= rows):
             raise UserError(
@@ -158,7 +170,39 @@ def read_scores(folder: str | PathLike[str], rows: int, names: Any) -> dict[str,
     if entries != rows or not seen.all():
         raise UserError(
             f"score folder {folder} has {entries} entries for the {rows} chunks of the corpus and none for "
-            f"{rows - seen.sum()} of them: "
-            "run score again, it writes missing files anew"
+            f"{rows - seen.sum()} of them: {REMEDY}"
         )
     return result
+
+
+def _intact_files(folder: Path, files: Mapping[str, str] | None) -> list[Path]:
+    """The score files; UserError where one is not as its hash says."""
+    if files is None:
+        return sorted(folder.glob("scores-*.parquet"))
+    paths = [shard_path(folder, number) for number in range(len(files))]
+    if [path.name for path in paths] != list(files):
+        raise UserError(f"the manifest of score folder {folder} does not list its files: {REMEDY}")
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path} is missing: {REMEDY}")
+        if hash_files([path]) != files[path.name]:
+            raise UserError(f"{path} is not as written: {REMEDY}")
+    return paths
+
+
+def _read_columns(path: Path, names: Sequence[str]) -> Any:
+    schema = _schema(names)
+    try:
+        table = _read_shard(path, schema.names).select(schema.names).cast(schema)
+        table.validate(full=True)
+        return table
+    except Exception as error:  # Arrow raises many kinds
+        reason = " ".join(str(error).split())[:MAX_REASON]
+        raise UserError(f"{path} cannot be read ({reason}): {REMEDY}") from error
+
+
+def _read_shard(path: Path, columns: list[str] | None = None) -> Any:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        return file.read(columns)

@@ -1,26 +1,29 @@
 """Text sources → blocks of records.
 
 A source is a file, a folder of files, or a Hugging Face dataset. Its records come in blocks of about
-BLOCK_BYTES, in order; each block knows the position after it, and reading on from there gives the same blocks
-as reading from the start: a stopped run can continue. What is in a record is only found out by read_record,
-in the process that gets the block.
+BLOCK_BYTES (data/readers.py), in order; each block knows the position after it, and reading on from there
+gives the same blocks as reading from the start: a stopped run can continue. What is in a record is only found
+out by read_record (data/records.py), in the process that gets the block.
 """
 
-import codecs
 import hashlib
-import io
-import json
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from ..runtime.errors import UserError
 from ..runtime.files import fingerprint
+from .readers import grouped, read_rows, reader_of
+from .records import Record
 
-BLOCK_BYTES = 1 << 18
-BLOCK_RECORDS = 4096
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
-START = (0, 0, 0)
+ENDS_BYTES = 1 << 16  # at either end of a file, by which it is known again
+MAX_REASON = 300  # characters of a library's message
+
+Position = tuple[int, int, int]
+START: Position = (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,12 @@ class Block:
     source that it stands for.
     """
 
-    records: list
-    columns: list | None
+    records: list[Record]
+    columns: Sequence[str] | None
     name: str
     separator: str
     first: int
-    next: tuple[int, int, int]
+    next: Position
     size: int
 
     def where(self, index: int) -> str:
@@ -46,20 +49,35 @@ class Block:
         return f"{self.name}{self.separator}{self.first + index}"
 
 
-def open_source(data: str, columns: list[str], subset: str | None = None, split: str = "train"):
+class Source(Protocol):
+    """Where records come from.
+
+    name: base name or id; identity: JSON-able, differs when the source does; size: bytes, None if unknown;
+    left_out: files of a folder that are not read, and why; state: JSON-able, differs when a file was touched,
+    None if unknown; changed_ns: when a file was last changed, since the epoch.
+    """
+
+    name: str
+    identity: dict[str, Any]
+    size: int | None
+    left_out: list[str]
+    state: str | None
+    changed_ns: int
+
+    def blocks(self, position: Position = START) -> Iterator[Block]:
+        """The Blocks from `position` on (START: all)."""
+
+
+def open_source(data: str, columns: list[str], subset: str | None = None, split: str = "train") -> Source:
     """The source `data`: an existing file or folder, else the id of a Hugging Face dataset.
 
     Args:
         columns: the wanted columns, the text's first.
         subset, split: of a Hugging Face dataset.
 
-    Returns:
-        An object with `name` (base name or id), `identity` (JSON-able, differs when the source does), `size`
-        (bytes, None if unknown) and `blocks(position)`, which yields the Blocks from `position` on (START:
-        all).
-
     Raises:
-        UserError: nothing there, or nothing usable; while reading: a file or dataset that cannot be read.
+        UserError: nothing there, or nothing usable; while reading: a file or dataset that cannot be read, or
+            that changes.
     """
     path = Path(data).expanduser()
     if path.exists():
@@ -71,242 +89,160 @@ def open_source(data: str, columns: list[str], subset: str | None = None, split:
     return HubDataset(data, columns, subset, split)
 
 
-def read_record(record, columns, text_column: str, domain_column: str | None) -> tuple[str, str]:
-    """The text and the domain ("default" without a domain column) of a record of a Block that has these
-    columns.
-
-    Raises:
-        ValueError: the reason why it is a bad record.
-    """
-    if isinstance(record, bytes):
-        record = _parse(record)
-    text = _column(record, text_column, columns)
-    if not isinstance(text, str):
-        raise ValueError(f"column {text_column!r} is {_kind(text)}, not text")
-    if domain_column is None:
-        return text, "default"
-    domain = _column(record, domain_column, columns)
-    if not isinstance(domain, (str, int)) or isinstance(domain, bool):
-        raise ValueError(f"column {domain_column!r} is {_kind(domain)}, not the name of a domain")
-    return text, str(domain)
-
-
-def _parse(line: bytes) -> dict:
-    try:
-        record = json.loads(_decode(line))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error.msg}, column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("not valid JSON (nested too deeply)") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"a JSON value {_kind(record)}, not an object")
-    return record
-
-
-def _column(record: dict, name: str, columns):
-    if name not in record:
-        found = ", ".join(map(repr, record if columns is None else columns))[:300] or "none"
-        raise ValueError(f"no column {name!r} (there are: {found})")
-    value = record[name]
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"column {name!r} holds half of a surrogate pair: not valid Unicode") from None
-    return _decode(value) if isinstance(value, bytes) else value
-
-
-def _decode(content: bytes) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte 0x{content[error.start]:02x} at {error.start:,})") from None
-
-
-def _kind(value) -> str:
-    return "null" if value is None else f"of type {type(value).__name__}"
-
-
 class Files:
-    """A file, or all files below a folder in the order of their relative names; hidden ones are left out.
+    """A file, or all files below a folder in the order of their relative names; hidden ones are left out, and
+    linked folders are not entered.
 
     A position is (index of the file, bytes of its uncompressed content, records) before the next record.
     """
 
     def __init__(self, path: Path, columns: list[str]):
         self.columns = columns
-        self.name = os.path.basename(os.path.abspath(path))
-        if path.is_file():
-            if not _usable(path):
-                raise UserError(
-                    f"data {path} is of no known type: give {', '.join(SUFFIXES)}, or a folder of those"
-                )
-            names = {path.name: path}
-        else:
-            names = {found.relative_to(path).as_posix(): found for found in path.rglob("*") if _usable(found)}
-            names = {
-                name: names[name]
-                for name in sorted(names)
-                if not any(part.startswith(".") for part in Path(name).parts)
-            }
-            if not names:
-                raise UserError(
-                    f"data folder {path} holds no file that can be read: give {', '.join(SUFFIXES)}"
-                )
+        self.name = _unicode(os.path.basename(os.path.abspath(path)))
+        names, self.left_out = _usable_files(path)
         self.paths = list(names.values())
         try:
+            self._found = [_state(found) for found in self.paths]
             files = [[name, found.stat().st_size, _hash_ends(found)] for name, found in names.items()]
         except OSError as error:
             raise UserError(f"data cannot be read: {error}") from error
-        self.size = sum(size for _, size, _ in files)
+        self.size: int | None = sum(size for _, size, _ in files)
         self.identity = {"files": len(files), "bytes": self.size, "fingerprint": fingerprint(files)}
+        self.state: str | None = fingerprint(self._found)
+        self.changed_ns = max(changed for _, _, changed in self._found)
 
-    def blocks(self, position=START):
+    def blocks(self, position: Position = START) -> Iterator[Block]:
         import pyarrow
 
         start, offset, number = position
         for index, path in enumerate(self.paths):
             if index < start:
                 continue
-            read = {".parquet": _read_rows, ".txt": _read_text}.get(path.suffix, _read_lines)
-            separator = ", row " if read is _read_rows else ":"
+            read = reader_of(path)
+            separator = ", row " if read is read_rows else ":"
             try:
+                self._check_unchanged(index)
                 for records, columns, done, size in read(path, self.columns, offset, number):
                     first, number = number + 1, number + len(records)
+                    self._check_unchanged(index)
                     yield Block(records, columns, str(path), separator, first, (index, done, number), size)
+                self._check_unchanged(index)  # cut, it would only have ended sooner
             except (OSError, pyarrow.ArrowException) as error:
                 raise UserError(
                     f"{path} cannot be read ({' '.join(str(error).split())}): restore it or leave it out"
                 ) from error
             offset = number = 0
 
+    def _check_unchanged(self, index: int) -> None:
+        if _state(self.paths[index]) != self._found[index]:
+            raise UserError(
+                f"{self.paths[index]} was changed while it was read: run the same command again when nobody "
+                f"writes to it"
+            )
+
 
 class HubDataset:
     """One split of a Hugging Face dataset, streamed. A position is (0, 0, records)."""
 
-    size = None
+    size: int | None = None
+    state: str | None = None
+    changed_ns = 0
 
     def __init__(self, name: str, columns: list[str], subset: str | None, split: str):
         self.name, self.columns, self.subset, self.split = name, columns, subset, split
         self.identity = {"dataset": name, "subset": subset, "split": split}
+        self.left_out: list[str] = []
 
-    def blocks(self, position=START):
+    def blocks(self, position: Position = START) -> Iterator[Block]:
         number = position[2]
         try:
             import datasets
 
             rows = datasets.load_dataset(self.name, self.subset, split=self.split, streaming=True)
             names: list[str] = []
-            for records, size in _group(self._wanted(rows.skip(number), names)):
+            for records, size in grouped(self._wanted(rows.skip(number), names)):
                 first, number = number + 1, number + len(records)
                 yield Block(records, names, self.name, ", record ", first, (0, 0, number), size)
         except Exception as error:  # datasets and the network raise many kinds
             raise UserError(
-                f"dataset {self.name} cannot be read ({' '.join(str(error).split())[:300]}): give an "
+                f"dataset {self.name} cannot be read ({' '.join(str(error).split())[:MAX_REASON]}): give an "
                 f"existing file or folder, or an id, "
                 "--subset and --split that exist, and see that the Hub can be reached"
             ) from error
 
-    def _wanted(self, rows, names: list[str]):
+    def _wanted(self, rows: Any, names: list[str]) -> Iterator[dict[str, Any]]:
         for row in rows:
             names[:] = row
             yield {name: row[name] for name in self.columns if name in row}
 
 
-def _usable(path: Path) -> bool:
-    return path.name.endswith(SUFFIXES) and path.is_file()
+# ---- files ----
+
+
+def _usable_files(path: Path) -> tuple[dict[str, Path], list[str]]:
+    """(the files to read by their names in `path`, in order; those left out, and why)."""
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise UserError(
+                f"data {path} is of no known type: give {', '.join(SUFFIXES)}, or a folder of those"
+            )
+        return {path.name: path}, []
+    if not path.is_dir():
+        raise UserError(
+            f"data {path} is neither a file nor a folder: give {', '.join(SUFFIXES)}, or a folder"
+        )
+    names, left_out = {}, []
+    for found in _visible(path):
+        name = found.relative_to(path).as_posix()
+        if reason := _why_left_out(found):
+            left_out.append(f"{name} ({reason})")
+        else:
+            names[name] = found
+    if not names:
+        there = f" ({', '.join(sorted(left_out)[:3])})" if left_out else ""
+        raise UserError(
+            f"data folder {path} holds no file that can be read{there}: give {', '.join(SUFFIXES)}"
+        )
+    return {name: names[name] for name in sorted(names)}, sorted(left_out)
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """All below a folder that is not hidden, but for folders that are gone into."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"data folder {error.filename} cannot be read ({error.strerror}): get the right to")
+
+    for root, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        yield from (Path(root, name) for name in (*files, *links) if not name.startswith("."))
+
+
+def _why_left_out(path: Path) -> str | None:
+    if path.is_dir():
+        return "a linked folder"
+    if not path.exists():
+        return "a link to nothing"
+    if not path.is_file():
+        return "no regular file"
+    return None if path.name.endswith(SUFFIXES) else "of no known type"
+
+
+def _unicode(name: str) -> str:
+    """The name of a file as Unicode: bytes of it that are no UTF-8 are written out."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """What differs once a file has been written to: inode, size, time of change in ns."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _hash_ends(path: Path) -> str:
-    """A hash of the first and the last 64 KiB: with the size, enough to notice another file without reading
-    100 GB."""
+    """A hash of both ends: with the size, enough to notice another file without reading 100 GB."""
     with open(path, "rb") as file:
-        digest = hashlib.sha256(file.read(1 << 16))
-        file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 16)))
+        digest = hashlib.sha256(file.read(ENDS_BYTES))
+        file.seek(max(0, os.fstat(file.fileno()).st_size - ENDS_BYTES))
         digest.update(file.read())
     return digest.hexdigest()[:16]
-
-
-# Each reader takes (path, wanted columns, uncompressed bytes and records to skip) and yields
-# (records, names of the columns, uncompressed bytes read so far, bytes of the file that the records stand
-# for).
-
-
-def _read_lines(path: Path, wanted, offset: int, number: int):
-    import pyarrow
-
-    with open(path, "rb") as raw:
-        file = raw
-        if (
-            path.suffix != ".jsonl"
-        ):  # Arrow reads on across members, and reports a truncated file, which zstandard does not
-            file = io.BufferedReader(
-                pyarrow.CompressedInputStream(raw, {".gz": "gzip", ".zst": "zstd"}[path.suffix]), BLOCK_BYTES
-            )
-            for start in range(0, offset, BLOCK_BYTES):
-                file.read(min(BLOCK_BYTES, offset - start))
-        else:
-            file.seek(offset)
-        before = raw.tell()
-        while lines := file.readlines(BLOCK_BYTES):
-            offset += sum(map(len, lines))
-            if number == 0:
-                lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
-            number += len(lines)
-            yield lines, None, offset, raw.tell() - before
-            before = raw.tell()
-
-
-def _read_text(path: Path, wanted, offset: int, number: int):
-    if number == 0:
-        content = path.read_bytes()
-        yield [{wanted[0]: content.removeprefix(codecs.BOM_UTF8)}], wanted[:1], len(content), len(content)
-
-
-def _read_rows(path: Path, wanted, offset: int, number: int):
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        bytes_per_row = path.stat().st_size / max(file.metadata.num_rows, 1)
-        rows = _rows(file, [name for name in wanted if name in names], number)
-        for records, _ in _group(rows):
-            yield records, names, 0, round(bytes_per_row * len(records))
-
-
-def _rows(file, columns: list[str], skip: int):
-    """The rows from `skip` on as dicts; row groups before it are not read."""
-    for group in range(file.num_row_groups):
-        count = file.metadata.row_group(group).num_rows
-        if skip >= count:
-            skip -= count
-            continue
-        for batch in file.iter_batches(256, [group], columns):
-            values = [_values(batch.column(name)) for name in columns]
-            for row in range(skip, batch.num_rows):
-                yield {name: column[row] for name, column in zip(columns, values, strict=True)}
-            skip = max(0, skip - batch.num_rows)
-
-
-def _values(column) -> list:
-    """The values of an Arrow array; text as bytes, for Arrow does not say which row is not UTF-8."""
-    import pyarrow
-
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-        column = column.cast(pyarrow.large_binary())
-    return column.to_pylist()
-
-
-def _group(records):
-    """Lists of records with about BLOCK_BYTES of text, and that number of bytes."""
-    group, size = [], 0
-    for record in records:
-        group.append(record)
-        size += sum(len(value) for value in record.values() if isinstance(value, (str, bytes)))
-        if size >= BLOCK_BYTES or len(group) == BLOCK_RECORDS:
-            yield group, size
-            group, size = [], 0
-    if group:
-        yield group, size

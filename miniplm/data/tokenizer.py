@@ -1,18 +1,23 @@
 """Tokenizers: where they come from, and when two of them agree."""
 
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..runtime.errors import UserError
 from ..runtime.files import fingerprint
+from ..runtime.guarded import held_stderr
 
 REMEDY = "give a Hugging Face id, a folder with tokenizer.json, or a .gguf file"
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False):
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer `name` as a transformers PreTrainedTokenizerFast.
 
     Args:
-        name: Hugging Face id, local folder (of a training output: one of its checkpoints), or .gguf file.
+        name: Hugging Face id, local folder, or .gguf file.
         trust_remote_code: run code that comes with the tokenizer.
 
     Raises:
@@ -34,14 +39,15 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     if path.is_file():
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        if (path / "tokenizer.json").exists():
-            # It says it all. AutoTokenizer goes by the model's type instead: to a qwen2 model it gives
-            # Qwen2's way of cutting text into words.
-            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(**source)
-        else:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                **source, trust_remote_code=trust_remote_code
-            )
+        with panics_as_errors():
+            if (path / "tokenizer.json").exists():
+                # It says it all. AutoTokenizer goes by the model's type instead: to a qwen2 model it gives
+                # Qwen2's way of cutting text into words.
+                tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(**source)
+            else:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    **source, trust_remote_code=trust_remote_code
+                )
     except Exception as error:  # transformers raises many kinds, some over many lines
         raise UserError(
             f"tokenizer {name} cannot be loaded ({' '.join(str(error).split())[:200]}): {REMEDY}"
@@ -54,7 +60,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     return tokenizer
 
 
-def save_tokenizer(tokenizer, folder):
+def save_tokenizer(tokenizer: Any, folder: str | os.PathLike[str]) -> None:
     """Write the tokenizer's files into `folder`. A disk that is full is an OSError here too; the tokenizers
     library has its own kind."""
     try:
@@ -65,12 +71,51 @@ def save_tokenizer(tokenizer, folder):
         raise OSError(f"the tokenizer cannot be written to {folder}: {error}") from error
 
 
-def tokenizer_fingerprint(tokenizer) -> str:
+def tokenizer_fingerprint(tokenizer: Any) -> str:
     """A fingerprint of what the ids mean: the text of every id, and which one is EOS."""
-    return fingerprint({"vocabulary": tokenizer.get_vocab(), "eos_token_id": tokenizer.eos_token_id})
+    return vocabulary_fingerprint(tokenizer.get_vocab(), tokenizer.eos_token_id)
 
 
-def check_same_tokens(corpus_tokenizer, tokenizer, name: str):
+def vocabulary_fingerprint(vocabulary: Mapping[str, int], eos_token_id: int | None) -> str:
+    """tokenizer_fingerprint from the ids of the tokens."""
+    return fingerprint({"vocabulary": vocabulary, "eos_token_id": eos_token_id})
+
+
+def content_fingerprint(text: str, eos_token_id: int | None) -> str:
+    """A fingerprint of all that a tokenizer does to a text.
+
+    Args:
+        text: its tokenizer.json without white space between the parts, as `tokenizers` gives it by to_str().
+    """
+    return fingerprint([text, eos_token_id])
+
+
+def read_vocabulary(text: str) -> dict[str, int]:
+    """The ids of all tokens of a tokenizer.json, added ones too; ValueError when it is none."""
+    from tokenizers import Tokenizer
+
+    try:
+        with panics_as_errors():
+            return Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ValueError(str(error)) from None
+
+
+@contextlib.contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raise a panic of the tokenizers library, whose own kind is no Exception, as a ValueError, and keep its
+    report from the terminal."""
+    with held_stderr() as drop:
+        try:
+            yield
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            drop()
+            raise ValueError(f"the tokenizers library panicked: {error}") from None
+
+
+def check_same_tokens(corpus_tokenizer: Any, tokenizer: Any, name: str) -> None:
     """Raise UserError, naming the first token that differs, unless every token of the corpus's tokenizer has
     the same id in `tokenizer`, which is called `name`. Further tokens in the latter are fine: the corpus does
     not hold them."""

@@ -102,18 +102,32 @@ def _shown(value: Any) -> str:
         return "something else"
 
 
+def record_output(folder: str | os.PathLike, results: Mapping[str, Any]) -> None:
+    """Record results of the run in `folder`, complete or not, in its manifest."""
+    path = Path(folder) / MANIFEST
+    write_json(path, {**_read(path), **results})
+
+
+def recorded(folder: str | os.PathLike) -> dict[str, Any]:
+    """The manifest of the run in `folder`, complete or not; {} where there is none."""
+    path = Path(folder) / MANIFEST
+    return _read(path) if path.exists() else {}
+
+
 def complete_output(folder: str | os.PathLike, results: Mapping[str, Any]) -> None:
     """Mark the run in `folder` complete and record its results in the manifest, beside stage and identity."""
     path = Path(folder) / MANIFEST
     write_json(path, {**_read(path), **results, "complete": True})
 
 
-def reopen_output(folder: str | os.PathLike) -> None:
-    """Take back that the run in `folder` is complete, and its results: a part of it is to be made again."""
+def reopen_output(folder: str | os.PathLike, results: Mapping[str, Any] | None = None) -> None:
+    """Take back that the run in `folder` is complete: a part of it is to be made again. Of its results only
+    `results` stay."""
     path = Path(folder) / MANIFEST
     manifest = _read(path)
     if manifest["complete"]:
-        write_json(path, {"stage": manifest["stage"], "complete": False, "identity": manifest["identity"]})
+        begun = {"stage": manifest["stage"], "complete": False, "identity": manifest["identity"]}
+        write_json(path, {**begun, **(results or {})})
 
 
 def read_manifest(

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -81,7 +82,14 @@ def _start(parent_alive: Connection, make: Callable[[Any], Any], argument: Any) 
     global _function
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=exit_with_parent, args=(parent_alive,), daemon=True).start()
-    _function = make(argument)
+    try:
+        _function = make(argument)
+    except Exception as error:  # raised by the first call, for here it would only break the pool
+        _function = partial(_fail, error)
+
+
+def _fail(error: Exception, item: Any) -> Any:
+    raise error
 
 
 def exit_with_parent(parent_alive: Connection) -> None:

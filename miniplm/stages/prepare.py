@@ -6,7 +6,6 @@ Worker processes turn blocks of records into ids (data/encoding.py), the main pr
 
 import contextlib
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,19 +14,24 @@ from typing import Any
 
 from ..config import PrepareConfig
 from ..data.chunking import Chunk, Chunker
-from ..data.corpus import TOKENIZER, shard_paths, write_chunks, write_dataset_files
+from ..data.corpus import TOKENIZER, Corpus, changed_shard, shard_paths, write_chunks, write_dataset_files
 from ..data.encoding import Documents, Encoder, EncoderSettings
-from ..data.sources import START, open_source
-from ..data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
-from ..runtime.artifacts import MANIFEST, complete_output, open_output
+from ..data.sources import START, Position, Source, open_source
+from ..data.tokenizer import content_fingerprint, load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from ..data.verify import Damaged, verify_tokenizer
+from ..runtime.artifacts import MANIFEST, complete_output, exclusive, open_output, reopen_output
 from ..runtime.errors import UserError
+from ..runtime.file_facts import file_facts
 from ..runtime.files import atomic_folder, fingerprint, read_json, write_json
-from ..runtime.progress import Progress
+from ..runtime.progress import Progress, note
+from ..runtime.text import printable
 from ..runtime.workers import cores, ordered_map
 
 PROGRESS = "progress.json"
 MAX_BAD_RECORDS_REPORTED = 5
+MAX_LEFT_OUT_REPORTED = 5  # files
 MAX_DOMAINS_SHOWN = 30  # the largest
+MAX_NAME_SHOWN = 60  # characters
 MIN_RECORDS_FOR_SHARE = 10_000  # before so many, a share of bad ones is not yet trusted
 
 
@@ -35,7 +39,7 @@ def prepare(config: PrepareConfig) -> None:
     """Write the corpus folder `config.output` (see data/corpus.py) and print a summary.
 
     The same command continues a stopped run after its last whole file and ends in the same bytes, whatever
-    `workers` is.
+    `workers` is. Of a complete corpus it mends what is damaged.
 
     Raises:
         UserError: the source, the tokenizer or the output folder cannot be used, or more records are bad than
@@ -48,17 +52,38 @@ def prepare(config: PrepareConfig) -> None:
     tokenizer = load_tokenizer(config.tokenizer)
     _set_eos(tokenizer, config)
     folder = Path(config.output)
-    if open_output(folder, "prepare", _identity(config, source, tokenizer)):
-        (folder / PROGRESS).unlink(missing_ok=True)
-        print(f"corpus {folder} is complete, nothing to do")
-        return
+    identity = _identity(config, source, tokenizer)
+    complete, ours = open_output(folder, "prepare", identity), False
     try:
-        run = _write_corpus(config, source, tokenizer, folder)
+        with exclusive(folder):
+            ours = True
+            _write_tokenizer(tokenizer, folder, identity)
+            if complete and _is_whole(folder, source):
+                return
+            reopen_output(folder)
+            run = _write_corpus(config, source, tokenizer, folder)
+            _finish(config, source, tokenizer, folder, run)
     except UserError:
-        if not (folder / PROGRESS).exists():
+        if ours and not complete and not (folder / PROGRESS).exists():
             _discard(folder)
         raise
-    _finish(config, source, tokenizer, folder, run)
+
+
+def _is_whole(folder: Path, source: Source) -> bool:
+    """Whether a corpus that was complete still is; says so, or what is lost."""
+    (folder / PROGRESS).unlink(missing_ok=True)
+    try:
+        Corpus(folder)
+    except Damaged as error:
+        note(f"corpus {folder} was complete, but {error.reason}: it is written anew")
+        return False
+    print(printable(f"corpus {folder} is complete, nothing to do"))
+    if source.changed_ns > (folder / MANIFEST).stat().st_mtime_ns:
+        note(
+            f"data {source.name} was written to after this corpus was: if its text is another now, prepare "
+            f"it into another --output"
+        )
+    return True
 
 
 def _set_eos(tokenizer: Any, config: PrepareConfig) -> None:
@@ -75,13 +100,33 @@ def _set_eos(tokenizer: Any, config: PrepareConfig) -> None:
         )
 
 
-def _identity(config: PrepareConfig, source: Any, tokenizer: Any) -> dict[str, Any]:
+def _identity(config: PrepareConfig, source: Source, tokenizer: Any) -> dict[str, Any]:
     settings = ("text_column", "domain_column", "max_length", "take", "shard_tokens")
     return {
         "source": source.identity,
-        "tokenizer": fingerprint([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id]),
+        "tokenizer": content_fingerprint(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id),
         **{name: getattr(config, name) for name in settings},
     }
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path, identity: dict[str, Any]) -> None:
+    """Write the tokenizer's files, unless they are there as they should be."""
+    expected = {
+        "stage": "prepare",
+        "identity": identity,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+    }
+    if (folder / TOKENIZER).exists():
+        try:
+            with file_facts() as memory:
+                verify_tokenizer(folder / TOKENIZER, expected, memory)
+            return
+        except Damaged as error:
+            note(f"corpus {folder}: {error.reason}: the tokenizer is written anew")
+            shutil.rmtree(folder / TOKENIZER)
+    with atomic_folder(folder / TOKENIZER) as temporary:
+        save_tokenizer(tokenizer, temporary)
 
 
 def _discard(folder: Path) -> None:
@@ -111,7 +156,7 @@ class BadRecords:
         reported, self.count = self.count, self.count + len(documents.bad)
         self._stop_above(self.allowed * max(self.records, MIN_RECORDS_FOR_SHARE))
         for text in documents.bad[: max(0, MAX_BAD_RECORDS_REPORTED - reported)]:
-            print(f"prepare: skipped {text}", file=sys.stderr)
+            note(f"prepare: skipped {text}")
 
     def finish(self) -> None:
         self._stop_above(self.allowed * self.records)
@@ -141,30 +186,57 @@ class _Run:
 
     chunker: Chunker
     bad: BadRecords
-    position: tuple[int, int, int] = START
+    position: Position = START
     read: int = 0
     hashes: list[str] = field(default_factory=list)
 
-    def save(self, path: Path) -> None:
-        state = {"position": self.position, "read": self.read, "hashes": self.hashes}
-        write_json(path, {**state, "chunker": self.chunker.state(), "bad": self.bad.state()})
+    def save(self, path: Path, source: Source) -> None:
+        state = {
+            "position": self.position,
+            "read": self.read,
+            "hashes": self.hashes,
+            "chunker": self.chunker.state(),
+            "bad": self.bad.state(),
+            "source": source.state,
+        }
+        write_json(path, {**state, "checksum": fingerprint(state)})
 
-    def load(self, path: Path) -> None:
-        state = read_json(path)
+    def load(self, state: dict[str, Any]) -> None:
         self.position, self.read, self.hashes = state["position"], state["read"], state["hashes"]
         self.chunker.load(state["chunker"])
         self.bad.load(state["bad"])
 
 
-def _write_corpus(config: PrepareConfig, source: Any, tokenizer: Any, folder: Path) -> _Run:
-    """Write the tokenizer and the corpus files."""
-    if not (folder / TOKENIZER).exists():
-        with atomic_folder(folder / TOKENIZER) as temporary:
-            save_tokenizer(tokenizer, temporary)
+def _read_progress(folder: Path, source: Source) -> dict[str, Any] | None:
+    """What a stopped run of this source had saved; None to start from the beginning: there is nothing, or not
+    all of what it is about."""
+    path = folder / PROGRESS
+    if not path.exists():
+        return None
+    try:
+        state = read_json(path)
+        checksum = state.pop("checksum")
+        lost = f"{PROGRESS} is not as written" if checksum != fingerprint(state) else None
+    except (UserError, AttributeError, KeyError, TypeError):
+        lost = f"{PROGRESS} cannot be read"
+    if not lost and state["source"] != source.state:
+        lost = f"data {source.name} was written to since the run was stopped"
+    if not lost and (changed := changed_shard(folder, state["hashes"])):
+        lost = f"{changed} is missing or not as written"
+    if lost:
+        note(f"corpus {folder}: {lost}: starting over")
+        path.unlink()
+        return None
+    return state
+
+
+def _write_corpus(config: PrepareConfig, source: Source, tokenizer: Any, folder: Path) -> _Run:
+    """Write the corpus files, from the start or from where a stopped run was."""
+    _report_left_out(config.data, source)
     eos = tokenizer.eos_token_id
     run = _Run(Chunker(config.max_length + 1, eos), BadRecords(config.max_bad_fraction))
-    if (folder / PROGRESS).exists():
-        run.load(folder / PROGRESS)
+    if state := _read_progress(folder, source):
+        run.load(state)
     settings = EncoderSettings(
         str(folder / TOKENIZER / "tokenizer.json"), eos, config.text_column, config.domain_column, config.take
     )
@@ -183,7 +255,7 @@ def _write_corpus(config: PrepareConfig, source: Any, tokenizer: Any, folder: Pa
             run.position, run.read = documents.next, run.read + documents.size
             if tokens >= config.shard_tokens:
                 run.hashes.append(write_chunks(folder, len(run.hashes), chunks))
-                run.save(folder / PROGRESS)
+                run.save(folder / PROGRESS, source)
                 chunks, tokens = [], 0
     run.bad.finish()
     if not run.chunker.domains:
@@ -194,6 +266,13 @@ def _write_corpus(config: PrepareConfig, source: Any, tokenizer: Any, folder: Pa
         )
     run.hashes.append(write_chunks(folder, len(run.hashes), chunks + run.chunker.finish()))
     return run
+
+
+def _report_left_out(data: str, source: Source) -> None:
+    if source.left_out:
+        shown = ", ".join(source.left_out[:MAX_LEFT_OUT_REPORTED])
+        more = len(source.left_out) - MAX_LEFT_OUT_REPORTED
+        note(f"of folder {data} is left out: {shown}{f' and {more:,} more' if more > 0 else ''}")
 
 
 def _watched(encoded: Iterator[Documents], size: int | None, read: int) -> Iterator[Documents]:
@@ -210,7 +289,7 @@ def _watched(encoded: Iterator[Documents], size: int | None, read: int) -> Itera
 # ---- the end ----
 
 
-def _finish(config: PrepareConfig, source: Any, tokenizer: Any, folder: Path, run: _Run) -> None:
+def _finish(config: PrepareConfig, source: Source, tokenizer: Any, folder: Path, run: _Run) -> None:
     domains = run.chunker.domains
     total = {key: sum(counts[key] for counts in domains.values()) for key in ("documents", "rows", "tokens")}
     complete_output(
@@ -235,17 +314,19 @@ def _finish(config: PrepareConfig, source: Any, tokenizer: Any, folder: Path, ru
 
 def _print_summary(folder: Path, domains: dict[str, dict[str, int]], total: dict[str, int], bad: int) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Column, Table
+    from rich.text import Text
 
     headings = {"documents": "documents", "rows": "chunks", "tokens": "tokens"}
     table = Table("domain", *(Column(headings[key], justify="right") for key in total))
     names = sorted(domains, key=lambda name: -domains[name]["tokens"])
     for name in names[:MAX_DOMAINS_SHOWN]:
-        table.add_row(escape(name), *(f"{domains[name][key]:,}" for key in total))
+        shown = name if len(name) <= MAX_NAME_SHOWN else f"{name[:MAX_NAME_SHOWN]}…"
+        # Text: a domain's name may look like markup.
+        table.add_row(Text(printable(shown)), *(f"{domains[name][key]:,}" for key in total))
     if len(names) > MAX_DOMAINS_SHOWN:
         table.add_row(f"… {len(names) - MAX_DOMAINS_SHOWN:,} more")
     table.add_section()
     table.add_row("all", *(f"{count:,}" for count in total.values()))
     Console().print(table)
-    print(f"corpus {folder} written; {bad:,} bad records skipped")
+    print(printable(f"corpus {folder} written; {bad:,} bad records skipped"))

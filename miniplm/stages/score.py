@@ -21,17 +21,26 @@ import torch
 from ..config import BATCH_TOKENS, SHARD_CHUNKS, ScoreConfig
 from ..data.batches import IGNORE_INDEX, Batch, pack, pinned, prefetch, split_by_tokens
 from ..data.corpus import Corpus
-from ..data.scores import ROLES, columns_of, is_whole, score_figures, write_shard
+from ..data.scores import ROLES, columns_of, score_figures, shard_path, whole_hash, write_shard
 from ..data.tokenizer import check_same_tokens, load_tokenizer
 from ..kernels import difference_score, linear_log_prob
 from ..models.base import LanguageModel
 from ..models.float8 import to_float8
 from ..models.loading import load_model, model_hash
-from ..runtime.artifacts import MANIFEST, complete_output, open_output
+from ..runtime.artifacts import (
+    MANIFEST,
+    complete_output,
+    exclusive,
+    open_output,
+    record_output,
+    recorded,
+    reopen_output,
+)
 from ..runtime.devices import choose_device, choose_dtype
 from ..runtime.errors import UserError
 from ..runtime.profiling import check_trace, trace
-from ..runtime.progress import Progress
+from ..runtime.progress import Progress, note
+from ..runtime.text import printable
 from ..training.checkpoints import latest_checkpoint
 
 AGREEMENT_CHUNKS = 1024  # on which float8 is compared
@@ -73,19 +82,34 @@ def score(config: ScoreConfig) -> None:
     """
     plan = _plan(config)
     complete = (plan.output / MANIFEST).exists() and open_output(plan.output, "score", plan.identity)
-    todo = [
-        number
-        for number, chunks in enumerate(plan.shards)
-        if not is_whole(plan.output, number, chunks, plan.columns)
-    ]
+    whole = _whole_shards(plan)
+    todo = [number for number in range(len(plan.shards)) if number not in whole]
     if complete and not todo:
-        print(f"The scores in {plan.output} are complete, nothing to do.")
+        print(printable(f"The scores in {plan.output} are complete, nothing to do."))
         return
     models, vocab_size = _load(plan)
     agreement = _to_float8(models, plan, vocab_size) if config.precision else None
     open_output(plan.output, "score", plan.identity)  # claimed only now: a bad model leaves no folder behind
-    _score_shards(plan, todo, models, vocab_size)
-    _finish(plan, vocab_size, agreement)
+    with exclusive(plan.output):
+        if damaged := [path for number in todo if (path := shard_path(plan.output, number)).exists()]:
+            note(f"score file {damaged[0]} is damaged: its chunks are scored anew")
+        elif complete:
+            note(f"score file {shard_path(plan.output, todo[0])} is missing: its chunks are scored anew")
+        reopen_output(plan.output, {"files": _files(plan, whole)})
+        _score_shards(plan, whole, models, vocab_size)
+        _finish(plan, vocab_size, agreement)
+
+
+def _whole_shards(plan: _Plan) -> dict[int, str]:
+    """The hashes of the score files that are there and undamaged, by their number."""
+    files = recorded(plan.output).get("files")
+    if not isinstance(files, dict | None):
+        files = {}
+    hashes = {
+        number: whole_hash(plan.output, number, chunks, plan.columns, files)
+        for number, chunks in enumerate(plan.shards)
+    }
+    return {number: digest for number, digest in hashes.items() if digest is not None}
 
 
 def _plan(config: ScoreConfig) -> _Plan:
@@ -142,8 +166,9 @@ def _load(plan: _Plan) -> tuple[Models, int]:
     return models, vocab_size
 
 
-def _score_shards(plan: _Plan, todo: list[int], models: Models, vocab_size: int) -> None:
-    """Write the score files with the numbers in todo."""
+def _score_shards(plan: _Plan, whole: dict[int, str], models: Models, vocab_size: int) -> None:
+    """Write the score files that are not whole, and their hashes into the manifest as they come."""
+    todo = [number for number in range(len(plan.shards)) if number not in whole]
     positions = plan.corpus.num_tokens - 1
     total, left = int(positions.sum()), sum(int(positions[plan.shards[number]].sum()) for number in todo)
     batches = (
@@ -172,7 +197,12 @@ def _score_shards(plan: _Plan, todo: list[int], models: Models, vocab_size: int)
                 name: torch.cat([part[name] for part in parts]).cpu().numpy()
                 for name in ("num_tokens", *plan.columns)
             }
-            write_shard(plan.output, number, plan.shards[number], plan.columns, values)
+            whole[number] = write_shard(plan.output, number, plan.shards[number], plan.columns, values)
+            record_output(plan.output, {"files": _files(plan, whole)})
+
+
+def _files(plan: _Plan, whole: dict[int, str]) -> dict[str, str]:
+    return {shard_path(plan.output, number).name: whole[number] for number in sorted(whole)}
 
 
 def _batches(plan: _Plan, chunks: range) -> Iterator[Batch]:
@@ -280,7 +310,7 @@ def _display_name(name: str | None) -> str | None:
 def _print_summary(figures: dict[str, Any], column: str, output: Path) -> None:
     print(
         f"Scored {figures['rows']:,} chunks, {figures['tokens']:,} tokens; {figures['non_finite']:,} not "
-        f"finite; scores in {output}"
+        f"finite; scores in {printable(output)}"
     )
     if figures["mean"] is not None:
         below = f", {figures['below_zero']:.1%} of the chunks below 0" if column == "score" else ""

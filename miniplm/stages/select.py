@@ -1,6 +1,8 @@
 """Stage 3, select: Difference Sampling. Scores → refined corpus. The rule itself is in data/selection.py."""
 
+import filecmp
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,19 @@ from ..config import SelectConfig
 from ..data.corpus import TOKENIZER, Corpus, write_dataset_files, write_shard
 from ..data.scores import ROLES, SCORE_COLUMNS, ScoreManifest, read_scores
 from ..data.selection import choose, why_nothing
-from ..runtime.artifacts import MANIFEST, complete_output, open_output, read_manifest
+from ..data.verify import Damaged
+from ..runtime.artifacts import (
+    MANIFEST,
+    complete_output,
+    exclusive,
+    open_output,
+    read_manifest,
+    reopen_output,
+)
 from ..runtime.errors import UserError
 from ..runtime.files import atomic_folder
-from ..runtime.progress import Progress
+from ..runtime.progress import Progress, note
+from ..runtime.text import printable
 
 SHARD_BYTES = 128 * 2**20  # of a file of the refined corpus; bounds the memory of the writing
 QUANTILES_PERCENT = (1, 5, 25, 50, 75, 95, 99)  # of the summary
@@ -46,10 +57,13 @@ def select(config: SelectConfig) -> None:
     }
     output = Path(config.output)
     if (output / MANIFEST).exists() and open_output(output, "select", identity):
-        print(f"The refined corpus {output} is complete, nothing to do.")
-        return
+        lost = _what_is_lost(output, corpus)
+        if not lost:
+            print(printable(f"The refined corpus {output} is complete, nothing to do."))
+            return
+        note(f"the refined corpus {output} was complete, but {lost}: it is written anew")
 
-    columns = _read_sources(sources, len(corpus))
+    columns = _read_sources(sources, corpus)
     keep = choose(config, columns["score"], corpus.num_tokens, corpus.domains[0])
     if not keep.any():
         raise UserError(f"nothing of corpus {config.data} is kept: {why_nothing(config, columns['score'])}")
@@ -57,14 +71,38 @@ def select(config: SelectConfig) -> None:
     columns = {name: values[keep] for name, values in columns.items()}
 
     open_output(output, "select", identity)  # claimed only now: a rule that keeps nothing leaves no folder
-    hashes = _write_kept(corpus, keep, columns, output)
-    if not (output / TOKENIZER).exists():
+    with exclusive(output):
+        reopen_output(output)  # a complete one gets here where a part of it is lost
+        hashes = _write_kept(corpus, keep, columns, output)
+        _copy_tokenizer(corpus, output)
+        content = write_dataset_files(output, hashes, with_scores=True)
+        predictions = int(columns["num_tokens"].sum(dtype=np.int64))
+        complete_output(output, _results(corpus, content, predictions, selection, sources))
+    _print_summary(selection, output)
+
+
+def _what_is_lost(output: Path, corpus: Corpus) -> str | None:
+    """What of a complete refined corpus is lost or changed; None where all is as it was written."""
+    try:
+        Corpus(output)
+    except Damaged as error:
+        return error.reason
+    return (
+        None if _same_tokenizer(corpus, output) else f"the files in {TOKENIZER} are not those of the corpus"
+    )
+
+
+def _same_tokenizer(corpus: Corpus, output: Path) -> bool:
+    names = sorted(path.name for path in Path(corpus.tokenizer).iterdir())
+    _, different, unreadable = filecmp.cmpfiles(corpus.tokenizer, output / TOKENIZER, names, shallow=False)
+    return not different and not unreadable
+
+
+def _copy_tokenizer(corpus: Corpus, output: Path) -> None:
+    if not _same_tokenizer(corpus, output):
+        shutil.rmtree(output / TOKENIZER, ignore_errors=True)
         with atomic_folder(output / TOKENIZER) as folder:
             shutil.copytree(corpus.tokenizer, folder, dirs_exist_ok=True)
-    content = write_dataset_files(output, hashes, with_scores=True)
-    predictions = int(columns["num_tokens"].sum(dtype=np.int64))
-    complete_output(output, _results(corpus, content, predictions, selection, sources))
-    _print_summary(selection, output)
 
 
 def _rule(config: SelectConfig) -> dict[str, Any]:
@@ -152,16 +190,30 @@ def _fact(manifest: dict[str, Any], key: str) -> Any:
     return manifest.get(key, manifest["identity"].get(key))
 
 
-def _read_sources(sources: Sources, chunks: int) -> dict[str, np.ndarray]:
+def _read_sources(sources: Sources, corpus: Corpus) -> dict[str, np.ndarray]:
     """num_tokens (int32 [chunks]) and the score columns (float32 [chunks]) from one folder with both models
     or from two."""
-    (teacher, _), (reference, _) = sources.values()
+    (teacher, first), (reference, second) = sources.values()
     if teacher == reference:
-        return read_scores(teacher, chunks, SCORE_COLUMNS)
-    columns = read_scores(teacher, chunks, SCORE_COLUMNS[:1])
-    columns["reference_log_prob"] = read_scores(reference, chunks, SCORE_COLUMNS[1:2])["reference_log_prob"]
+        return _read_folder(teacher, first, corpus, SCORE_COLUMNS)
+    columns = _read_folder(teacher, first, corpus, SCORE_COLUMNS[:1])
+    other = _read_folder(reference, second, corpus, SCORE_COLUMNS[1:2])
+    columns["reference_log_prob"] = other["reference_log_prob"]
     with np.errstate(invalid="ignore"):  # inf − inf
         columns["score"] = columns["teacher_log_prob"] - columns["reference_log_prob"]
+    return columns
+
+
+def _read_folder(
+    folder: str, manifest: dict[str, Any], corpus: Corpus, names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    columns = read_scores(folder, len(corpus), names, manifest.get("files"))
+    wrong = (columns["num_tokens"] < 0) | (columns["num_tokens"] >= corpus.num_tokens)
+    if wrong.any():
+        raise UserError(
+            f"score folder {folder} says of chunk {int(np.argmax(wrong)):,} that more positions were scored "
+            f"than it has: score the corpus again into a new folder"
+        )
     return columns
 
 
@@ -233,11 +285,11 @@ def _print_summary(selection: dict[str, Any], output: Path) -> None:
         table.add_column(heading, footer=f"{selection[key]:,}", justify="right")
     for name, part in selection["domains"].items():
         # Text: a domain's name may look like markup.
-        table.add_row(Text(name), *(f"{value:,}" for value in part.values()))
+        table.add_row(Text(printable(name)), *(f"{value:,}" for value in part.values()))
     quantiles = Table(*selection["quantiles"], title="Score quantiles (nats per token)")
     quantiles.add_row(*(f"{value:.4f}" for value in selection["quantiles"].values()))
     Console().print(table, quantiles)
     print(
         f"below 0: {selection['below_zero']:.1%} of the finite scores; not finite: "
-        f"{selection['non_finite']:,}\nrefined corpus: {output}"
+        f"{selection['non_finite']:,}\nrefined corpus: {printable(output)}"
     )

@@ -248,7 +248,10 @@ def find_checkpoint(output: str | Path, identity: str) -> Checkpoint | None:
         UserError: all are damaged, or the latest whole one belongs to another run.
     """
     for leftover in Path(output).glob("checkpoints/.step-*.tmp"):
-        shutil.rmtree(leftover)
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:  # the lock of a folder that was being written
+            leftover.unlink(missing_ok=True)
     damaged: dict[Path, str] = {}
     for folder in reversed(checkpoint_folders(output)):
         try:

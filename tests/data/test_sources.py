@@ -9,8 +9,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from miniplm.data import sources
-from miniplm.data.sources import START, open_source, read_record
+from miniplm.data import readers
+from miniplm.data.records import read_record
+from miniplm.data.sources import START, open_source
 from miniplm.runtime.errors import UserError
 
 ROWS = [
@@ -51,8 +52,8 @@ def read(source, position=START, columns=("text", "domain")):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 300)
-    monkeypatch.setattr(sources, "BLOCK_RECORDS", 7)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(readers, "BLOCK_RECORDS", 7)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
@@ -227,6 +228,9 @@ def test_nothing_usable(tmp_path):
     (tmp_path / "data.csv").write_text("text\na\n")
     with pytest.raises(UserError, match=r"is of no known type: give \.jsonl"):
         open_source(str(tmp_path / "data.csv"), ["text"])
+    with pytest.raises(UserError, match=r"can be read \(data\.csv \(of no known type\)\): give \.jsonl"):
+        open_source(str(tmp_path), ["text"])
+    (tmp_path / "data.csv").unlink()
     with pytest.raises(UserError, match=r"holds no file that can be read: give \.jsonl"):
         open_source(str(tmp_path), ["text"])
 

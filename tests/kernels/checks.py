@@ -37,6 +37,14 @@ def run(function, inputs, grads):
     return [y.detach() for y in outputs], list(found)
 
 
+def loss_and_gradients(op, heads, targets, **options):
+    """[loss, cross-entropy, divergence, the gradients of the student's hidden states and weight] of a
+    distillation loss; heads: the student's hidden states and weight, the teacher's."""
+    heads = [*(x.detach().requires_grad_() for x in heads[:2]), *heads[2:]]
+    result = op(*heads, targets, **options)
+    return [*result, *torch.autograd.grad(result.loss, heads[:2])]
+
+
 def assert_accurate_everywhere(op, plain, inputs, grads, dtype, relative=None):
     """assert_accurate for every output and gradient of `op`, against `plain` in dtype and in float64. Inputs
     and grads: float64."""
@@ -57,3 +65,38 @@ def assert_accurate_everywhere(op, plain, inputs, grads, dtype, relative=None):
 def strided(x):
     """A copy of x with the same values whose last dimension is not contiguous."""
     return torch.stack((x, x), -1)[..., 0]
+
+
+def tensors_of(results):
+    """All tensors of nested tuples and lists, in order."""
+    return (
+        [x for part in results for x in tensors_of(part)] if isinstance(results, (tuple, list)) else [results]
+    )
+
+
+def assert_equal_everywhere(found, expected):
+    """The tensors of two results of `run`, or of two ops, have the same bits; NaN equals NaN."""
+    for one, two in zip(tensors_of(found), tensors_of(expected), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_close_everywhere(found, expected, **tolerances):
+    """torch.testing.assert_close for the tensors of two results of `run`, or of two ops."""
+    for one, two in zip(tensors_of(found), tensors_of(expected), strict=True):
+        torch.testing.assert_close(one, two, **tolerances)
+
+
+def remember_calls(monkeypatch, module, *names):
+    """A list that gets the name of each of these functions of a module when it is called."""
+    calls = []
+
+    def remembering(name, function):
+        def call(*arguments):
+            calls.append(name)
+            return function(*arguments)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(module, name, remembering(name, getattr(module, name)))
+    return calls

@@ -1,5 +1,50 @@
+"""Every op's cases run on both of its implementations: a test that takes the fixture `implementation` runs on
+the PyTorch reference and on the Triton kernels."""
+
+from pathlib import Path
+from typing import NamedTuple
+
 import pytest
 import torch
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "products: the op multiplies matrices (not in bfloat16 in the interpreter)"
+    )
+    config.addinivalue_line("markers", "large: takes too long in Triton's interpreter")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What Triton's interpreter cannot do (its products in bfloat16 are garbage), or not in time, waits for a
+    GPU."""
+    for item in items:
+        if Path(__file__).parent not in item.path.parents or not hasattr(item, "callspec"):
+            continue
+        parameters = item.callspec.params
+        in_bfloat16 = parameters.get("dtype") is torch.bfloat16 and item.get_closest_marker("products")
+        if parameters.get("implementation") == "triton" and (in_bfloat16 or item.get_closest_marker("large")):
+            item.add_marker(pytest.mark.gpu)
+
+
+class Implementation(NamedTuple):
+    """What the public ops run on."""
+
+    name: str  # reference or triton, as in MINIPLM_KERNELS
+    device: str  # of the tensors to give it
+    finest: torch.dtype  # the most exact dtype that it takes
+
+
+@pytest.fixture(params=["reference", "triton"])
+def implementation(request, monkeypatch):
+    """The public ops run on the reference on the CPU; then on the Triton kernels, on a GPU or in Triton's
+    interpreter on the CPU."""
+    monkeypatch.setenv("MINIPLM_KERNELS", request.param)
+    if request.param == "reference":
+        return Implementation("reference", "cpu", torch.float64)
+    pytest.importorskip("triton")
+    return Implementation("triton", "cuda" if torch.cuda.is_available() else "cpu", torch.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +61,17 @@ def strict_torch():
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture
+def large_tiles(implementation, monkeypatch):
+    """On Triton the logits are cut into few large tiles in the interpreter, which takes its time per tile."""
+    if implementation.name == "triton" and implementation.device == "cpu":
+        from miniplm.kernels import tuning
+
+        config = tuning.Config({"BLOCK_T": 16, "BLOCK_V": 1024, "BLOCK_D": 64})
+        for name in ("exponentials", "logsumexp"):
+            monkeypatch.setitem(tuning.CANDIDATES, name, lambda *_, **__: [config])
 
 
 @pytest.fixture

@@ -71,7 +71,8 @@ import resource, torch
 from miniplm.kernels import linear_cross_entropy, linear_log_prob, linear_distillation_loss
 torch.set_num_threads(1)
 T, V, WIDTH = 512, 151_936, 8  # the logits: 297 MiB
-hidden, weight, targets = torch.randn(T, WIDTH, requires_grad=True), torch.randn(V, WIDTH, requires_grad=True), torch.randint(0, V, (T,))
+hidden, weight = (torch.randn(rows, WIDTH, requires_grad=True) for rows in (T, V))
+targets = torch.randint(0, V, (T,))
 small = torch.randn(64, WIDTH)
 linear_log_prob(small, weight, targets[:64]).sum().backward()  # what a first call loads
 def peak():

@@ -1,99 +1,100 @@
+"""rms_norm and add_rms_norm, on the reference and on Triton."""
+
 import pytest
 import torch
-from checks import RELATIVE, assert_accurate, assert_accurate_everywhere, run, strided
+from checks import (
+    RELATIVE,
+    assert_accurate,
+    assert_accurate_everywhere,
+    assert_close_everywhere,
+    assert_equal_everywhere,
+    run,
+    strided,
+    tensors_of,
+)
 from miniplm.kernels import add_rms_norm, rms_norm
+from oracles import plain_add_rms_norm, plain_rms_norm
+from random_inputs import on, random
 
-NARROW = [torch.float16, torch.bfloat16]
-
-EPS = 1e-6
-SHAPES = [(1, 5), (3, 127), (129, 64), (2, 3, 255), (507, 576)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def plain_rms_norm(x, weight):  # as in transformers: the statistics in float32 at least
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(weight.dtype)
-
-
-def plain_add_rms_norm(x, residual, weight):
-    return plain_rms_norm(x + residual, weight), x + residual
-
-
-def random(*shape):
-    return torch.randn(shape, dtype=torch.float64)
+SHAPES = [
+    (1, 5),
+    (3, 127),
+    (129, 64),
+    (2, 3, 255),
+    (5, 507),
+    (1, 1024),
+    (2, 5, 2, 96),
+    pytest.param((507, 576), marks=pytest.mark.large),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rms_norm(shape, dtype):
-    assert_accurate_everywhere(
-        rms_norm, plain_rms_norm, [3 * random(*shape), random(shape[-1])], [random(*shape)], dtype
-    )
+def test_rms_norm(shape, dtype, implementation):
+    x, weight, grad = on(implementation.device, 3 * random(*shape), random(shape[-1]), random(*shape))
+    assert_accurate_everywhere(rms_norm, plain_rms_norm, [x, weight], [grad], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_add_rms_norm(shape, dtype):
-    inputs, grads = [random(*shape), 3 * random(*shape), random(shape[-1])], [random(*shape), random(*shape)]
-    if dtype is torch.float32:
-        return assert_accurate_everywhere(add_rms_norm, plain_add_rms_norm, inputs, grads, dtype)
-    # In 16 bits the sum is rounded before the norm, so the exact sum is not the truth: give sums that are
-    # exact.
-    inputs[:2] = (x.mul(8).round() / 8 for x in inputs[:2])
+def test_add_rms_norm(shape, dtype, implementation):
+    x, residual, weight = random(*shape), 3 * random(*shape), random(shape[-1])
+    if dtype is not torch.float32:
+        # In 16 bits the sum is rounded before the norm, so the exact sum is not the truth: give sums that are
+        # exact.
+        x, residual = (value.mul(8).round() / 8 for value in (x, residual))
+    inputs = on(implementation.device, x, residual, weight)
+    grads = on(implementation.device, random(*shape), random(*shape))
     assert_accurate_everywhere(add_rms_norm, plain_add_rms_norm, inputs, grads, dtype)
 
 
-@pytest.mark.parametrize("dtype", NARROW)
+# --- float32 beside 16 bits ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("x_is_wide", [False, True])
-def test_float32_residual_stream(shape, dtype, x_is_wide):
+def test_float32_residual_stream(shape, dtype, x_is_wide, implementation):
     """Beside a 16-bit weight, x and residual may be float32: the sum is float32, and normed without being
     rounded first."""
-    inputs = [
-        torch.randn(shape).to(dtype if not x_is_wide else torch.float32),
-        3 * torch.randn(shape),
-        torch.randn(shape[-1]).to(dtype),
-    ]
-    grads = [torch.randn(shape).to(dtype), torch.randn(shape)]
-    results, plain = run(add_rms_norm, inputs, grads), run(plain_add_rms_norm, inputs, grads)
-    exact = run(plain_add_rms_norm, [x.double() for x in inputs], grads)
-    assert [y.dtype for y in results[0]] == [dtype, torch.float32] and [g.dtype for g in results[1]] == [
-        x.dtype for x in inputs
-    ]
-    assert torch.equal(results[0][1], inputs[0] + inputs[1])
-    for found, plainly, truth in zip(
-        *((*part[0], *part[1]) for part in (results, plain, exact)), strict=True
+    device = implementation.device
+    x = random(*shape).to(device, torch.float32 if x_is_wide else dtype)
+    residual = (3 * random(*shape)).to(device, torch.float32)
+    weight = random(shape[-1]).to(device, dtype)
+    grads = [random(*shape).to(device, dtype), random(*shape).to(device, torch.float32)]
+    for op, plain, inputs, upstream in (
+        (add_rms_norm, plain_add_rms_norm, [x, residual, weight], grads),
+        (rms_norm, plain_rms_norm, [residual, weight], grads[:1]),
     ):
-        assert_accurate(found, plainly, truth)
-    alone = run(lambda x, weight: rms_norm(x, weight, EPS), [inputs[1], inputs[2]], grads[:1])
-    assert alone[0][0].dtype == dtype and [g.dtype for g in alone[1]] == [torch.float32, dtype]
-    for found, plainly, truth in zip(
-        *(
-            (*part[0], *part[1])
-            for part in (
-                alone,
-                run(plain_rms_norm, inputs[1:], grads[:1]),
-                run(plain_rms_norm, [x.double() for x in inputs[1:]], grads[:1]),
-            )
-        ),
-        strict=True,
-    ):
-        assert_accurate(found, plainly, truth)
+        results, gradients = run(op, inputs, upstream)
+        assert [y.dtype for y in results] == [dtype, torch.float32][: len(results)]
+        assert [g.dtype for g in gradients] == [y.dtype for y in inputs]
+        if op is add_rms_norm:
+            assert torch.equal(results[1], x + residual)
+        plainly = run(plain, inputs, upstream)
+        exact = run(plain, [y.double() for y in inputs], upstream)
+        for found, one, truth in zip(
+            (*results, *gradients), tensors_of(plainly), tensors_of(exact), strict=True
+        ):
+            assert_accurate(found, one, truth)
 
 
-def test_autocast_keeps_a_float32_stream():
-    x, residual, weight = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        for x_ in (x, x.bfloat16()):
+def test_autocast_keeps_a_float32_stream(implementation):
+    device, dtype = implementation.device, torch.bfloat16
+    if implementation.name == "triton" and device == "cpu":
+        dtype = torch.float16  # the interpreter cuts bfloat16 off instead of rounding it
+    x, residual, weight = (torch.randn(*shape, device=device) for shape in ((3, 8), (3, 8), (8,)))
+    with torch.autocast(device, dtype=dtype):
+        for x_ in (x, x.to(dtype)):
             normed, total = add_rms_norm(x_, residual, weight)
-            assert normed.dtype == torch.bfloat16 and total.dtype == torch.float32
+            assert normed.dtype == dtype and total.dtype == torch.float32
             assert torch.equal(total, x_ + residual)
-        assert rms_norm(x, weight).dtype == torch.bfloat16
         inside = rms_norm(x, weight)
-        assert add_rms_norm(x.bfloat16(), residual.bfloat16(), weight)[1].dtype == torch.bfloat16
-    assert torch.equal(inside, rms_norm(x, weight).bfloat16()), (
-        "neither the weight nor the norm may be rounded before the result is"
-    )
+        assert inside.dtype == dtype
+        assert add_rms_norm(x.to(dtype), residual.to(dtype), weight)[1].dtype == dtype
+    rounded_last = rms_norm(x, weight).to(dtype)
+    assert torch.equal(inside, rounded_last), "neither the weight nor the norm is rounded before the result"
 
 
 @pytest.mark.parametrize(
@@ -103,40 +104,38 @@ def test_autocast_keeps_a_float32_stream():
         (torch.float32, torch.bfloat16, torch.float32),
         (torch.float16, torch.float32, torch.float16),
         (torch.float32, torch.float32, torch.float16),
+        (torch.float16, torch.float16, torch.float32),
+        (torch.float32, torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float32, torch.float32, torch.bfloat16),
     ],
 )
-def test_mixed_dtypes(dtypes):
-    check_mixed_dtypes(dtypes, "cpu")
-
-
-def check_mixed_dtypes(dtypes, device):
+def test_mixed_dtypes(dtypes, implementation):
     """Float32 beside 16 bits: everything is computed from what the arguments hold, each gradient comes in its
     argument's dtype."""
-    shapes = (5, 33), (5, 33), (33,)  # eighths: a sum of 16 bits is exact, too
+    device = implementation.device
     inputs = [
-        (8 * torch.randn(shape)).round().div(8).to(device, dtype)
-        for shape, dtype in zip(shapes, dtypes, strict=True)
+        random(*shape).mul(8).round().div(8).to(device, dtype)  # eighths: a sum of 16 bits is exact, too
+        for shape, dtype in zip(((5, 33), (5, 33), (33,)), dtypes, strict=True)
     ]
-    narrow = next(dtype for dtype in dtypes if dtype.itemsize == 2)
+    low_precision = next(dtype for dtype in dtypes if dtype.itemsize == 2)
     grads = [
-        torch.randn(5, 33).to(device, narrow),
-        torch.randn(5, 33).to(device, torch.promote_types(*dtypes[:2])),
+        random(5, 33).to(device, low_precision),
+        random(5, 33).to(device, torch.promote_types(*dtypes[:2])),
     ]
-    for op, plain, arguments, upstream in [
-        (add_rms_norm, plain_add_rms_norm, inputs, grads),
-        (rms_norm, plain_rms_norm, inputs[::2], grads[:1]),
-    ]:
+    calls = [(add_rms_norm, plain_add_rms_norm, inputs, grads)]
+    if low_precision in (dtypes[0], dtypes[2]):
+        calls.append((rms_norm, plain_rms_norm, inputs[::2], grads[:1]))
+    for op, plain, arguments, upstream in calls:
         results, gradients = run(op, arguments, upstream)
-        exact, exact_gradients = run(plain, [x.double() for x in arguments], [g.double() for g in upstream])
-        if (
-            op is rms_norm
-            and torch.float32 in (arguments[0].dtype, arguments[1].dtype)
-            and narrow not in (arguments[0].dtype, arguments[1].dtype)
-        ):
-            continue  # nothing of 16 bits among them
-        assert results[0].dtype == narrow and [g.dtype for g in gradients] == [x.dtype for x in arguments]
-        for one, two in zip((*results, *gradients), (*exact, *exact_gradients), strict=True):
+        exact = run(plain, [x.double() for x in arguments], [g.double() for g in upstream])
+        assert results[0].dtype == low_precision
+        assert [g.dtype for g in gradients] == [x.dtype for x in arguments]
+        for one, two in zip((*results, *gradients), tensors_of(exact), strict=True):
             assert (one.double() - two).norm() <= RELATIVE[one.dtype] * two.norm()
+
+
+# --- gradients ---
 
 
 def test_gradcheck():
@@ -145,47 +144,94 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(add_rms_norm, (x, residual, weight))
 
 
-@pytest.mark.parametrize(
-    "op, inputs", [(rms_norm, ((6, 33), (33,))), (add_rms_norm, ((6, 33), (6, 33), (33,)))]
-)
-def test_strided(op, inputs):
-    inputs = [torch.randn(shape) for shape in inputs]
-    grads = [torch.randn(6, 33) for _ in range(len(inputs) - 1)]
-    expected = run(op, inputs, grads)
-    for change in (strided, lambda x: x.T.contiguous().T if x.dim() == 2 else x):
-        found = run(op, [change(x) for x in inputs], [change(g) for g in grads])
-        assert all(y.is_contiguous() for y in found[0])
-        for one, two in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
-
-
-def test_one_output_used():
+def test_one_output_used(implementation):
     """The gradient through each of add_rms_norm's outputs alone."""
-    inputs = [random(5, 9).requires_grad_(), random(5, 9).requires_grad_(), random(9).requires_grad_()]
+    inputs = on(implementation.device, random(5, 9), random(5, 9), random(9), dtype=implementation.finest)
+    inputs = [x.requires_grad_() for x in inputs]
     for output in (0, 1):
-        found = torch.autograd.grad(add_rms_norm(*inputs)[output].square().sum(), inputs[:2])
-        expected = torch.autograd.grad(plain_add_rms_norm(*inputs)[output].square().sum(), inputs[:2])
+        found, expected = (
+            torch.autograd.grad(op(*inputs)[output].square().sum(), inputs[:2])
+            for op in (add_rms_norm, plain_add_rms_norm)
+        )
         torch.testing.assert_close(found, expected)
 
 
-def test_extremes():
-    weight = torch.ones(8)
-    assert torch.equal(rms_norm(torch.zeros(2, 8), weight), torch.zeros(2, 8))
-    torch.testing.assert_close(rms_norm(torch.full((2, 8), 1e15), weight), torch.ones(2, 8))
-    torch.testing.assert_close(
-        rms_norm(torch.full((2, 8), 6e4, dtype=torch.float16), weight.half()), torch.ones(2, 8).half()
+@pytest.mark.parametrize("wide", [False, True])
+def test_opcheck(wide, implementation):
+    device, dtype = implementation.device, torch.float16
+    x, weight = (torch.randn(shape, device=device).to(dtype) for shape in ((7, 12), (12,)))
+    residual = torch.randn(7, 12, device=device, dtype=torch.float32 if wide else dtype)
+    rstd = torch.rand(7, 1, device=device)
+    example = x, residual, weight, rstd, residual, dtype if wide else None
+    torch.library.opcheck(torch.ops.miniplm.rms_norm_backward.default, example, rtol=1e-2, atol=1e-2)
+    for tensor in (x, residual, weight):
+        tensor.requires_grad_()
+    torch.library.opcheck(torch.ops.miniplm.rms_norm.default, (residual, weight, 1e-6, dtype))
+    torch.library.opcheck(torch.ops.miniplm.add_rms_norm.default, (x, residual, weight, 1e-6, dtype))
+
+
+# --- layouts and extremes ---
+
+
+@pytest.mark.parametrize(
+    "shape, layout",
+    [
+        ((6, 33), strided),
+        ((6, 33), lambda x: x.T.contiguous().T),
+        ((5, 4, 32), lambda x: torch.cat((x, x, x), 1)[:, 4:8]),
+        ((4, 5, 32), lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)),
+        ((3, 2, 5, 8), lambda x: x.permute(1, 3, 0, 2).contiguous().permute(2, 0, 3, 1)),
+        ((7, 16), lambda x: torch.cat((x, x), 1)[:, :16]),
+        ((7, 16), lambda x: x[:1].expand(7, -1)),
+    ],
+)
+def test_layouts(shape, layout, implementation):
+    """Views of any strides, heads of a fused projection among them, give what contiguous copies give (on
+    Triton to the bit), and their results are contiguous."""
+    x, residual, weight = on(
+        implementation.device, random(*shape), random(*shape), random(shape[-1]), dtype=torch.float32
     )
-    x = torch.randn(3, 8)
+    tolerance = 0 if implementation.name == "triton" else 1e-6
+    inputs, grads = [layout(x), layout(residual), weight], [layout(residual), layout(x)]
+    for op, used, upstream in ((add_rms_norm, inputs, grads), (rms_norm, inputs[1:], grads[:1])):
+        found = run(op, used, upstream)
+        expected = run(op, [y.contiguous() for y in used], [g.contiguous() for g in upstream])
+        assert_close_everywhere(found, expected, rtol=tolerance, atol=tolerance)
+        assert all(y.is_contiguous() for y in found[0])
+
+
+def test_strided_weight(implementation):
+    x, weight = on(implementation.device, random(3, 8), random(16), dtype=torch.float32)
+    assert torch.equal(rms_norm(x, weight[::2]), rms_norm(x, weight[::2].contiguous()))
+
+
+def test_repeatable_to_the_bit(implementation):
+    device = implementation.device
+    x, residual, weight = random(515, 40).half(), random(515, 40).float(), random(40).half()
+    inputs, grads = on(device, x, residual, weight), on(device, random(515, 40).half(), random(515, 40))
+    assert_equal_everywhere(run(add_rms_norm, inputs, grads), run(add_rms_norm, inputs, grads))
+
+
+def test_extremes(implementation):
+    device = implementation.device
+    weight = torch.ones(8, device=device)
+    zeros, ones = torch.zeros(2, 8, device=device), torch.ones(2, 8, device=device)
+    assert torch.equal(rms_norm(zeros, weight), zeros)
+    torch.testing.assert_close(rms_norm(1e15 * ones, weight), ones)
+    torch.testing.assert_close(rms_norm((6e4 * ones).half(), weight.half()), ones.half())
+    x = torch.randn(3, 8, device=device)
     x[1, 2] = torch.nan
     assert rms_norm(x, weight).isnan().any(1).tolist() == [False, True, False]
 
 
-def test_no_tokens():
-    x, weight = torch.randn(0, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (0, 4, 8)])
+def test_no_rows(shape, implementation):
+    x = torch.randn(shape, device=implementation.device, requires_grad=True)
+    weight = torch.randn(8, device=implementation.device, requires_grad=True)
     normed, total = add_rms_norm(x, x, weight)
-    assert normed.shape == total.shape == (0, 8)
+    assert normed.shape == total.shape == rms_norm(x, weight).shape == shape
     (normed.sum() + rms_norm(x, weight).sum()).backward()
-    assert torch.equal(weight.grad, torch.zeros(8))
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
 @pytest.mark.parametrize(

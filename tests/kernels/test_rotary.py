@@ -1,89 +1,135 @@
+"""apply_rotary, on the reference and on Triton."""
+
 import pytest
 import torch
-from checks import assert_accurate_everywhere, run, strided
+from checks import assert_accurate_everywhere, assert_equal_everywhere, run, strided
 from miniplm.kernels import apply_rotary
+from oracles import plain_rotary
+from random_inputs import heads_first, on, random, rotary_frequencies
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def frequencies(dim):
-    return 1e4 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+def random_queries_and_keys(implementation, tokens, heads, key_heads, dim):
+    return on(implementation.device, random(tokens, heads, dim), random(tokens, key_heads, dim))
 
 
-def plain_rotary(q, k, positions, inv_freq):
-    """As in transformers, the angles in float32 at least."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    angles = positions.to(wide)[:, None] * inv_freq.to(wide)
-    cos, sin = (torch.cat((part, part), -1)[:, None].to(q.dtype) for part in (angles.cos(), angles.sin()))
-
-    def half_turn(x):
-        first, second = x.chunk(2, -1)
-        return torch.cat((-second, first), -1)
-
-    return q * cos + half_turn(q) * sin, k * cos + half_turn(k) * sin
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "tokens, heads, key_heads, dim",
-    [(1, 1, 1, 16), (3, 4, 2, 32), (127, 6, 2, 64), (129, 2, 2, 96), (33, 3, 1, 128)],
+    [
+        (1, 1, 1, 2),
+        (1, 1, 1, 16),
+        (3, 4, 2, 32),
+        (127, 3, 1, 64),
+        (129, 2, 2, 96),
+        (33, 8, 4, 128),
+        (33, 3, 1, 128),
+        (17, 1, 7, 16),
+        (5, 2, 1, 6),
+        (31, 13, 1, 8),
+        pytest.param(127, 6, 2, 64, marks=pytest.mark.large),
+    ],
 )
-def test_rotary(tokens, heads, key_heads, dim, dtype):
-    q, k = (torch.randn(tokens, h, dim, dtype=torch.float64) for h in (heads, key_heads))
-    positions = torch.randint(0, 1024, (tokens,))
-    inv_freq = frequencies(
-        dim
-    )  # one table in float64, so that the truth and the op differ by arithmetic alone
-
-    def with_positions(op):
-        return lambda q, k: op(q, k, positions % 16 if dtype is torch.float32 else positions, inv_freq)
-
-    # float32: small angles, because the angle itself is rounded to float32 in both
+def test_rotary(tokens, heads, key_heads, dim, dtype, implementation):
+    q, k = random_queries_and_keys(implementation, tokens, heads, key_heads, dim)
+    positions = torch.randint(0, 1024, (tokens,), device=implementation.device)
+    if dtype is torch.float32:
+        positions %= 16  # small angles, because the angle itself is rounded to float32 in both
+    # One table in float64, so that the truth and the op differ by arithmetic alone.
+    inv_freq = rotary_frequencies(dim).to(implementation.device)
     grads = [torch.randn_like(q), torch.randn_like(k)]
     assert_accurate_everywhere(
-        with_positions(apply_rotary), with_positions(plain_rotary), [q, k], grads, dtype
+        lambda q, k: apply_rotary(q, k, positions, inv_freq),
+        lambda q, k: plain_rotary(q, k, positions, inv_freq),
+        [q, k],
+        grads,
+        dtype,
     )
 
 
-def test_long_positions_are_those_of_float32_angles():
-    q, k = torch.randn(5, 2, 64), torch.randn(5, 2, 64)
-    positions, inv_freq = torch.tensor([0, 1, 1000, 100_000, 1_000_000]), frequencies(64).float()
-    for found, expected in zip(
-        apply_rotary(q, k, positions, inv_freq), plain_rotary(q, k, positions, inv_freq), strict=True
+@pytest.mark.parametrize("inverse", [False, True])
+def test_any_position(inverse, implementation):
+    """Sine and cosine are right at angles of any size, including those where fast approximations are not."""
+    positions = [0, 1, 1000, 100_000, 131_071, 1_000_000, 16_000_001, 2_000_000_011, 2**40 + 12345, -7]
+    positions = torch.tensor(positions, device=implementation.device)
+    inv_freq = rotary_frequencies(64).to(implementation.device, torch.float32)
+    q, k = (x.float() for x in random_queries_and_keys(implementation, 10, 2, 1, 64))
+    # The angle is one float32 product; its sine is taken exactly.
+    angles = (positions.float()[:, None] * inv_freq).double()[:, None]
+    cos = torch.cat((angles.cos(), angles.cos()), -1)
+    sin = torch.cat((-angles.sin(), angles.sin()), -1) * (-1 if inverse else 1)
+    for x, found in zip((q, k), torch.ops.miniplm.rotary(q, k, positions, inv_freq, inverse), strict=True):
+        truth = x.double() * cos + x.double().roll(32, -1) * sin
+        torch.testing.assert_close(found.double(), truth, rtol=0, atol=2e-6)
+        assert torch.equal(found[0], x[0])  # position 0 is not rotated
+
+
+def test_long_positions_are_those_of_float32_angles(implementation):
+    q, k = (x.float() for x in random_queries_and_keys(implementation, 5, 2, 2, 64))
+    positions = torch.tensor([0, 1, 1000, 100_000, 1_000_000], device=implementation.device)
+    inv_freq = rotary_frequencies(64).to(implementation.device, torch.float32)
+    found, expected = (op(q, k, positions, inv_freq) for op in (apply_rotary, plain_rotary))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_int32_positions_and_float64_frequencies(implementation):
+    q, k = (x.float() for x in random_queries_and_keys(implementation, 9, 2, 1, 8))
+    positions, inv_freq = on(implementation.device, torch.arange(9), rotary_frequencies(8))
+    expected = apply_rotary(q, k, positions, inv_freq.float())
+    for arguments in (
+        (positions.int(), inv_freq.float()),
+        (positions, inv_freq),
+        (strided(positions), strided(inv_freq.float())),
     ):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    assert torch.equal(apply_rotary(q, k, positions, inv_freq)[0][0], q[0])  # position 0 is not rotated
-    for one, two in zip(
-        apply_rotary(q, k, positions.int(), inv_freq), apply_rotary(q, k, positions, inv_freq), strict=True
-    ):
-        assert torch.equal(one, two)
+        assert_equal_everywhere(apply_rotary(q, k, *arguments), expected)
 
 
 def test_gradcheck():
-    q, k = (torch.randn(3, h, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2))
-    call = lambda q, k: apply_rotary(q, k, torch.tensor([5, 0, 7]), frequencies(8))
+    q, k = (random(3, heads, 8).requires_grad_() for heads in (4, 2))
+    call = lambda q, k: apply_rotary(q, k, torch.tensor([5, 0, 7]), rotary_frequencies(8))
     assert torch.autograd.gradcheck(call, (q, k))
     assert torch.autograd.gradgradcheck(call, (q, k))
 
 
-def test_strided():
-    positions, inv_freq = torch.arange(6), frequencies(16).float()
-    qkv = torch.randn(6, 8 * 16)
-    q, k = (
-        qkv[:, : 4 * 16].view(6, 4, 16),
-        qkv[:, 4 * 16 : 6 * 16].view(6, 2, 16),
-    )  # as a fused projection gives them
-    grads = [torch.randn(6, 4, 16), torch.randn(6, 2, 16)]
+def test_layouts(implementation):
+    """Views of a fused projection and any other strides give the bits of contiguous copies, and the results
+    are contiguous."""
+    device = implementation.device
+    positions, inv_freq = on(device, torch.arange(6), rotary_frequencies(16).float())
+    qkv = torch.randn(6, 8 * 16, device=device)
+    q, k = qkv[:, : 4 * 16].view(6, 4, 16), qkv[:, 4 * 16 : 6 * 16].view(6, 2, 16)
+    grads = [torch.randn(6, 4, 16, device=device), torch.randn(6, 2, 16, device=device)]
     call = lambda q, k: apply_rotary(q, k, positions, inv_freq)
     expected = run(call, [q.contiguous(), k.contiguous()], grads)
-    for change in (lambda x: x, strided, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)):
-        for found, wanted in zip(
-            run(call, [change(q), change(k)], [change(g) for g in grads]), expected, strict=True
-        ):
-            assert all(torch.equal(one, two) for one, two in zip(found, wanted, strict=True))
+    for change in (lambda x: x, strided, heads_first, lambda x: torch.cat((x, x), 2)[..., :16]):
+        found = run(call, [change(q), change(k)], [change(g) for g in grads])
+        assert_equal_everywhere(found, expected)
+        assert all(y.is_contiguous() for y in found[0])
+    same = q[:1].expand(6, 4, 16)
+    assert torch.equal(call(same, k)[0], call(same.contiguous(), k)[0])
 
 
-def test_no_tokens():
-    q, k = apply_rotary(torch.randn(0, 4, 16), torch.randn(0, 2, 16), torch.arange(0), torch.ones(8))
-    assert q.shape == (0, 4, 16) and k.shape == (0, 2, 16)
+def test_repeatable_and_undone_by_its_inverse(implementation):
+    q, k = (x.float() for x in random_queries_and_keys(implementation, 40, 3, 2, 32))
+    arguments = on(implementation.device, torch.arange(40), rotary_frequencies(32).float())
+    turned = torch.ops.miniplm.rotary(q, k, *arguments, False)
+    assert_equal_everywhere(torch.ops.miniplm.rotary(q, k, *arguments, False), turned)
+    back = torch.ops.miniplm.rotary(*turned, *arguments, True)
+    torch.testing.assert_close(back, (q, k), rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("tokens, heads, key_heads", [(0, 4, 2), (3, 0, 2), (3, 2, 0)])
+def test_nothing_to_turn(tokens, heads, key_heads, implementation):
+    q, k = random_queries_and_keys(implementation, tokens, heads, key_heads, 16)
+    positions, inv_freq = on(implementation.device, torch.zeros(tokens).long(), torch.ones(8))
+    assert_equal_everywhere(apply_rotary(q.float(), k.float(), positions, inv_freq), (q.float(), k.float()))
+
+
+def test_opcheck(implementation):
+    q, k = (x.float().requires_grad_() for x in random_queries_and_keys(implementation, 7, 4, 2, 8))
+    positions, inv_freq = on(implementation.device, torch.arange(7), torch.rand(4))
+    torch.library.opcheck(torch.ops.miniplm.rotary.default, (q, k, positions, inv_freq, False))
 
 
 @pytest.mark.parametrize(

@@ -1,68 +1,130 @@
+"""swiglu, on the reference and on Triton."""
+
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_accurate_everywhere, run, strided
+from checks import assert_accurate_everywhere, assert_close_everywhere, assert_equal_everywhere, run, strided
 from miniplm.kernels import swiglu
+from oracles import plain_swiglu
+from random_inputs import on, random
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = [
+    (1, 1),
+    (3, 127),
+    (129, 64),
+    (2, 3, 255),
+    (5, 507),
+    (65,),
+    *(pytest.param(shape, marks=pytest.mark.large) for shape in ((129, 255), (2, 3, 507))),
+]
 
 
-def plain_swiglu(gate, up):
-    return F.silu(gate) * up
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 127), (129, 255), (2, 3, 507)])
-def test_swiglu(shape, dtype):
-    gate, up, grad = (3 * torch.randn(shape, dtype=torch.float64) for _ in range(3))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_swiglu(shape, dtype, implementation):
+    gate, up, grad = on(implementation.device, *(3 * random(*shape) for _ in range(3)))
     assert_accurate_everywhere(swiglu, plain_swiglu, [gate, up], [grad], dtype)
 
 
-def test_gradcheck():
-    assert torch.autograd.gradcheck(
-        swiglu, tuple(torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    )
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_side_by_side(shape, dtype, implementation):
+    """gate and up in one tensor: the gradient in one tensor, and nothing saved but the tensor itself. On
+    Triton the same bits as apart."""
+    both = 3 * random(*shape[:-1], 2 * shape[-1]).to(implementation.device)
+    grad = 3 * random(*shape).to(implementation.device)
+    plain = lambda x: plain_swiglu(*x.chunk(2, -1))
+    assert_accurate_everywhere(swiglu, plain, [both], [grad], dtype)
+    both, grad = both.to(dtype), grad.to(dtype)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        found, (gradient,) = run(swiglu, [both], [grad])
+    assert gradient.is_contiguous()
+    assert [x.data_ptr() for x in saved] == [both.data_ptr()]
+    if implementation.name == "triton":
+        apart, gradients = run(swiglu, [half.contiguous() for half in both.chunk(2, -1)], [grad])
+        assert_equal_everywhere((found, gradient), (apart, torch.cat(gradients, -1)))
 
 
-def test_extremes():
-    gate = torch.tensor([-1e30, -100.0, 0.0, 100.0, 1e30], requires_grad=True)
-    out = swiglu(gate, torch.ones(5))
-    assert torch.equal(out, torch.tensor([0.0, 0.0, 0.0, 100.0, 1e30]))
-    out.sum().backward()
-    torch.testing.assert_close(gate.grad, torch.tensor([0, 0, 0.5, 1, 1]))
-
-
-def test_strided():
-    gate, up = torch.randn(9, 62).chunk(2, -1)  # as a fused projection gives them
-    grad = torch.randn(9, 31)
-    expected = run(swiglu, [gate.contiguous(), up.contiguous()], [grad])
-    for change in (lambda x: x, strided, lambda x: x.T.contiguous().T):
-        for found, wanted in zip(
-            run(swiglu, [change(gate), change(up)], [change(grad)]), expected, strict=True
-        ):
-            for one, two in zip(found, wanted, strict=True):
-                torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_side_by_side(dtype):
-    """One tensor that holds gate and up gives the same, and its gradient is one tensor."""
-    both, grad = torch.randn(2, 9, 62, dtype=dtype), torch.randn(2, 9, 31, dtype=dtype)
-    (expected,), gradients = run(swiglu, [half.contiguous() for half in both.chunk(2, -1)], [grad])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_side_by_side_is_as_apart(dtype, implementation):
+    both, grad = (torch.randn(2, 9, width, dtype=dtype).to(implementation.device) for width in (62, 31))
+    (apart,), gradients = run(swiglu, [half.contiguous() for half in both.chunk(2, -1)], [grad])
+    # PyTorch's exp differs in the last bit by layout.
+    tolerances = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
     for change in (lambda x: x, strided):
         (found,), (gradient,) = run(swiglu, [change(both)], [change(grad)])
-        for one, two in (
-            (found, expected),
-            (gradient, torch.cat(gradients, -1)),
-        ):  # PyTorch's exp differs in the last bit by layout
-            torch.testing.assert_close(one, two, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        assert_close_everywhere((found, gradient), (apart, torch.cat(gradients, -1)), **tolerances)
         assert found.is_contiguous() and gradient.is_contiguous()
-    both.requires_grad_()
-    torch.library.opcheck(torch.ops.miniplm.swiglu.default, (both, None))
-    torch.library.opcheck(torch.ops.miniplm.swiglu_backward.default, (grad, both.detach(), None))
 
 
-def test_no_tokens():
-    assert swiglu(torch.randn(0, 4)).shape == (0, 2)
-    assert swiglu(torch.randn(0, 4), torch.randn(0, 4)).shape == (0, 4)
+def test_gradcheck():
+    assert torch.autograd.gradcheck(swiglu, tuple(random(3, 5).requires_grad_() for _ in range(2)))
+
+
+def test_backward_is_that_of_silu(implementation):
+    """Against PyTorch's own derivative, around the points where it changes its sign."""
+    gate = torch.linspace(-8, 8, 401, device=implementation.device).requires_grad_()
+    (found,) = torch.autograd.grad(swiglu(gate, torch.full_like(gate, 2)).sum(), gate)
+    (expected,) = torch.autograd.grad(2 * F.silu(gate).sum(), gate)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_extremes(implementation):
+    device = implementation.device
+    gate = torch.tensor([-1e30, -100.0, 0.0, 100.0, 1e30], device=device, requires_grad=True)
+    out = swiglu(gate, torch.ones_like(gate))
+    expected = torch.tensor([0.0, 0.0, 0.0, 100.0, 1e30], device=device)
+    tolerances = {"rtol": 1e-6, "atol": 1e-30} if implementation.name == "triton" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(out, expected, **tolerances)
+    out.sum().backward()
+    torch.testing.assert_close(gate.grad, torch.tensor([0, 0, 0.5, 1, 1], device=device))
+    assert swiglu(torch.tensor([torch.nan], device=device), torch.ones(1, device=device)).isnan().all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        strided,
+        lambda x: x.T.contiguous().T,
+        lambda x: torch.cat((x, x), 1)[:, :31],
+        lambda x: x[:1].expand(9, -1),
+        lambda x: torch.cat((x, x), 1).chunk(2, -1)[1],
+    ],
+    ids=["strided", "transposed", "columns", "expanded", "half"],
+)
+def test_layouts(change, implementation):
+    """Any strides give what contiguous copies give (on Triton to the bit), and the results are
+    contiguous."""
+    gate, up, grad = (change(torch.randn(9, 31, device=implementation.device)) for _ in range(3))
+    tolerance = 0 if implementation.name == "triton" else 1e-6
+    found = run(swiglu, [gate, up], [grad])
+    expected = run(swiglu, [gate.contiguous(), up.contiguous()], [grad.contiguous()])
+    assert_close_everywhere(found, expected, rtol=tolerance, atol=tolerance)
+    assert all(x.is_contiguous() for x in (*found[0], *found[1]))
+
+
+def test_repeatable_to_the_bit(implementation):
+    both, grad = (torch.randn(30, width, device=implementation.device) for width in (130, 65))
+    assert_equal_everywhere(run(swiglu, [both], [grad]), run(swiglu, [both], [grad]))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 0, 4)])
+def test_nothing(shape, implementation):
+    x = torch.randn(shape, device=implementation.device, requires_grad=True)
+    assert swiglu(x, x).shape == shape and swiglu(x).shape == (*shape[:-1], shape[-1] // 2)
+    swiglu(x, x).sum().backward()
+    assert x.grad.shape == shape
+
+
+def test_opcheck(implementation):
+    gate, up = (torch.randn(7, 8, device=implementation.device, requires_grad=True) for _ in range(2))
+    torch.library.opcheck(torch.ops.miniplm.swiglu.default, (gate, up))
+    torch.library.opcheck(torch.ops.miniplm.swiglu.default, (gate, None))
+    gate, up = gate.detach(), up.detach()
+    torch.library.opcheck(torch.ops.miniplm.swiglu_backward.default, (up, gate, up))
+    torch.library.opcheck(torch.ops.miniplm.swiglu_backward.default, (up[:, :4], gate, None))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ def new(*sizes, dtype=torch.float32):
 
 def examples(T, d, V, D, heads, lengths, dtype):
     x, w, norm, gate = new(T, d, dtype=dtype), new(V, d, dtype=dtype), new(d), new(T, 2 * d, dtype=dtype)
-    ids, bounds = fenced(torch.randint(V, (T,))), fenced(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32))
+    ids = fenced(torch.randint(V, (T,)))
+    bounds = fenced(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32))
     q, k, statistic = new(T, heads, D, dtype=dtype), new(T, 1, D, dtype=dtype), new(T, heads)
     teacher = new(T, d + 3, dtype=dtype), new(V + 2, d + 3, dtype=dtype)
     for ignored in (-100, 3):  # an ignored target may also be an id

@@ -100,7 +100,7 @@ def test_a_trace_that_cannot_be_written_is_refused_at_once(tiny_corpus, tmp_path
         )
         == 2
     )
-    assert "profile must be a .json or .json.gz file, got trace.txt" in capsys.readouterr().err
+    assert "profile must be a .json or .json.gz file, got 'trace.txt'" in capsys.readouterr().err
     with pytest.raises(UserError, match="there is no folder"):
         score(
             ScoreConfig(

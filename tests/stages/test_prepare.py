@@ -14,7 +14,7 @@ from texts import make_text, write_jsonl
 from tokenizers import AddedToken, Tokenizer
 
 from miniplm.config import PrepareConfig
-from miniplm.data import sources
+from miniplm.data import readers
 from miniplm.data.corpus import Corpus
 from miniplm.data.tokenizer import load_tokenizer
 from miniplm.runtime.errors import UserError
@@ -48,7 +48,7 @@ ADVERSARIAL = [
 
 
 def test_adversarial_text_end_to_end(tiny_tokenizer, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 1_000)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 1_000)
     rng = random.Random(3)
     texts = [
         rng.choice([rng.choice(ADVERSARIAL), make_text(rng, rng.randrange(60))]) for _ in range(200)
@@ -84,16 +84,10 @@ def test_adversarial_text_end_to_end(tiny_tokenizer, tmp_path, monkeypatch, caps
     assert manifest["predictions"] == sum(token != 0 for _, ids in expected for token in ids[:-1])
     assert list(manifest["domains"]) == list(dict.fromkeys(domains))
     assert sum(counts["documents"] for counts in manifest["domains"].values()) == len(texts)
-    assert (manifest["eos_token_id"], manifest["vocab_size"], manifest["max_length"], manifest["source"]) == (
-        0,
-        500,
-        40,
-        "data.jsonl",
-    )
-    assert (
-        len(list((tmp_path / "out").glob("data-*.arrow"))) > 3
-        and not (tmp_path / "out" / "progress.json").exists()
-    )
+    facts = ("eos_token_id", "vocab_size", "max_length", "source")
+    assert [manifest[key] for key in facts] == [0, 500, 40, "data.jsonl"]
+    assert len(list((tmp_path / "out").glob("data-*.arrow"))) > 3
+    assert not (tmp_path / "out" / "progress.json").exists()
     assert str(tmp_path).encode() not in b"".join(contents(tmp_path / "out").values())
     decoded = plain.decode(
         [token for domain, ids in expected if domain == "web" for token in ids], skip_special_tokens=False
@@ -131,7 +125,7 @@ def test_a_long_document_without_a_space(tiny_tokenizer, tmp_path):
 
 
 def test_same_bytes_for_any_number_of_workers_and_any_source_format(tiny_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 2_000)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 2_000)
     rng = random.Random(0)
     texts = [make_text(rng, 30) for _ in range(150)]
     write_jsonl(tmp_path / "data.jsonl", texts, [rng.choice("ab") for _ in texts])

@@ -10,7 +10,7 @@ from texts import make_text, write_jsonl
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from miniplm.config import PrepareConfig
-from miniplm.data import sources
+from miniplm.data import readers
 from miniplm.data.corpus import Corpus
 from miniplm.runtime.artifacts import open_output
 from miniplm.runtime.errors import UserError
@@ -102,7 +102,7 @@ def test_bad_records_within_the_allowance_are_counted_and_reported(tiny_tokenize
 
 
 def test_too_many_bad_records_stop_the_run_early(tiny_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 200)
     monkeypatch.setattr(stage, "MIN_RECORDS_FOR_SHARE", 100)
     data = tmp_path / "data.jsonl"
     data.write_bytes(b'{"text": "good"}\n' * 50 + b"{bad\n" * 5_000)
@@ -120,7 +120,7 @@ def test_too_many_bad_records_stop_the_run_early(tiny_tokenizer, tmp_path, monke
 
 
 def test_a_larger_allowance_continues_the_stopped_run(tiny_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 500)
     rng = random.Random(0)
     data = tmp_path / "data.jsonl"
     write_jsonl(data, [make_text(rng, 30) for _ in range(50)])

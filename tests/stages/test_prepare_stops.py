@@ -16,7 +16,7 @@ from outputs import contents
 from texts import make_text, write_jsonl
 
 from miniplm.config import PrepareConfig
-from miniplm.data import sources
+from miniplm.data import readers
 from miniplm.stages.prepare import prepare
 
 
@@ -26,7 +26,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_fault_at_every_rename_leaves_the_same_bytes(tiny_tokenizer, tmp_path, monkeypatch, when):
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 1_000)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 1_000)
     rng = random.Random(2)
     data = write_jsonl(
         tmp_path / "data.jsonl",
@@ -81,7 +81,7 @@ def test_a_fault_at_every_rename_leaves_the_same_bytes(tiny_tokenizer, tmp_path,
 
 
 def _prepare_in_small_blocks(arguments):
-    sources.BLOCK_BYTES = 2_000
+    readers.BLOCK_BYTES = 2_000
     os.setpgid(0, 0)
     prepare(PrepareConfig(**arguments))
 

@@ -48,7 +48,7 @@ def test_refined_corpus(tmp_path, corpus, capsys):
     assert {key: manifest[key] for key in ("rows", "tokens", "predictions")} == {
         "rows": 5,
         "tokens": sum(LENGTHS[row] for row in kept),
-        "predictions": sum(row + 1 for row in kept),
+        "predictions": sum(LENGTHS[row] - 1 - (row == 0) for row in kept),  # the first id of row 0 is EOS
     }
     assert manifest["domains"] == {
         "code": {"rows": 3, "tokens": 14},
@@ -58,15 +58,9 @@ def test_refined_corpus(tmp_path, corpus, capsys):
     for key in ("bad_records", "eos_token_id", "vocab_size", "tokenizer_fingerprint", "max_length", "source"):
         assert manifest[key] == parent[key]
     assert manifest["parent"] == parent["fingerprint"] != manifest["fingerprint"]
-    assert manifest["scores"] == [
-        {
-            "teacher": "big",
-            "reference": "small",
-            "dtype": "float32",
-            "vocab_size": 999,
-            "document_mask": False,
-        }
-    ]
+    models = {"teacher": "big", "reference": "small"}
+    facts = {"dtype": "float32", "vocab_size": 999, "document_mask": False}
+    assert manifest["scores"] == [models | facts]
     selection, finite = manifest["selection"], [value for value in SCORES if value is not None]
     assert selection["rule"] == {"ratio": 0.5}
     assert (selection["kept"], selection["dropped"]) == (5, 6)

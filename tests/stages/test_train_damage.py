@@ -225,7 +225,7 @@ OLD_NAMES = {"optimizer_steps": "updates", "loss_components": "parts", "last_log
 
 
 @pytest.mark.parametrize("left_out", [[], ["loss_components", "micro_batch_tokens"]])
-def test_checkpoint_of_before_continues(config, whole, left_out, monkeypatch):
+def test_checkpoint_of_before_continues(config, whole, left_out, monkeypatch, capsys):
     """One whose state has the names of then, fewer fields, and no checksum."""
     stop_after(config, 14, monkeypatch)
     path = Path(latest_checkpoint(config.output)) / "trainer_state.json"
@@ -236,4 +236,5 @@ def test_checkpoint_of_before_continues(config, whole, left_out, monkeypatch):
     assert {"updates", "line_step"} < found["state"].keys()
     path.write_text(json.dumps(found))
     train(config)
+    assert "continuing after step 14 of 26" in capsys.readouterr().err  # not from the one before
     check_equal_runs(config.output, whole.output)

@@ -18,7 +18,7 @@ from training_runs import (
     swap_two_tokens,
     truncate,
 )
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from miniplm.config import CheckpointConfig, EvalConfig, OptimizerConfig, StudentConfig
 from miniplm.data.corpus import Corpus
@@ -39,9 +39,10 @@ def config(tiny_corpus, tmp_path):
 
 def test_bad_input_leaves_nothing_behind(config, tiny_tokenizer, tiny_model, tmp_path):
     nothing = write_corpus(tmp_path / "nothing", [[EOS, EOS, 5], [7], [EOS]], tiny_tokenizer)
-    other = write_corpus(tmp_path / "other", [[1, 2, 3]], tiny_tokenizer)
-    manifest = read_json(Path(other) / "manifest.json")
-    Path(other, "manifest.json").write_text(json.dumps({**manifest, "tokenizer_fingerprint": "another"}))
+    larger = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    larger.add_tokens(["<more>"])
+    larger.save_pretrained(tmp_path / "larger")
+    other = write_corpus(tmp_path / "other", [[1, 2, 3]], str(tmp_path / "larger"))
     model = tiny_model(tmp_path / "model")
     small = tiny_model(tmp_path / "small", vocab_size=400)
     broken = Path(tiny_model(tmp_path / "broken"))
