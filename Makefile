@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -n auto
 
-# What runs in a minute on two cores.
+# All but the slow tests; how long they take has not been measured.
 test-fast: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -n auto -m "not slow" tests
 

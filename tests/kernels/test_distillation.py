@@ -45,7 +45,7 @@ def make(implementation, *sizes, dtype=None):
 def test_accuracy(
     tokens, student_vocabulary, teacher_vocabulary, alpha, temperature, dtype, implementation, request
 ):
-    if (tokens, dtype) == (127, torch.float16):
+    if (implementation.name, tokens, dtype) == ("triton", 127, torch.float16):
         # The loss is one mean over the tokens, and plain PyTorch's error is 6e-8 here by chance: twice that
         # is no bound for a divergence of probabilities that are stored in 16 bits (found: 2.6e-5).
         request.applymarker(
