@@ -5,7 +5,8 @@ Every op takes float32, float16 or bfloat16 tensors (float64 too, on the referen
 in float32, and returns the dtype of its inputs unless stated. Under autocast, floating-point inputs are cast
 to autocast's dtype first. Inputs may be strided; none is changed. A wrong shape, dtype or device raises
 ValueError. A target outside the vocabulary raises ValueError on the CPU; on a GPU it gives NaN, because a
-check would make the host wait.
+check would make the host wait. Tensors on the meta device, and fake ones, give results without values, which
+costs nothing, forward and backward; torch.utils.flop_counter counts the ops' matrix products.
 
 Document b of a packed batch is the tokens cu_seqlens[b]:cu_seqlens[b + 1], cu_seqlens [B + 1] int32.
 """
@@ -58,6 +59,8 @@ else:
         linear_distillation_loss,
         linear_log_prob,
     )
+
+    import_module(".flops", __name__)  # of ops that are registered by now
 
     __all__ = [
         "DifferenceScore",

@@ -43,12 +43,19 @@ def check_tensor(
         )
 
 
+def autocast_dtype(tensor: Tensor) -> Optional[torch.dtype]:
+    """The dtype of autocast on the tensor's device; None where it is off, and on a device that has none
+    (meta)."""
+    device = tensor.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on."""
-    device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):
-        return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
-    return tensors
+    dtype = autocast_dtype(tensors[0])
+    return tensors if dtype is None else tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def contiguous_like(x: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:

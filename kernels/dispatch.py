@@ -23,6 +23,8 @@ from typing import Any, Optional, TypeVar
 
 import torch
 
+from .checks import autocast_dtype
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 Examples = Callable[..., Iterable[tuple]]  # of make(*shape, dtype=...), see triton()
 
@@ -105,7 +107,7 @@ def register(
         with contextlib.ExitStack() as stack:
             if device.type == "cuda":
                 stack.enter_context(torch.cuda.device(device))  # Triton launches on the current device
-            if torch.is_autocast_enabled(device.type):
+            if autocast_dtype(args[0]):
                 # The caller has cast already; the matrix products inside must stay as they are.
                 stack.enter_context(torch.autocast(device.type, enabled=False))
             return run(*args)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import FLOATS, autocast, check_tensor, contiguous_like, empty_statistic
+from .checks import FLOATS, autocast, autocast_dtype, check_tensor, contiguous_like, empty_statistic
 from .dispatch import register
 
 # --- norms ---
@@ -20,9 +20,7 @@ def _norm_arguments(weight: Tensor, *activations: Tensor) -> tuple[torch.dtype, 
     """(the result's dtype, (weight, *activations) as the norm takes them). The dtype is autocast's, else that
     of 16 bits if an argument has it; what is float32 stays so."""
     tensors = weight, *activations
-    device = activations[0].device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if dtype := autocast_dtype(activations[0]):
         return dtype, tuple(x if x.dtype == torch.float32 else x.to(dtype) for x in tensors)
     for x in (*activations, weight):
         if x.itemsize == 2:
