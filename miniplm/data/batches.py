@@ -7,7 +7,7 @@ scored nor trained.
 
 import queue
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -33,17 +33,15 @@ class Batch:
     max_seqlen: int
     row_cu_seqlens: torch.Tensor
 
-    def to(self, device) -> "Batch":
-        def move(tensor):
-            return tensor.to(device, non_blocking=True)
-
-        return self._map(move)
+    def to(self, device: torch.device | str) -> "Batch":
+        """On the device; from pinned memory the copies go on while the host does."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """In memory from which a GPU copies while the host goes on."""
         return self._map(torch.Tensor.pin_memory)
 
-    def _map(self, change) -> "Batch":
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         return Batch(
             change(self.input_ids),
             change(self.targets),
@@ -53,14 +51,14 @@ class Batch:
         )
 
 
-def pinned(batches, device: torch.device):
+def pinned(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Iterate over the batches, in pinned memory if they go to a GPU. Made where the batches are made: in the
     background."""
     for batch in batches:
         yield batch.pin_memory() if device.type == "cuda" else batch
 
 
-def pack(rows, eos_token_id: int, document_mask: bool = False) -> Batch:
+def pack(rows: Sequence[np.ndarray], eos_token_id: int, document_mask: bool = False) -> Batch:
     """Pack chunks (each an int array of n ≥ 1 ids, n − 1 positions; one id alone gives none) into a Batch.
 
     Args:
@@ -86,7 +84,7 @@ def pack(rows, eos_token_id: int, document_mask: bool = False) -> Batch:
     )
 
 
-def split_by_tokens(num_tokens, batch_tokens: int) -> list[slice]:
+def split_by_tokens(num_tokens: Sequence[int] | np.ndarray, batch_tokens: int) -> list[slice]:
     """Cut consecutive rows into groups whose positions (num_tokens − 1 each) fit into batch_tokens, one row
     at least.
 
@@ -106,33 +104,33 @@ def split_by_tokens(num_tokens, batch_tokens: int) -> list[slice]:
 def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
     """Iterate over `items` while a background thread makes the next `depth`. An exception there is raised
     here."""
-    ready, stop, end = queue.Queue(depth), threading.Event(), object()
+    # An item in a tuple of its own, an exception, or None at the end.
+    ready: queue.Queue[tuple[Item] | BaseException | None] = queue.Queue(depth)
+    stop = threading.Event()
 
-    def put(entry):
+    def put(entry: tuple[Item] | BaseException | None) -> None:
         while not stop.is_set():
             try:
-                return ready.put(entry, timeout=0.1)
+                ready.put(entry, timeout=0.1)
+                return
             except queue.Full:
                 continue
 
-    def work():
+    def work() -> None:
         try:
             for item in items:
-                put((item, None))
+                put((item,))
                 if stop.is_set():
                     return
-            put((end, None))
+            put(None)
         except BaseException as error:
-            put((end, error))
+            put(error)
 
     threading.Thread(target=work, daemon=True).start()
     try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is end:
-                return
-            yield item
+        while (entry := ready.get()) is not None:
+            if isinstance(entry, BaseException):
+                raise entry
+            yield entry[0]
     finally:
         stop.set()

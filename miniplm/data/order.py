@@ -1,6 +1,8 @@
 """Which rows of a corpus make up which training step, a function of (row lengths, batch size, seed, step)
 alone, and its micro-batches."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..data.batches import Batch, pack, split_by_tokens
@@ -34,7 +36,7 @@ class DataOrder:
                 f"batch_tokens {batch_tokens} is below the longest chunk of the corpus, {longest} "
                 f"predictions: raise it"
             )
-        self._cached = None
+        self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -68,7 +70,7 @@ class DataOrder:
 
 
 def global_batch(
-    rows, eos_token_id: int, micro_batch_tokens: int, document_mask: bool = False
+    rows: Sequence[np.ndarray], eos_token_id: int, micro_batch_tokens: int, document_mask: bool = False
 ) -> list[Batch]:
     """Pack rows (int arrays of ids) into micro-batches of at most micro_batch_tokens predictions; a longer
     row stands alone."""

@@ -103,7 +103,7 @@ class Files:
         self.paths = list(names.values())
         try:
             self._found = [_state(found) for found in self.paths]
-            files = [[name, found.stat().st_size, _hash_ends(found)] for name, found in names.items()]
+            files = [(name, found.stat().st_size, _hash_ends(found)) for name, found in names.items()]
         except OSError as error:
             raise UserError(f"data cannot be read: {error}") from error
         self.size: int | None = sum(size for _, size, _ in files)

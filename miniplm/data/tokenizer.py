@@ -43,7 +43,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
             if (path / "tokenizer.json").exists():
                 # It says it all. AutoTokenizer goes by the model's type instead: to a qwen2 model it gives
                 # Qwen2's way of cutting text into words.
-                tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(**source)
+                tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(path))
             else:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(
                     **source, trust_remote_code=trust_remote_code

@@ -24,7 +24,7 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def choose_dtype(dtype: str, device) -> torch.dtype:
+def choose_dtype(dtype: str, device: torch.device | str) -> torch.dtype:
     """ "auto" is bfloat16 on a GPU and float32 on the CPU."""
     if dtype == "auto":
         return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32

@@ -3,6 +3,9 @@
 import contextlib
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
 
 
 class Interrupted(SystemExit):
@@ -10,20 +13,21 @@ class Interrupted(SystemExit):
 
 
 @contextlib.contextmanager
-def stop_signals():
+def stop_signals() -> Iterator[Callable[[], None]]:
     """Yield a raise_if_interrupted() that raises Interrupted once SIGTERM or SIGINT has come. A second signal
     ends the process at once.
 
     Outside the main thread, where Python allows no handlers, raise_if_interrupted() never raises.
     """
-    received, previous = [], {}
+    received: list[int] = []
+    previous: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
-    def receive(signum, _):
+    def receive(signum: int, _: FrameType | None) -> None:
         received.append(signum)
         for each in previous:
             signal.signal(each, signal.SIG_DFL)
 
-    def raise_if_interrupted():
+    def raise_if_interrupted() -> None:
         if received:
             raise Interrupted(128 + received[0])
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from ..runtime.progress import note
 FIRST, STEPS = 3, 3  # steps before the trace (compiling, tuning; the profiler's own start), steps in it
 
 
-def check_trace(path: str | None):
+def check_trace(path: str | None) -> None:
     """UserError if a trace cannot be written to `path`."""
     if path and not Path(path).resolve().parent.is_dir():
         raise UserError(
@@ -21,7 +22,7 @@ def check_trace(path: str | None):
 
 
 @contextlib.contextmanager
-def trace(path: str | None):
+def trace(path: str | None) -> Iterator[Callable[[], None]]:
     """Yield a function to call after each step. With a path (.json, .json.gz), STEPS steps are traced and
     written there, and the steps go on."""
     if not path:
@@ -29,11 +30,10 @@ def trace(path: str | None):
         return
     written = False
 
-    def write(profiler):
+    def write(profiler: torch.profiler.profile) -> None:
         nonlocal written
-        aside = Path(path).with_name(
-            f".{Path(path).name}"
-        )  # its name ends as path's, which decides on the compression
+        # Its name ends as path's, which decides on the compression.
+        aside = Path(path).with_name(f".{Path(path).name}")
         try:
             profiler.export_chrome_trace(str(aside))
             os.replace(aside, path)

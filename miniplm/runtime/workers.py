@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -17,7 +17,9 @@ from .errors import UserError
 
 ITEMS_PER_WORKER = 4  # items per worker that are read, worked on, or waiting for their turn
 
-Argument, Item, Result = TypeVar("Argument"), TypeVar("Item"), TypeVar("Result")
+Argument = TypeVar("Argument")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def cores() -> int:
@@ -30,7 +32,7 @@ def ordered_map(
     argument: Argument,
     items: Iterable[Item],
     workers: int,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yield function(item) for each of `items`, in their order, where function = make(argument) is made once
     in each worker.
 

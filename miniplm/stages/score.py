@@ -278,7 +278,7 @@ def rank_agreement(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
     kept = [rank < int(0.5 * rows) for rank in ranks]
     return {
         "rows": rows,
-        "spearman": float(np.corrcoef(*ranks)[0, 1]) if rows > 1 else None,
+        "spearman": float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if rows > 1 else None,
         "equal_selections": float((kept[0] == kept[1]).mean()) if rows else None,
     }
 
