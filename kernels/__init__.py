@@ -24,7 +24,7 @@ if __name__ == "kernels":
     found = importlib.machinery.PathFinder.find_spec(
         __name__, [path for path in sys.path if os.path.abspath(path) != root]
     )
-    if found is None:
+    if found is None or found.loader is None:  # nothing, or a mere folder of that name
         __version__ = "0"  # too old for anyone's use
     else:
         sys.modules[__name__] = importlib.util.module_from_spec(found)

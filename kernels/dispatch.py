@@ -19,7 +19,7 @@ one call:
 import contextlib
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, Optional, TypeVar
+from typing import Any, NoReturn, Optional, TypeVar
 
 import torch
 
@@ -31,6 +31,8 @@ Examples = Callable[..., Iterable[tuple]]  # of make(*shape, dtype=...), see tri
 LIBRARY = torch.library.Library("miniplm", "DEF")
 TRITON: dict[str, Callable[..., Any]] = {}  # op name → launcher
 EXAMPLES: dict[str, Examples] = {}  # op name → its examples
+
+Context = Any  # the FunctionCtx of a derivative: it takes attributes of any name
 
 
 def triton(name: str, examples: Examples) -> Callable[[Function], Function]:
@@ -101,7 +103,7 @@ def register(
     """
     name = schema.partition("(")[0]
 
-    def kernel(*args):
+    def kernel(*args: Any) -> Any:
         device = args[0].device
         run = implementation(name, reference, args[0])
         with contextlib.ExitStack() as stack:
@@ -122,7 +124,7 @@ def register(
 
 
 def _no_formula(name: str) -> Callable[..., Any]:
-    def backward(ctx, *grads):
+    def backward(ctx: Context, *grads: Any) -> NoReturn:
         raise NotImplementedError(f"miniplm::{name} has no derivative")
 
     return backward

@@ -10,10 +10,20 @@ from torch import Tensor
 
 from . import reference
 from .checks import FLOATS, autocast, check_tensor, contiguous_like, empty_statistic
-from .dispatch import register
+from .dispatch import Context, register
 
 
-def _flash_attention_backward_fake(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale):
+def _flash_attention_backward_fake(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: Optional[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     return contiguous_like(q), contiguous_like(k), contiguous_like(v)
 
 
@@ -25,17 +35,25 @@ _FLASH_ATTENTION_BACKWARD = register(
 )
 
 
-def _flash_attention_fake(q, k, v, cu_seqlens, max_seqlen, scale):
+def _flash_attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: Optional[int], scale: float
+) -> tuple[Tensor, Tensor]:
     return contiguous_like(q), empty_statistic(q, *q.shape[:2])
 
 
-def _flash_attention_setup(ctx, inputs, output):
+def _flash_attention_setup(
+    ctx: Context,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Optional[int], float],
+    output: tuple[Tensor, Tensor],
+) -> None:
     q, k, v, cu_seqlens, ctx.max_seqlen, ctx.scale = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
 
 
-def _flash_attention_backward(ctx, grad, _):
+def _flash_attention_backward(
+    ctx: Context, grad: Tensor, _: Tensor
+) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
     dq, dk, dv = _FLASH_ATTENTION_BACKWARD(grad, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale)
     return dq, dk, dv, None, None, None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import FLOATS, autocast, autocast_dtype, check_tensor, contiguous_like, empty_statistic
-from .dispatch import register
+from .dispatch import Context, register
 
 # --- norms ---
 
@@ -33,7 +33,14 @@ def _norm_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     return (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,)
 
 
-def _rms_norm_backward_fake(grad, x, weight, rstd, grad_residual, low_precision_dtype):
+def _rms_norm_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    grad_residual: Optional[Tensor],
+    low_precision_dtype: Optional[torch.dtype],
+) -> tuple[Tensor, Tensor, Tensor]:
     low_precision = contiguous_like(x, low_precision_dtype) if low_precision_dtype else weight.new_empty(0)
     return contiguous_like(x), low_precision, contiguous_like(weight)
 
@@ -46,17 +53,19 @@ _RMS_NORM_BACKWARD = register(
 )
 
 
-def _rms_norm_fake(x, weight, eps, dtype):
+def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return contiguous_like(x, dtype), empty_statistic(x, *x.shape[:-1], 1)
 
 
-def _rms_norm_setup(ctx, inputs, output):
+def _rms_norm_setup(
+    ctx: Context, inputs: tuple[Tensor, Tensor, float, torch.dtype], output: tuple[Tensor, Tensor]
+) -> None:
     x, weight, _, _ = inputs
     _, rstd = output
     ctx.save_for_backward(x, weight, rstd)
 
 
-def _rms_norm_backward(ctx, grad, _):
+def _rms_norm_backward(ctx: Context, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
     grad_x, _, grad_weight = _RMS_NORM_BACKWARD(grad, *ctx.saved_tensors, None, None)
     return grad_x, grad_weight, None, None
 
@@ -84,12 +93,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return _RMS_NORM(x, weight, eps, dtype)[0]
 
 
-def _add_rms_norm_fake(x, residual, weight, eps, dtype):
+def _add_rms_norm_fake(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     total = contiguous_like(x, torch.promote_types(x.dtype, residual.dtype))
     return contiguous_like(x, dtype), total, empty_statistic(x, *x.shape[:-1], 1)
 
 
-def _add_rms_norm_setup(ctx, inputs, output):
+def _add_rms_norm_setup(
+    ctx: Context,
+    inputs: tuple[Tensor, Tensor, Tensor, float, torch.dtype],
+    output: tuple[Tensor, Tensor, Tensor],
+) -> None:
     x, residual, weight, _, ctx.dtype = inputs
     _, total, rstd = output
     ctx.input_dtypes = x.dtype, residual.dtype
@@ -98,7 +113,9 @@ def _add_rms_norm_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _add_rms_norm_backward(ctx, grad, grad_residual, _):
+def _add_rms_norm_backward(
+    ctx: Context, grad: Optional[Tensor], grad_residual: Optional[Tensor], _: Optional[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, None, None]:
     total, weight, rstd = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(total, dtype=ctx.dtype)
@@ -107,10 +124,10 @@ def _add_rms_norm_backward(ctx, grad, grad_residual, _):
     grad_total, grad_low_precision, grad_weight = _RMS_NORM_BACKWARD(
         grad, total, weight, rstd, grad_residual, low_precision_dtype
     )
-    grad_x, grad_residual = (
+    of_x, of_residual = (
         grad_total if dtype == total.dtype else grad_low_precision for dtype in ctx.input_dtypes
     )
-    return grad_x, grad_residual, grad_weight, None, None
+    return of_x, of_residual, grad_weight, None, None
 
 
 _ADD_RMS_NORM = register(
@@ -144,16 +161,20 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
 # --- rotary ---
 
 
-def _rotary_fake(q, k, positions, inv_freq, inverse):
+def _rotary_fake(
+    q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
     return contiguous_like(q), contiguous_like(k)
 
 
-def _rotary_setup(ctx, inputs, output):
+def _rotary_setup(
+    ctx: Context, inputs: tuple[Tensor, Tensor, Tensor, Tensor, bool], output: tuple[Tensor, Tensor]
+) -> None:
     _, _, positions, inv_freq, ctx.inverse = inputs
     ctx.save_for_backward(positions, inv_freq)
 
 
-def _rotary_backward(ctx, grad_q, grad_k):
+def _rotary_backward(ctx: Context, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
     positions, inv_freq = ctx.saved_tensors
     grad_q, grad_k = _ROTARY(grad_q, grad_k, positions, inv_freq, not ctx.inverse)
     return grad_q, grad_k, None, None, None
@@ -191,7 +212,7 @@ def apply_rotary(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> t
 # --- SwiGLU ---
 
 
-def _swiglu_backward_fake(grad, gate, up):
+def _swiglu_backward_fake(grad: Tensor, gate: Tensor, up: Optional[Tensor]) -> tuple[Tensor, Tensor]:
     return contiguous_like(gate), gate.new_empty(0) if up is None else contiguous_like(up)
 
 
@@ -202,17 +223,17 @@ _SWIGLU_BACKWARD = register(
 )
 
 
-def _swiglu_fake(gate, up):
+def _swiglu_fake(gate: Tensor, up: Optional[Tensor]) -> Tensor:
     if up is None:
         return gate.new_empty(*gate.shape[:-1], gate.shape[-1] // 2)
     return contiguous_like(gate)
 
 
-def _swiglu_setup(ctx, inputs, output):
+def _swiglu_setup(ctx: Context, inputs: tuple[Tensor, Optional[Tensor]], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _swiglu_backward(ctx, grad):
+def _swiglu_backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Optional[Tensor]]:
     gate, up = ctx.saved_tensors
     grad_gate, grad_up = _SWIGLU_BACKWARD(grad, gate, up)
     return grad_gate, None if up is None else grad_up
@@ -250,7 +271,7 @@ def swiglu(gate: Tensor, up: Optional[Tensor] = None) -> Tensor:
 # --- float8 ---
 
 
-def _quantize_rows_fake(x):
+def _quantize_rows_fake(x: Tensor) -> tuple[Tensor, Tensor]:
     return contiguous_like(x, torch.float8_e4m3fn), x.new_empty(len(x), 1, dtype=torch.float32)
 
 

@@ -6,14 +6,14 @@ d hidden width, B documents. No op holds the logits [T, V] in memory.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from . import reference_head
 from .checks import FLOATS, autocast, check_tensor, contiguous_like, empty_statistic
-from .dispatch import register
+from .dispatch import Context, register
 from .reference import accumulate_dtype
 from .reference_head import IGNORE_INDEX
 
@@ -57,7 +57,9 @@ def _max_logits_bytes(max_logits_bytes: Optional[int], like: Tensor) -> int:
 # --- losses that come with their gradients ---
 
 
-def _fake_gradients(hidden, weight, need_hidden, need_weight):
+def _fake_gradients(
+    hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
     """What stands for the gradients: empty where not needed."""
     return (
         contiguous_like(hidden) if need_hidden else hidden.new_empty(0),
@@ -65,7 +67,7 @@ def _fake_gradients(hidden, weight, need_hidden, need_weight):
     )
 
 
-def _loss_setup(ctx, inputs, output):
+def _loss_setup(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """For an op whose last two results are the gradients of its first result for its first two inputs."""
     tensors = [value for value in inputs if isinstance(value, Tensor)]
     ctx.save_for_backward(*tensors)
@@ -74,8 +76,8 @@ def _loss_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _loss_backward(name: str) -> Callable[..., tuple]:
-    def backward(ctx, grad, *_):
+def _loss_backward(name: str) -> Callable[..., tuple[Optional[Tensor], ...]]:
+    def backward(ctx: Context, grad: Optional[Tensor], *_: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
         results: list[Optional[Tensor]] = [None] * len(ctx.needs_input_grad)
         if grad is None:
             return tuple(results)
@@ -95,8 +97,15 @@ def _loss_backward(name: str) -> Callable[..., tuple]:
 
 
 def _cross_entropy_fake(
-    hidden, weight, targets, token_weight, ignore_index, need_hidden, need_weight, max_logits_bytes
-):
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weight: Tensor,
+    ignore_index: int,
+    need_hidden: bool,
+    need_weight: bool,
+    max_logits_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     return empty_statistic(hidden), *_fake_gradients(hidden, weight, need_hidden, need_weight)
 
 
@@ -112,18 +121,18 @@ _CROSS_ENTROPY = register(
 
 
 def _distillation_fake(
-    student_hidden,
-    student_weight,
-    teacher_hidden,
-    teacher_weight,
-    targets,
-    alpha,
-    temperature,
-    ignore_index,
-    need_hidden,
-    need_weight,
-    max_logits_bytes,
-):
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    targets: Tensor,
+    alpha: float,
+    temperature: float,
+    ignore_index: int,
+    need_hidden: bool,
+    need_weight: bool,
+    max_logits_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss, cross_entropy, divergence = (empty_statistic(student_hidden) for _ in range(3))
     gradients = _fake_gradients(student_hidden, student_weight, need_hidden, need_weight)
     return loss, cross_entropy, divergence, *gradients
@@ -144,16 +153,20 @@ _DISTILLATION = register(
 # --- log-probabilities ---
 
 
-def _log_prob_fake(hidden, weight, targets, ignore_index, max_logits_bytes):
+def _log_prob_fake(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, max_logits_bytes: int
+) -> Tensor:
     return empty_statistic(hidden, len(hidden))
 
 
-def _log_prob_setup(ctx, inputs, output):
+def _log_prob_setup(ctx: Context, inputs: tuple[Tensor, Tensor, Tensor, int, int], output: Tensor) -> None:
     hidden, weight, targets, ctx.ignore_index, ctx.max_logits_bytes = inputs
     ctx.save_for_backward(hidden, weight, targets)
 
 
-def _log_prob_backward(ctx, grad):
+def _log_prob_backward(
+    ctx: Context, grad: Tensor
+) -> tuple[Optional[Tensor], Optional[Tensor], None, None, None]:
     need_hidden, need_weight, *_ = ctx.needs_input_grad
     _, grad_hidden, grad_weight = _CROSS_ENTROPY(
         *ctx.saved_tensors, -grad, ctx.ignore_index, need_hidden, need_weight, ctx.max_logits_bytes
@@ -178,8 +191,13 @@ _LOG_PROB = register(
 
 
 def _difference_score_fake(
-    teacher_hidden, teacher_weight, reference_hidden, reference_weight, targets, cu_seqlens
-):
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    reference_hidden: Tensor,
+    reference_weight: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     documents = len(cu_seqlens) - 1
     score, teacher, reference = (empty_statistic(teacher_hidden, documents) for _ in range(3))
     return score, teacher, reference, cu_seqlens.new_empty(documents)
