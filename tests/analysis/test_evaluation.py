@@ -79,6 +79,7 @@ def test_files_that_are_none(tmp_path):
     assert "no regular file" in refused(tmp_path)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32))
 def test_no_damage_goes_unseen(tmp_path_factory, seed):

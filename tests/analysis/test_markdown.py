@@ -35,6 +35,7 @@ def test_hostile_names_are_shown_and_nothing_else(renderer):
         check(name, renderer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("renderer", RENDERERS)
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(PIECES) | st.characters(), max_size=30).map("".join))

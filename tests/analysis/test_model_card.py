@@ -102,12 +102,14 @@ def check(name: str, renderer: str):
     assert cells.count(shown(name)) >= 4 or not shown(name)  # title, teacher, reference model, domain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("renderer", RENDERERS)
 def test_hostile_names_add_nothing_to_a_card(renderer):
     for name in NAMES:
         check(name, renderer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("renderer", RENDERERS)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(PIECES) | st.characters(), min_size=1, max_size=30).map("".join))
@@ -115,6 +117,7 @@ def test_any_name_adds_nothing_to_a_card(renderer, name):
     check(name, renderer)
 
 
+@pytest.mark.slow
 def test_hostile_hashes_of_a_run_that_has_not_ended():
     def card(name):
         unfinished = {"complete": False, "identity": manifest(name)["identity"]}
@@ -127,6 +130,7 @@ def test_hostile_hashes_of_a_run_that_has_not_ended():
         assert ("td", f"fingerprint {shown(name)}".strip()) in texts
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=20).map("".join) | st.sampled_from(NAMES))
 def test_front_matter_holds_any_text_as_a_value(text):

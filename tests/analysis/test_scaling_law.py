@@ -100,6 +100,7 @@ def test_points_that_give_no_law(bad, message):
     assert fit_scaling_law(GOOD, resamples=2).exponent == pytest.approx(0.41)
 
 
+@pytest.mark.slow
 def test_the_point_of_a_run_is_its_end(tiny_corpus, tmp_path):
     config = make_config(tiny_corpus, tmp_path / "run")
     train(config)
@@ -113,6 +114,7 @@ def test_the_point_of_a_run_is_its_end(tiny_corpus, tmp_path):
         run_point(config.output, 1e18, step=18)
 
 
+@pytest.mark.slow
 def test_runs_that_did_not_decay_give_no_point(tiny_corpus, tmp_path, monkeypatch):
     config = make_config(tiny_corpus, tmp_path / "stopped")
     stop_after(config, 13, monkeypatch)

@@ -79,6 +79,7 @@ def test_every_type_with_every_strange_value(settings_class, name):
                 one_line(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings_class", STAGES)
 def test_settings_from_python(settings_class):
     right = right_values(settings_class)
@@ -129,6 +130,7 @@ def damaged(draw, texts):
     return text
 
 
+@pytest.mark.slow
 @bounded
 @given(damaged(PIPELINES) | st.text(max_size=40), st.booleans())
 def test_pipeline_files(tmp_path, text, known):
@@ -192,6 +194,7 @@ def manifests(draw):
     return json.dumps(changed)
 
 
+@pytest.mark.slow
 @bounded
 @given(manifests() | damaged([json.dumps(MANIFEST)]) | values.map(lambda value: json.dumps(jsonable(value))))
 def test_manifests(tmp_path, text):

@@ -14,6 +14,7 @@ def test_folder(tiny_tokenizer):
     assert tokenizer.eos_token == "<|endoftext|>" and len(tokenizer) == 500
 
 
+@pytest.mark.slow
 def test_gguf():
     pytest.importorskip("gguf")
     package = importlib.util.find_spec(

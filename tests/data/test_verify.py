@@ -191,6 +191,7 @@ def test_forged_chunks(tiny_tokenizer, tmp_path, name):
     assert words in refusal(forge(make(tmp_path / "corpus", tiny_tokenizer), columns))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_no_damage_crashes_even_under_a_fingerprint_that_fits(tiny_tokenizer, tmp_path, seed):
     """What a fuzzer would do: bits flipped in the file, and the manifest made to fit."""

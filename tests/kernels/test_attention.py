@@ -219,6 +219,7 @@ def test_log_sum_exp(implementation):
     torch.testing.assert_close(lse, torch.cat(expected))
 
 
+@pytest.mark.slow
 def test_opcheck(implementation):
     inputs = on(implementation.device, *random_heads(20, 2, 1, 16), dtype=torch.float32)
     q, k, v = (x.requires_grad_() for x in inputs)

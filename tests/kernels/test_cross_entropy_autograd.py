@@ -139,6 +139,7 @@ def test_compiled(head):
     assert_close_everywhere(found, expected)
 
 
+@pytest.mark.slow
 def test_opcheck(implementation):
     hidden, weight, targets = on(implementation.device, *random_head(20, 70, 8), dtype=torch.float32)
     token_weight = torch.rand(20, device=implementation.device)

@@ -72,6 +72,7 @@ def model_arguments(tokens):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_in_one_graph(dynamic):
     """Compiled as one graph: the same bits as without, forward and backward, with and without gradients."""
@@ -163,6 +164,7 @@ def test_an_unknown_choice(monkeypatch):
         swiglu_of_ones()
 
 
+@pytest.mark.slow
 def test_import_stands_alone():
     """Without Triton, and without the rest of the package."""
     program = """

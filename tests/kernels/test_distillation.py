@@ -79,6 +79,7 @@ def relative_of(implementation, dtype):
     return RELATIVE[dtype] if implementation.name == "triton" else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_vocabulary(dtype, implementation, large_tiles):
     heads, targets = make(implementation, 5, 151_936, 152_064, dtype=torch.float64)
@@ -165,6 +166,7 @@ def test_any_budget(max_logits_bytes, implementation, monkeypatch):
 # --- gradients ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 def test_gradcheck(temperature):
     (hidden, weight, *teacher), targets = random_student_and_teacher(7, 11, 13)

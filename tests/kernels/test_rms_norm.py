@@ -156,6 +156,7 @@ def test_one_output_used(implementation):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wide", [False, True])
 def test_opcheck(wide, implementation):
     device, dtype = implementation.device, torch.float16

@@ -85,6 +85,7 @@ def test_int32_positions_and_float64_frequencies(implementation):
         assert_equal_everywhere(apply_rotary(q, k, *arguments), expected)
 
 
+@pytest.mark.slow
 def test_gradcheck():
     q, k = (random(3, heads, 8).requires_grad_() for heads in (4, 2))
     call = lambda q, k: apply_rotary(q, k, torch.tensor([5, 0, 7]), rotary_frequencies(8))

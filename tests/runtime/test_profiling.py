@@ -24,6 +24,7 @@ def traced_steps(path):
     return len({name for name in names if name.startswith("ProfilerStep#")})
 
 
+@pytest.mark.slow
 def test_training(tiny_corpus, tmp_path, capsys):
     config = make_config(tiny_corpus, tmp_path / "plain")
     train(config)
@@ -36,6 +37,7 @@ def test_training(tiny_corpus, tmp_path, capsys):
     assert not list(tmp_path.glob(".trace*"))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_writes_what_was_traced(tiny_corpus, tmp_path, monkeypatch):
     path = tmp_path / "trace.json"
     stop_after(replace(make_config(tiny_corpus, tmp_path / "run"), profile=str(path)), FIRST + 2, monkeypatch)
@@ -54,6 +56,7 @@ def test_a_run_that_is_too_short_says_so(tiny_corpus, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_scoring(tiny_corpus, tiny_model, tmp_path):
     config = dict(data=tiny_corpus, teacher=tiny_model(tmp_path / "t"), device="cpu", batch_tokens=64)
     score(ScoreConfig(**config, output=str(tmp_path / "plain")))

@@ -36,6 +36,7 @@ def test_what_is_seen_stays(text):
     assert printable(text) == text
 
 
+@pytest.mark.slow
 def test_every_letter():
     kept = "\n\t"
     for code in range(sys.maxunicode + 1):

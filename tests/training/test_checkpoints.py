@@ -85,6 +85,7 @@ def test_equal_states_write_equal_bytes(trained, tiny_tokenizer, tmp_path):
 # ---- damage ----
 
 
+@pytest.mark.slow
 def test_no_bit_of_a_checkpoint_flips_unnoticed(folder):
     """Bits of every file at random, of the state's file many: refused, or read as it was (a letter of the
     layout)."""
