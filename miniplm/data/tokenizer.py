@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ from ..runtime.files import fingerprint
 from ..runtime.guarded import held_stderr
 
 REMEDY = "give a Hugging Face id, a folder with tokenizer.json, or a .gguf file"
+NO_FILES_REMEDY = "put tokenizer.json and tokenizer_config.json of the model it was made from beside it"
+# The names under which tokenizers come: transformers' own, sentencepiece's, tiktoken's, Mistral's.
+VOCABULARY_FILE = re.compile(
+    r"tokenizer(?!_config\.json)|vocab|merges|tekken\.json|bpe\.codes|dict\.txt|.*\.(model|spm|tiktoken)$"
+)
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
@@ -21,7 +27,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
         trust_remote_code: run code that comes with the tokenizer.
 
     Raises:
-        UserError: there is none, it cannot be read, or it is not backed by the `tokenizers` library.
+        UserError: there is none, it cannot be read, it is not backed by the `tokenizers` library, or it is an
+            empty one.
     """
     import transformers
 
@@ -49,6 +56,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
                     **source, trust_remote_code=trust_remote_code
                 )
     except Exception as error:  # transformers raises many kinds, some over many lines
+        _refuse_without_files(path, name)
         raise UserError(
             f"tokenizer {name} cannot be loaded ({' '.join(str(error).split())[:200]}): {REMEDY}"
         ) from error
@@ -57,7 +65,20 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
             f"tokenizer {name} is a slow one ({type(tokenizer).__name__}): convert it to a tokenizer.json "
             f"first"
         )
+    # transformers makes up an empty one, by the model's type, where there are no files: special tokens, and
+    # at most one more (sentencepiece's space).
+    if len(tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()) <= 1:
+        _refuse_without_files(path, name)
+        raise UserError(
+            f"the tokenizer of {name} knows special tokens only, as where a model comes without tokenizer "
+            f"files: {NO_FILES_REMEDY}, or {REMEDY}"
+        )
     return tokenizer
+
+
+def _refuse_without_files(path: Path, name: str) -> None:
+    if path.is_dir() and not any(map(VOCABULARY_FILE.match, os.listdir(path))):
+        raise UserError(f"folder {name} holds no tokenizer files: {NO_FILES_REMEDY}, or {REMEDY}")
 
 
 def save_tokenizer(tokenizer: Any, folder: str | os.PathLike[str]) -> None:

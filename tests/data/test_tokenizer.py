@@ -39,13 +39,52 @@ def test_missing(name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{}", b'{"version": "1.0", "model": {"type": "BPE"'])
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"version": "1.0", "model": {"type": "BPE"'])
 def test_folder_without_a_readable_tokenizer(tmp_path, content):
-    if content is not None:
-        (tmp_path / "tokenizer.json").write_bytes(content)
+    (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(UserError, match="cannot be loaded") as caught:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama", "gemma", "t5"])
+def test_a_model_without_tokenizer_files(tmp_path, model_type):
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    remedy = (
+        "put tokenizer.json and tokenizer_config.json of the model .* beside it, or give a Hugging Face id"
+    )
+    with pytest.raises(UserError, match=f"^folder {tmp_path} holds no tokenizer files: {remedy}"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_model_of_the_hub_without_tokenizer_files(monkeypatch):
+    import transformers
+
+    empty = transformers.GemmaTokenizer()
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: empty)
+    with pytest.raises(UserError, match=r"^the tokenizer of some/model knows special tokens only"):
+        load_tokenizer("some/model")
+
+
+def test_an_empty_tokenizer_that_somebody_saved(tmp_path):
+    from transformers import Qwen2Tokenizer
+
+    Qwen2Tokenizer().save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").exists()
+    with pytest.raises(UserError, match="knows special tokens only"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name", ["vocab.txt", "vocab.json", "spiece.model", "tokenizer.model", "qwen.tiktoken", "tekken.json"]
+)
+def test_the_names_of_tokenizer_files(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError) as caught:  # transformers is asked, and finds nothing in it
+        load_tokenizer(str(tmp_path))
+    assert "holds no tokenizer files" not in str(caught.value)
 
 
 def test_a_file_that_is_no_gguf(tmp_path):

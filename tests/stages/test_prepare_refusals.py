@@ -198,7 +198,7 @@ def test_a_tokenizer_that_fails(tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(
-        models.WordLevel({"a": 0, "</s>": 1}, unk_token="[UNK]")
+        models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="[UNK]")
     )  # no [UNK] in the vocabulary
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(
