@@ -15,7 +15,7 @@ from .records import MAX_LINE_BYTES, MAX_TEXT_BYTES, Oversized, Record
 
 BLOCK_BYTES = 1 << 18
 BLOCK_RECORDS = 4096
-ROWS_PER_BATCH = 256  # of a parquet file, at most
+ROWS_PER_BATCH = 32  # of a parquet file, at most: so many of the longest texts are in memory at once
 BATCH_BYTES = 1 << 26  # of them, about
 
 Groups = Iterator[tuple[list[Record], Sequence[str] | None, int, int]]
@@ -126,9 +126,13 @@ def _rows(file: Any, columns: list[str], skip: int) -> Iterator[dict[str, Any]]:
         bytes_per_row = about.total_byte_size / max(about.num_rows, 1)
         batch_rows = int(min(ROWS_PER_BATCH, max(1, BATCH_BYTES / max(bytes_per_row, 1))))
         for batch in file.iter_batches(batch_rows, [group], columns):
-            values = [_values(batch.column(name)) for name in columns]
-            for row in range(skip, batch.num_rows):
-                yield {name: column[row] for name, column in zip(columns, values, strict=True)}
+            # Many long texts among short ones are not all copied at once.
+            step = ROWS_PER_BATCH if batch.nbytes <= BATCH_BYTES else 1
+            for start in range(skip, batch.num_rows, step):
+                part = batch.slice(start, step)
+                values = [_values(part.column(name)) for name in columns]
+                for row in range(part.num_rows):
+                    yield {name: column[row] for name, column in zip(columns, values, strict=True)}
             skip = max(0, skip - batch.num_rows)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-MAX_TEXT_BYTES = 1 << 24  # of a document in UTF-8; to encode one takes about 140 times as much memory
+MAX_TEXT_BYTES = 1 << 24  # of a document in UTF-8; to encode one takes up to 220 times as much memory
 MAX_LINE_BYTES = 2 * MAX_TEXT_BYTES  # of a .jsonl: JSON may spell a letter with twice its bytes
 MAX_NAMES_SHOWN = 300  # characters
 

@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -152,6 +154,23 @@ def test_reading_on_within_a_large_row_group(tmp_path):
     for number in (255, 256, 257, 600, 899, 900, 1_500, 2_000):
         rows, _ = read(source, (0, 0, number), columns=("text", None))
         assert rows == [(str(row), "default", f"{path}, row {row + 1}") for row in range(number, 2_000)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_many_long_texts_in_a_row_group_of_short_ones_are_not_in_memory_at_once(tmp_path):
+    texts = ["b"] * 100_000 + ["a" * (1 << 20)] * 512
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pa.table({"text": texts}), path, use_dictionary=False, write_batch_size=8)
+    code = (
+        "import sys; from miniplm.data.sources import open_source\n"
+        "for block in open_source(sys.argv[1], ['text']).blocks():\n"
+        "    rows = block.first + len(block.records) - 1\n"
+        "peak = [int(line.split()[1]) >> 10 for line in open('/proc/self/status') if 'VmHWM' in line]\n"
+        "print(rows, *peak)"
+    )
+    found = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    rows, peak = map(int, found.stdout.split())
+    assert rows == len(texts) and peak < 500  # MiB, of which Python and Arrow take some 130
 
 
 def test_bad_rows_of_a_parquet_file(tmp_path):
