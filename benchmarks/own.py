@@ -86,7 +86,7 @@ def float8(job: Job, rows: int):
 @contextlib.contextmanager
 def compiled(job: Job, rows: int):
     def compile_layers(model):
-        for layer in model.model["layers"]:  # each by itself: they are all alike, so one is compiled
+        for layer in model.model.layers:  # each by itself: they are all alike, so one is compiled
             layer.compile(dynamic=True, backend="inductor" if job.device == "cuda" else "aot_eager")
 
     try:

@@ -3,6 +3,9 @@
 import contextlib
 import itertools
 import math
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +13,9 @@ from torch import Tensor
 from ..runtime.errors import UserError
 from .base import LanguageModel
 from .flops import forward_flops
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class TransformersLM(LanguageModel):
@@ -21,17 +27,16 @@ class TransformersLM(LanguageModel):
         name: what the user calls it, for messages.
     """
 
-    def __init__(self, model, name: str):
+    def __init__(self, model: "PreTrainedModel", name: str):
         super().__init__()
         self.wrapped, self.config, self.scale = model.eval(), model.config, 1.0
         # Past these lengths position tables end, and some rotary embeddings change with the longest text of a
         # batch.
         rope = getattr(model.config, "rope_parameters", None) or {}
-        limits = [
-            getattr(model.config, "max_position_embeddings", None),
-            rope.get("rope_type") == "longrope" and rope["original_max_position_embeddings"],
-        ]
-        self.context = min(filter(None, limits), default=math.inf)
+        limits = [getattr(model.config, "max_position_embeddings", None)]
+        if rope.get("rope_type") == "longrope":
+            limits.append(rope["original_max_position_embeddings"])
+        self.context = min((limit for limit in limits if limit), default=math.inf)
         try:
             self._check(f"{name} ({model.config.model_type}) cannot be used")
         except UserError:
@@ -50,26 +55,23 @@ class TransformersLM(LanguageModel):
         bounds = cu_seqlens.tolist()
         documents = sorted(itertools.pairwise(bounds), key=lambda bound: bound[0] - bound[1])  # longest first
         documents = [(start, end) for start, end in documents if end > start]
-        if documents and documents[0][1] - documents[0][0] > self.context:
+        longest = documents[0][1] - documents[0][0] if documents else 0
+        if longest > self.context:
             raise UserError(
-                f"a document of {documents[0][1] - documents[0][0]} tokens does not fit into the model's "
-                f"context of {self.context} "
+                f"a document of {longest} tokens does not fit into the model's context of {self.context} "
                 f"({self.config.model_type}): prepare the corpus with a smaller max_length"
             )
         hidden, places = [], []
         while documents:
             longest = documents[0][1] - documents[0][0]
-            # A batch takes documents down to three quarters of its longest: padding is at most a quarter of
-            # it.
+            # Down to three quarters of the longest: padding is at most a quarter of a batch.
             group = [bound for bound in documents if 4 * (bound[1] - bound[0]) >= 3 * longest]
             documents = documents[len(group) :]
             starts, ends = torch.tensor(group, device=input_ids.device).T[..., None]
-            index = starts + torch.arange(
-                longest, device=input_ids.device
-            )  # [documents of the group, longest]
-            ids = input_ids[
-                torch.minimum(index, ends - 1)
-            ]  # the padding repeats the last token; no token sees it, see _check
+            # [documents of the group, longest]
+            index = starts + torch.arange(longest, device=input_ids.device)
+            # The padding repeats the last token; no token sees it, see _check.
+            ids = input_ids[torch.minimum(index, ends - 1)]
             output = self.wrapped.base_model(input_ids=ids, use_cache=False).last_hidden_state
             hidden.append(output[index < ends])
             places.append(index[index < ends])
@@ -79,7 +81,7 @@ class TransformersLM(LanguageModel):
         return packed if self.scale == 1 else packed * self.scale
 
     @torch.no_grad()
-    def _check(self, refusal: str):
+    def _check(self, refusal: str) -> None:
         """Find the factor between hidden @ head_weight.T and the model's own logits; refuse a model that has
         none."""
         head = self.wrapped.get_output_embeddings()
@@ -88,9 +90,8 @@ class TransformersLM(LanguageModel):
             raise UserError(f"{no_product} (it has no head)")
         if getattr(head, "bias", None) is not None:
             raise UserError(f"{no_product} (the head has a bias)")
-        if getattr(
-            self.config, "final_logit_softcapping", None
-        ):  # invisible in the small logits of an untrained model
+        # Invisible in the small logits of an untrained model.
+        if getattr(self.config, "final_logit_softcapping", None):
             raise UserError(f"{no_product} (they are soft-capped)")
         ids = 1 + torch.arange(9, device=head.weight.device) * ((len(head.weight) - 1) // 9)
         lengths = [9, 5, 0, 1]  # all begin alike
@@ -105,9 +106,8 @@ class TransformersLM(LanguageModel):
             raise UserError(f"{no_product} (they differ by more than a factor)")
         if not (_close(hidden[9:14], hidden[:5], tolerance) and _close(hidden[14:], hidden[:1], tolerance)):
             raise UserError(f"{refusal}: its hidden states depend on later tokens or on padding")
-        if abs(factor - 1) > (
-            1e-4 if precise else 1e-2
-        ):  # in half precision the logits' rounding averages out in the factor
+        # In half precision the logits' rounding averages out in the factor.
+        if abs(factor - 1) > (1e-4 if precise else 1e-2):
             self.scale = factor
 
     def flops_per_token(self, context: int) -> int:
@@ -120,7 +120,7 @@ class TransformersLM(LanguageModel):
             return forward_flops(weights, context)
         return forward_flops(weights, context, text.num_hidden_layers, text.hidden_size)
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         with quiet_transformers():
             self.wrapped.save_pretrained(folder)
 
@@ -130,7 +130,7 @@ def _close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
 
 
 @contextlib.contextmanager
-def quiet_transformers():
+def quiet_transformers() -> Iterator[None]:
     """Without its progress bars and reports: what they would say comes in the one line of an error."""
     from transformers.utils import logging
 
@@ -146,6 +146,7 @@ def quiet_transformers():
 
 
 def one_line(error: Exception) -> str:
+    """What an error says, or its kind where it says nothing, on one line of at most 300 letters."""
     text = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in text:
         return "it comes with code of its own: set trust_remote_code if you trust it"

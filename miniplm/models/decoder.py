@@ -5,6 +5,9 @@ So a Hugging Face checkpoint is its state dict as it is, and its state dict is o
 """
 
 import copy
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +21,13 @@ from . import float8
 from .base import LanguageModel
 from .flops import forward_flops
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-
-
 MAX_SHARD_SIZE = "5GB"
-
-
+# Rotary embeddings whose frequencies do not depend on the length of the text.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-
-"""Rotary embeddings whose frequencies do not depend on the length of the text."""
 
 
 class RMSNorm(nn.Module):
@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, residual, self.weight, self.eps)
 
 
-def fused_linear(x: Tensor, *layers: nn.Linear) -> Tensor:
+def fused_linear(x: Tensor, *layers: nn.Linear | float8.Float8Linear) -> Tensor:
     """[T, Σ out]: the results of linear layers for x [T, in], joined: one matrix product, and one for each
     gradient in the backward pass.
 
@@ -52,19 +52,18 @@ def fused_linear(x: Tensor, *layers: nn.Linear) -> Tensor:
     state; what is joined is a copy, made at each call (under autocast in its dtype, as the layers would make
     one too). Of weights and results the smaller are joined.
     """
-    in_float8 = [isinstance(layer, float8.Float8Linear) for layer in layers]
-    if all(in_float8):
-        return float8.fused_linear(x, layers)
-    if any(in_float8) or len(x) < x.shape[-1]:  # a layer of odd sizes is not in float8
+    in_float8 = [layer for layer in layers if isinstance(layer, float8.Float8Linear)]
+    if len(in_float8) == len(layers):
+        return float8.fused_linear(x, in_float8)
+    if in_float8 or len(x) < x.shape[-1]:  # a layer of odd sizes is not in float8
         return torch.cat([layer(x) for layer in layers], -1)
     weight = torch.cat([layer.weight.to(x.dtype) for layer in layers])
-    return F.linear(
-        x, weight, None if layers[0].bias is None else torch.cat([layer.bias.to(x.dtype) for layer in layers])
-    )
+    bias = float8.joined([layer.bias for layer in layers])
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 class Attention(nn.Module):
-    def __init__(self, config, scale: float):
+    def __init__(self, config: "PreTrainedConfig", scale: float):
         super().__init__()
         d, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.scale = _head_dim(config), scale
@@ -75,11 +74,11 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(
             heads * self.head_dim, d, bias=config.model_type != "qwen2" and config.attention_bias
         )
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
         if config.model_type == "qwen3":
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        else:
-            self.q_norm = self.k_norm = None
 
     def forward(
         self, x: Tensor, positions: Tensor, inv_freq: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
@@ -88,14 +87,14 @@ class Attention(nn.Module):
         q, k, v = qkv.split(
             [layer.out_features // self.head_dim for layer in (self.q_proj, self.k_proj, self.v_proj)], -2
         )  # views [T, H, D]
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q)[0], self.k_norm(k)[0]
         q, k = apply_rotary(q, k, positions, inv_freq)
         return self.o_proj(flash_attention(q, k, v, cu_seqlens, max_seqlen, self.scale).flatten(-2))
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: "PreTrainedConfig"):
         super().__init__()
         bias = config.model_type == "llama" and config.mlp_bias
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
@@ -107,19 +106,38 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config, scale: float):
+    def __init__(self, config: "PreTrainedConfig", scale: float):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, scale)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, hidden: Tensor, residual: Tensor | None, *attention_inputs) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
+        positions: Tensor,
+        inv_freq: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int | None,
+    ) -> tuple[Tensor, Tensor]:
         # The sum that ends a block is left to the norm that opens the next one: one pass over the memory
         # instead of two.
         normed, residual = self.input_layernorm(hidden, residual)
-        normed, residual = self.post_attention_layernorm(self.self_attn(normed, *attention_inputs), residual)
+        attended = self.self_attn(normed, positions, inv_freq, cu_seqlens, max_seqlen)
+        normed, residual = self.post_attention_layernorm(attended, residual)
         return self.mlp(normed), residual
+
+
+class Body(nn.Module):
+    """What transformers calls `model`: all but the head."""
+
+    def __init__(self, config: "PreTrainedConfig", scale: float):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, scale) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Decoder(LanguageModel):
@@ -138,7 +156,7 @@ class Decoder(LanguageModel):
 
     activation_checkpointing = False
 
-    def __init__(self, config):
+    def __init__(self, config: "PreTrainedConfig"):
         super().__init__()
         if reason := unsupported_reason(config):
             raise UserError(f"the decoder cannot compute this architecture: {reason}")
@@ -146,13 +164,7 @@ class Decoder(LanguageModel):
         self.inv_freq, attention_scaling = _rope(config)
         # transformers multiplies cos and sin by attention_scaling: the scores q·k then carry its square.
         scale = attention_scaling**2 / _head_dim(config) ** 0.5
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(Layer(config, scale) for _ in range(config.num_hidden_layers)),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
+        self.model = Body(config, scale)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
@@ -161,7 +173,7 @@ class Decoder(LanguageModel):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decoder":
         # The frequencies follow the parameters to another device, but stay float32 when those become
         # bfloat16.
         super()._apply(fn, recurse)
@@ -177,13 +189,13 @@ class Decoder(LanguageModel):
         lengths = cu_seqlens.diff()
         starts = torch.repeat_interleave(cu_seqlens[:-1], lengths, output_size=len(input_ids))
         positions = torch.arange(len(input_ids), device=input_ids.device) - starts
-        hidden, residual = self.model.embed_tokens(input_ids), None
+        hidden: Tensor = self.model.embed_tokens(input_ids)
+        residual: Tensor | None = None
         for layer in self.model.layers:
             inputs = hidden, residual, positions, self.inv_freq, cu_seqlens, max_seqlen
             if self.activation_checkpointing:
-                hidden, residual = checkpoint(
-                    layer, *inputs, use_reentrant=False, preserve_rng_state=False
-                )  # nothing is random here
+                # Nothing is random here.
+                hidden, residual = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden, residual = layer(*inputs)
         return self.model.norm(hidden, residual)[0]
@@ -201,7 +213,7 @@ class Decoder(LanguageModel):
             self.config.num_attention_heads * _head_dim(self.config),
         )
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json, generation_config.json and model.safetensors (shards and an index above 5 GB)
         for transformers."""
         from huggingface_hub import save_torch_state_dict
@@ -216,14 +228,14 @@ class Decoder(LanguageModel):
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
         ).save_pretrained(folder)
-        save_torch_state_dict(self.state_dict(), folder, max_shard_size=MAX_SHARD_SIZE)
+        save_torch_state_dict(self.state_dict(), os.fspath(folder), max_shard_size=MAX_SHARD_SIZE)
 
 
-def _head_dim(config) -> int:
+def _head_dim(config: "PreTrainedConfig") -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _rope(config) -> tuple[Tensor, float]:
+def _rope(config: "PreTrainedConfig") -> tuple[Tensor, float]:
     """Inverse frequencies [D/2] fp32 on the CPU, and the factor on cos and sin."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -235,7 +247,7 @@ def _rope(config) -> tuple[Tensor, float]:
         return 1.0 / (rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)), 1.0
 
 
-def unsupported_reason(config) -> str | None:
+def unsupported_reason(config: "PreTrainedConfig") -> str | None:
     """Why `Decoder` cannot compute a config exactly; None if it can."""
     from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -254,7 +266,7 @@ def unsupported_reason(config) -> str | None:
     return None
 
 
-def student_config(config: StudentConfig, vocab_size: int, eos_token_id: int):
+def student_config(config: StudentConfig, vocab_size: int, eos_token_id: int) -> "PreTrainedConfig":
     """transformers' config of a model to train.
 
     Args:

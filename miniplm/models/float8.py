@@ -7,32 +7,48 @@ shorter float32 ("fast accumulation"): with these scales torch's kernels for the
 long (github.com/pytorch/pytorch/issues/147971), and e4m3's rounding is far coarser.
 """
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
 from ..kernels import quantize_rows
 from ..runtime.errors import UserError
+from .base import LanguageModel
+
+Model = TypeVar("Model", bound=LanguageModel)
 
 
 class Float8Linear(nn.Module):
     """x [..., in] → [..., out] in x's dtype, as the nn.Linear that it is made from, without gradients."""
 
+    weight: Tensor  # [out, in] float8_e4m3fn
+    scale: Tensor  # [1, out] float32
+    bias: Tensor | None
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight, scale = quantize_rows(linear.weight.detach())
         self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale.T.contiguous())  # [1, out]
+        self.register_buffer("scale", scale.T.contiguous())
         self.bias, self.in_features, self.out_features = linear.bias, linear.in_features, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         return product(x, self.weight, self.scale, self.bias)
 
 
-def fused_linear(x: Tensor, layers: list[Float8Linear]) -> Tensor:
+def fused_linear(x: Tensor, layers: Sequence[Float8Linear]) -> Tensor:
     """[..., Σ out]: the results of layers for the same x, joined, in one product."""
     weight = torch.cat([layer.weight.view(torch.uint8) for layer in layers]).view(torch.float8_e4m3fn)
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return product(x, weight, torch.cat([layer.scale for layer in layers], 1), bias)
+    scale = torch.cat([layer.scale for layer in layers], 1)
+    return product(x, weight, scale, joined([layer.bias for layer in layers]))
+
+
+def joined(biases: Sequence[Tensor | None]) -> Tensor | None:
+    """[Σ out] of the biases [out] of layers, None where no layer has one."""
+    present = [bias for bias in biases if bias is not None]
+    return torch.cat(present) if present else None
 
 
 def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -45,21 +61,19 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Te
     return result.unflatten(0, x.shape[:-1])
 
 
-def to_float8(model: nn.Module) -> nn.Module:
+def to_float8(model: Model) -> Model:
     """Replace the linear layers of a model in bfloat16 (on the CPU also float32), in place; sizes that are no
     multiples of 16 stay.
 
     Raises:
         UserError: this device or torch has no such products.
     """
-    head = getattr(model, "lm_head", None) or (
-        model.wrapped.get_output_embeddings() if hasattr(model, "wrapped") else None
-    )
+    head = model.head_weight
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
             if (
                 type(layer) is nn.Linear
-                and layer is not head
+                and layer.weight is not head
                 and layer.in_features % 16 == 0
                 and layer.out_features % 16 == 0
             ):
@@ -67,16 +81,11 @@ def to_float8(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         if isinstance(layer, Float8Linear):  # one small product shows what the device can do
             try:
-                layer(
-                    torch.zeros(
-                        16, layer.in_features, dtype=model.head_weight.dtype, device=layer.weight.device
-                    )
-                )
+                layer(torch.zeros(16, layer.in_features, dtype=head.dtype, device=layer.weight.device))
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 raise UserError(
                     f"precision fp8 does not run here ({' '.join(str(error).split())[:150]}): it needs "
-                    f"bfloat16 and an NVIDIA GPU of "
-                    "compute capability 8.9 or higher; leave --precision out"
+                    f"bfloat16 and an NVIDIA GPU of compute capability 8.9 or higher; leave --precision out"
                 ) from error
             break
     return model

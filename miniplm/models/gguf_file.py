@@ -94,7 +94,7 @@ def _reason_against(model: Decoder) -> str | None:
 def _add_architecture(writer: Any, model: Decoder, encoding: Encoding) -> None:
     import gguf
 
-    layers: Any = model.model["layers"]
+    layers: Any = model.model.layers
     config, head_dim = model.config, layers[0].self_attn.head_dim
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
