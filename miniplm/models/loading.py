@@ -6,7 +6,10 @@ behind the same interface.
 """
 
 import importlib.util
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -17,11 +20,18 @@ from .adapter import TransformersLM, one_line, quiet_transformers
 from .base import LanguageModel
 from .decoder import Decoder, unsupported_reason
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
 MISSING, UNKNOWN, OTHER_SHAPE = "missing", "not of this architecture", "of another shape"
 
 
 def load_model(
-    name, dtype: torch.dtype = torch.float32, device="cpu", trust_remote_code: bool = False
+    name: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Load a model for computing, in evaluation mode.
 
@@ -33,22 +43,18 @@ def load_model(
     """
     path = _locate(name)
     if path.suffix == ".gguf":
-        wrapped = load_with_transformers(path, dtype)
-        model = (
-            TransformersLM(wrapped.to(device), str(name))
-            if unsupported_reason(wrapped.config)
-            else _fill_decoder(wrapped.config, wrapped.state_dict(), path)
-        )
-        return model.to(device).eval()
+        wrapped = load_with_transformers(path, dtype, device)
+        if unsupported_reason(wrapped.config):
+            return TransformersLM(wrapped, str(name)).eval()
+        return _fill_decoder(wrapped.config, wrapped.state_dict(), path).to(device).eval()
     config, files = _read_config(path, trust_remote_code), weight_files(path)
     if unsupported_reason(config):
-        return TransformersLM(
-            load_with_transformers(path, dtype, trust_remote_code).to(device), str(name)
-        ).eval()
+        wrapped = load_with_transformers(path, dtype, device, trust_remote_code)
+        return TransformersLM(wrapped, str(name)).eval()
     return _fill_decoder(config, _read_tensors(files, dtype, device), path).to(device).eval()
 
 
-def model_hash(name) -> str:
+def model_hash(name: str | os.PathLike[str]) -> str:
     """The identity of a model: its weights, and its config.json where it has one (the same weights with
     another RoPE base are another model)."""
     files = weight_files(name)
@@ -56,7 +62,7 @@ def model_hash(name) -> str:
     return hash_files([*files, config] if config.exists() and files[0].suffix != ".gguf" else files)
 
 
-def weight_files(name) -> list[Path]:
+def weight_files(name: str | os.PathLike[str]) -> list[Path]:
     """The files that hold a model's weights: .safetensors, shards in order, or the .gguf."""
     path = _locate(name)
     if path.is_file():
@@ -67,8 +73,7 @@ def weight_files(name) -> list[Path]:
     if not index.exists():
         raise UserError(
             f"{path} holds no model.safetensors; .bin files are not read, they can carry code: convert them "
-            f"to safetensors "
-            "(load them with transformers, then save_pretrained)"
+            f"to safetensors (load them with transformers, then save_pretrained)"
         )
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
@@ -80,7 +85,7 @@ def weight_files(name) -> list[Path]:
     return files
 
 
-def _read_tensors(files, dtype: torch.dtype, device) -> dict[str, Tensor]:
+def _read_tensors(files: Sequence[Path], dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     tensors = {}
@@ -100,13 +105,12 @@ def _read_tensors(files, dtype: torch.dtype, device) -> dict[str, Tensor]:
     return tensors
 
 
-def _fill_decoder(config, tensors: dict[str, Tensor], path: Path) -> Decoder:
+def _fill_decoder(config: "PreTrainedConfig", tensors: dict[str, Tensor], path: Path) -> Decoder:
     """A Decoder whose parameters are the tensors themselves; UserError unless names and shapes are exactly
     its own."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if (
-        config.tie_word_embeddings and head in tensors
-    ):  # as transformers has it: a file with two different ones means two
+    # As transformers has it: a file with two different ones means two.
+    if config.tie_word_embeddings and head in tensors:
         if embedding not in tensors:
             tensors[embedding] = tensors.pop(head)
         elif torch.equal(tensors[head], tensors[embedding]):
@@ -116,23 +120,18 @@ def _fill_decoder(config, tensors: dict[str, Tensor], path: Path) -> Decoder:
     with torch.device("meta"):
         model = Decoder(config)
     expected = model.state_dict()
-    found = {
-        name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")
-    }  # in old files
-    for problem, names in [
-        (MISSING, [name for name in expected if name not in found]),
-        (UNKNOWN, [name for name in found if name not in expected]),
-        (
-            OTHER_SHAPE,
-            [name for name in expected if name in found and expected[name].shape != found[name].shape],
-        ),
-    ]:
-        _refuse_tensors(path, problem, names)
+    # Old files hold the frequencies too.
+    found = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    _refuse_tensors(path, MISSING, [name for name in expected if name not in found])
+    _refuse_tensors(path, UNKNOWN, [name for name in found if name not in expected])
+    _refuse_tensors(
+        path, OTHER_SHAPE, [name for name in expected if expected[name].shape != found[name].shape]
+    )
     model.load_state_dict(found, assign=True)
     return model
 
 
-def _refuse_tensors(path: Path, problem: str, names):
+def _refuse_tensors(path: Path, problem: str, names: Sequence[str]) -> None:
     if names:
         raise UserError(
             f"the weights in {path} do not fit its config: {len(names)} {problem} "
@@ -141,25 +140,30 @@ def _refuse_tensors(path: Path, problem: str, names):
         )
 
 
-def load_with_transformers(name, dtype: torch.dtype, trust_remote_code: bool = False):
-    """transformers' own model, on the CPU in evaluation mode; .gguf weights dequantised. Arguments and errors
-    as in load_model."""
+def load_with_transformers(
+    name: str | os.PathLike[str],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> "PreTrainedModel":
+    """transformers' own model, in evaluation mode; .gguf weights dequantised. Arguments and errors as in
+    load_model."""
     import transformers
 
-    path, options = _locate(name), {}
+    path = _locate(name)
+    options: dict[str, Any] = {}
     if path.suffix == ".gguf":
         if missing := [
             package for package in ("gguf", "accelerate") if not importlib.util.find_spec(package)
         ]:
             raise UserError(f"{path} needs the package {missing[0]}: pip install miniplm[gguf]")
         options["gguf_file"] = path.name
-        if hasattr(
-            transformers, "GgufConfig"
-        ):  # newer versions would otherwise keep them quantised where they have a kernel for it
+        # Newer versions would otherwise keep them quantised where they have a kernel for it.
+        if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         with quiet_transformers():
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(
                 path if path.is_dir() else path.parent,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
@@ -170,12 +174,14 @@ def load_with_transformers(name, dtype: torch.dtype, trust_remote_code: bool = F
             )
     except Exception as error:  # transformers raises anything, from KeyError to OSError
         raise UserError(f"transformers cannot load {path}: {one_line(error)}") from error
+    # What transformers declares is the model alone.
+    model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     _refuse_tensors(path, MISSING, sorted(info["missing_keys"]))
     _refuse_tensors(path, OTHER_SHAPE, sorted(name for name, *_ in info["mismatched_keys"]))
-    return model.eval()
+    return model.eval().to(device)
 
 
-def _locate(name) -> Path:
+def _locate(name: str | os.PathLike[str]) -> Path:
     """The folder or .gguf file that a model's name stands for; a Hugging Face id is downloaded (or found in
     the cache)."""
     path = Path(name)
@@ -213,7 +219,7 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _read_config(folder: Path, trust_remote_code: bool):
+def _read_config(folder: Path, trust_remote_code: bool) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
     if not (folder / "config.json").exists():

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,7 +28,9 @@ from transformers.models.qwen3 import modeling_qwen3
 from ..kernels import apply_rotary, linear_cross_entropy, rms_norm, swiglu
 from .decoder import unsupported_reason
 from .transformers_attention import ATTENTION
+from .transformers_masks import Documents
 
+Patched = Any  # a module of a class in PATCHED.values(); those are made at run time
 Model = TypeVar("Model", bound=nn.Module)
 ATTENTION_BEFORE = "_miniplm_attention_before"  # on a patched model: its attention implementation before
 
@@ -122,16 +124,16 @@ def _change_class(module: nn.Module, to: type[nn.Module]) -> None:
 # ---- what the modules compute; each in the signature of transformers' forward ----
 
 
-def _rms_norm(self, hidden_states):
+def _rms_norm(self: Patched, hidden_states: Tensor) -> Tensor:
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
-def _mlp(self, x):
+def _mlp(self: Patched, x: Tensor) -> Tensor:
     # As modules: adapters and hooks on them stay in effect.
     return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
-def _rotary_embedding(self, x, position_ids):
+def _rotary_embedding(self: Patched, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, float]:
     """What _attention needs instead of tables of cosines and sines: positions [B · S], inverse frequencies,
     the factor on q·k."""
     return (
@@ -142,8 +144,13 @@ def _rotary_embedding(self, x, position_ids):
 
 
 def _attention(
-    self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
-):
+    self: Patched,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor, float],
+    attention_mask: Documents | Tensor | None = None,
+    past_key_values: Cache | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     shape = hidden_states.shape[:-1]  # [B, S]
     q, k, v = (
         projection(hidden_states).unflatten(-1, (-1, self.head_dim))
@@ -173,17 +180,17 @@ def _attention(
 
 
 def _causal_lm(
-    self,
-    input_ids=None,
-    attention_mask=None,
-    position_ids=None,
-    past_key_values=None,
-    inputs_embeds=None,
-    labels=None,
-    use_cache=None,
-    logits_to_keep=0,
-    **kwargs,
-):
+    self: Patched,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    inputs_embeds: Tensor | None = None,
+    labels: Tensor | None = None,
+    use_cache: bool | None = None,
+    logits_to_keep: Tensor | int = 0,
+    **kwargs: Any,
+) -> CausalLMOutputWithPast | tuple[Any, ...]:
     body = dict(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -247,18 +254,18 @@ def _causal_lm_loss(
 def _patched_class(original: type[nn.Module], compute: Callable[..., Any]) -> type[nn.Module]:
     """A class derived from one of transformers, of the same name but in this file, with another forward."""
 
-    def forward(self, *args, **kwargs):
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, patched):  # unpatched, while a wrapper has kept this function
             return type(self).forward(self, *args, **kwargs)
         return compute(self, *args, **kwargs)
 
-    forward.__signature__ = inspect.signature(original.forward)
+    forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
     members = {"forward": forward, "transformers_class": original, "__module__": __name__}
     patched = type(original.__name__, (original,), members)
     return patched
 
 
-FORWARDS = {
+FORWARDS: dict[str, Callable[..., Any]] = {
     "RMSNorm": _rms_norm,
     "MLP": _mlp,
     "RotaryEmbedding": _rotary_embedding,

@@ -63,10 +63,12 @@ def attention(
     arguments = dict(kwargs, scaling=scaling, dropout=dropout, is_causal=is_causal)
     _refuse(_beyond_sdpa(key, query, attention_mask, kwargs), '"eager"')
     if key.shape[2] != query.shape[2]:
+        assert not isinstance(attention_mask, Documents)  # refused
         return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
     documents = _documents(query, attention_mask, kwargs)
     beyond = _beyond_flash(module, key, value, documents, sliding_window, arguments)
     _refuse(beyond, f'"{ATTENTION_OR_SDPA}", "sdpa" or "eager"')
+    assert not isinstance(documents, Tensor)  # refused
     return _attend(query, key, value, documents, scaling), None
 
 
@@ -89,9 +91,11 @@ def attention_or_sdpa(
     if key.shape[2] == query.shape[2]:
         documents = _documents(query, attention_mask, kwargs)
         if not _beyond_flash(module, key, value, documents, sliding_window, arguments):
+            assert not isinstance(documents, Tensor)  # it is beyond flash_attention
             return _attend(query, key, value, documents, scaling), None
         if isinstance(documents, Documents):
             attention_mask = boolean_mask(documents, query.shape[0], query.shape[2])
+    assert not isinstance(attention_mask, Documents)  # refused where the keys are not the queries
     return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
 
 
@@ -114,13 +118,13 @@ def _attend(
 ) -> Tensor:
     """[B, S, Hq, D] by flash_attention on the packed tokens."""
     B, _, S, _ = query.shape
-    packed = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # [B · S, H, D]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B · S, H, D]
     if documents is None:
-        out = flash_attention(*packed, equal_documents(B, S, query.device), None, scaling)
+        out = flash_attention(q, k, v, equal_documents(B, S, query.device), None, scaling)
     elif documents.order is None:
-        out = flash_attention(*packed, documents.cu_seqlens, None, scaling)
+        out = flash_attention(q, k, v, documents.cu_seqlens, None, scaling)
     else:
-        q, k, v = (x[documents.order] for x in packed)
+        q, k, v = (x[documents.order] for x in (q, k, v))
         out = flash_attention(q, k, v, documents.cu_seqlens, None, scaling)
         out = out.new_zeros(B * S, *out.shape[1:]).index_copy(0, documents.order, out)
     return out.unflatten(0, (B, S))
@@ -182,9 +186,9 @@ def _reaches_attention(model: PreTrainedModel) -> bool:
     """Whether the code of a model's class asks transformers' AttentionInterface for its attention; True where
     the code cannot be read, and for a model that is made of others."""
     classes = [base for base in type(model).__mro__ if issubclass(base, PreTrainedModel)]
-    modules = {sys.modules.get(base.__module__) for base in classes if base is not PreTrainedModel} - {None}
+    names = {base.__module__ for base in classes if base is not PreTrainedModel}
     try:
-        sources = [inspect.getsource(module) for module in modules]
+        sources = [inspect.getsource(sys.modules[name]) for name in names if name in sys.modules]
     except (OSError, TypeError):
         return True
     if model.config.model_type in OWN_CODE:
@@ -219,9 +223,8 @@ def register() -> None:
     AttentionMaskInterface.register(ATTENTION, documents_mask)
     AttentionInterface.register(ATTENTION_OR_SDPA, attention_or_sdpa)
     AttentionMaskInterface.register(ATTENTION_OR_SDPA, documents_or_sdpa_mask)
-    PreTrainedModel.get_correct_attn_implementation = _refusing(
-        PreTrainedModel.get_correct_attn_implementation
-    )
+    refusing = _refusing(PreTrainedModel.get_correct_attn_implementation)
+    PreTrainedModel.get_correct_attn_implementation = refusing  # type: ignore[method-assign]
 
 
 register()

@@ -38,7 +38,8 @@ def generate(config: GenerateConfig) -> str:
     tokenizer = load_tokenizer(folder, config.trust_remote_code)
     ids = _prompt_ids(config, tokenizer)
     dtype = choose_dtype(config.dtype, device)
-    model = load_with_transformers(folder, dtype, config.trust_remote_code).to(device)
+    # Any: generate() is declared in a mixin, for a class that transformers keeps to itself.
+    model: Any = load_with_transformers(folder, dtype, device, config.trust_remote_code)
     new_tokens = min(config.max_new_tokens, _room(config, model, ids))
 
     ends = model.generation_config.eos_token_id
