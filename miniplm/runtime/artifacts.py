@@ -1,10 +1,10 @@
 """What an output folder is: its identity, its manifest, and when it is complete.
 
 Every stage writes into an output folder with a `manifest.json`. The manifest holds the stage's *identity*
-(all that determines its result), `complete` (false until the last byte is on disk) and what came out. A run
-into a folder with another identity is refused; one with the same identity continues; one that is complete is
-left alone. Manifests carry no times and no paths of this machine's making, so that two equal runs write equal
-bytes.
+(all that determines its result), `complete` (false until the last byte is on disk), what came out, and once
+it is complete a `checksum` of all that (manifests of before have none). A run into a folder with another
+identity is refused; one with the same identity continues; one that is complete is left alone. Manifests carry
+no times and no paths of this machine's making, so that two equal runs write equal bytes.
 """
 
 import contextlib
@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import lock, read_json, write_json
+from .files import fingerprint, hash_files, lock, read_json, write_json
+from .progress import note
 from .schema import Record, read_record
 
 MANIFEST = "manifest.json"
+UNCHECKED_KEYS = ("stage", "complete", "checksum")  # of a manifest
 MAX_SHOWN = 80  # characters of a value in a message
 
 
@@ -28,6 +30,7 @@ class _Manifest(Record):
     stage: str
     complete: bool
     identity: dict[str, Any]
+    checksum: str | None = None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -40,9 +43,32 @@ def _check(content: object, path: Path, schema: type[Record]) -> None:
     read_record(schema, content, f"{path} is no manifest of ours", "restore it, or make its folder again")
 
 
+def is_as_written(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest is complete and has the checksum of its content, or has none: it is incomplete, or
+    from before there were any."""
+    checksum = manifest.get("checksum")
+    return checksum is None or (manifest.get("complete") and checksum == manifest_checksum(manifest))
+
+
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """Of a complete run's identity and results."""
+    return fingerprint({key: value for key, value in manifest.items() if key not in UNCHECKED_KEYS})
+
+
+def damaged_file(folder: Path, files: Mapping[str, str]) -> str | None:
+    """In words, the first of these files ({name: hash}) in a folder that is missing or changed; None if all
+    are as they were written."""
+    for name, content_hash in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if hash_files([folder / name]) != content_hash:
+            return f"{name} is not as it was written"
+    return None
+
+
 def open_output(folder: str | os.PathLike, stage: str, identity: Mapping[str, Any]) -> bool:
-    """Claim `folder` for a run of `stage`. True when an equal run has completed there; False to start or to
-    continue.
+    """Claim `folder` for a run of `stage`. True when an equal run has completed there; False to start, to
+    continue, or to find out again what came of a run whose manifest is damaged.
 
     Args:
         folder: made if missing. A non-empty folder without a manifest is refused: it is somebody's.
@@ -74,7 +100,7 @@ def open_output(folder: str | os.PathLike, stage: str, identity: Mapping[str, An
             f"output folder {folder} holds another {stage} run "
             f"({_difference(found['identity'], identity)}): choose another --output or delete it"
         )
-    return found["complete"]
+    return found["complete"] and is_as_written(found)
 
 
 @contextlib.contextmanager
@@ -117,7 +143,8 @@ def recorded(folder: str | os.PathLike) -> dict[str, Any]:
 def complete_output(folder: str | os.PathLike, results: Mapping[str, Any]) -> None:
     """Mark the run in `folder` complete and record its results in the manifest, beside stage and identity."""
     path = Path(folder) / MANIFEST
-    write_json(path, {**_read(path), **results, "complete": True})
+    manifest = {**_read(path), **results, "complete": True}
+    write_json(path, {**manifest, "checksum": manifest_checksum(manifest)})
 
 
 def reopen_output(folder: str | os.PathLike, results: Mapping[str, Any] | None = None) -> None:
@@ -125,7 +152,9 @@ def reopen_output(folder: str | os.PathLike, results: Mapping[str, Any] | None =
     `results` stay."""
     path = Path(folder) / MANIFEST
     manifest = _read(path)
-    if manifest["complete"]:
+    if manifest["complete"] or not is_as_written(manifest):
+        if not is_as_written(manifest):
+            note(f"{path} is not as written: what came of its run is found out again")
         begun = {"stage": manifest["stage"], "complete": False, "identity": manifest["identity"]}
         write_json(path, {**begun, **(results or {})})
 
@@ -140,7 +169,8 @@ def read_manifest(
         what: the folder, in messages.
         schema: the keys and types that the caller relies on, beside stage, complete and identity.
     Raises:
-        UserError: it is missing, incomplete, of none of the stages, or not as the schema has it.
+        UserError: it is missing, incomplete, of none of the stages, not as the schema has it, or not as
+            written.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -153,11 +183,16 @@ def read_manifest(
             f"{what} {folder} holds the output of {manifest['stage']!r}; expected that of "
             f"{' or '.join(map(repr, stages))}"
         )
-    if not manifest["complete"]:
+    if is_as_written(manifest) and not manifest["complete"]:
         raise UserError(
             f"{what} {folder} is not complete: run its {manifest['stage']!r} command again, it continues "
             f"where it stopped"
         )
     if schema is not None:
         _check(manifest, folder / MANIFEST, schema)
+    if not is_as_written(manifest):
+        raise UserError(
+            f"{folder / MANIFEST} is not as written: restore it, or run its {manifest['stage']!r} command "
+            f"again, which mends it"
+        )
     return manifest

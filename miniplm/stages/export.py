@@ -18,7 +18,7 @@ from ..data.tokenizer import load_tokenizer, save_tokenizer
 from ..models.decoder import Decoder
 from ..models.gguf_file import Encoding, write_gguf
 from ..models.loading import load_model, model_hash
-from ..runtime.artifacts import MANIFEST, open_output
+from ..runtime.artifacts import MANIFEST, damaged_file, open_output
 from ..runtime.errors import UserError
 from ..runtime.files import atomic_folder, atomic_write, fingerprint, hash_files, read_json, write_json
 from ..runtime.progress import note
@@ -49,7 +49,7 @@ def export(config: ExportConfig) -> None:
     name = config.name or output.resolve().name
     identity = {
         "checkpoint": checkpoint.fingerprint,
-        "training": fingerprint(manifest),
+        "training": fingerprint({key: value for key, value in manifest.items() if key != "checksum"}),
         "dtype": config.dtype,
         "name": name,
         "license": config.license,
@@ -59,7 +59,7 @@ def export(config: ExportConfig) -> None:
     }
     if config.gguf:
         identity["gguf"] = config.gguf
-    losses = _losses(run, provenance, step)
+    losses = _losses(run, provenance, step, checkpoint.state.last_logged_step)
 
     def card(folder: Path, location: str) -> str:
         architecture = read_json(folder / "config.json")
@@ -90,11 +90,22 @@ def _evaluation_of(checkpoint: Path, path: str) -> Evaluation:
     return evaluation
 
 
-def _losses(run: Path, provenance: Provenance, step: int) -> dict[str, tuple[int, float | None]]:
+def _losses(
+    run: Path, provenance: Provenance, step: int, logged: int
+) -> dict[str, tuple[int, float | None]]:
     """{"loss", "eval_loss": (step, nats per token or None where not finite)}: the latest of each up to
-    `step`. At the end of a run its manifest holds them too."""
-    losses = latest_figures(run, ("loss", "eval_loss"), step)
+    `step`. At the end of a run its manifest holds them too.
+
+    Args:
+        logged: the last step before it that the checkpoint knows a line of.
+    """
+    losses = latest_figures(run, ("loss", "eval_loss"), step, logged)
     if not (provenance.complete and step == provenance.identity.steps):
+        if not losses and logged:
+            raise UserError(
+                f"{metrics_file(run)} has lost its lines up to step {logged:,}: restore it, or export the end "
+                f"of the run"
+            )
         return losses
     for key in provenance.model_fields_set & {"loss", "eval_loss"}:
         recorded, (found_at, found) = getattr(provenance, key), losses.get(key, (0, None))
@@ -144,12 +155,7 @@ def _damage(folder: Path, files: object) -> str | None:
     """What is lost or changed of these files ({name: hash}), None where all are as they were written."""
     if not isinstance(files, dict) or not files.keys() >= set(ALWAYS_THERE):
         return f"the list of files in its {MANIFEST} is not as it was written"
-    for name, content_hash in files.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if hash_files([folder / name]) != content_hash:
-            return f"{name} is not as it was written"
-    return None
+    return damaged_file(folder, files)
 
 
 def _visible_damage(folder: Path) -> str | None:

@@ -37,7 +37,6 @@ from ..training.checkpoints import (
     find_checkpoint,
     latest_checkpoint,
     load_optimizer,
-    manifest_checksum,
 )
 from ..training.loop import Setup, TrainingRun
 from ..training.memory import check_weights_fit
@@ -45,6 +44,8 @@ from ..training.metrics import Metrics
 from ..training.results import is_complete, run_results
 from ..training.state import TrainState
 from ..training.step import Teacher, learning_rate, make_optimizer, num_targets
+
+NOT_OF_THE_CONTENT = ("stage", "complete", "identity", "files", "checksum")  # of a corpus's manifest
 
 
 class _Sources(NamedTuple):
@@ -285,8 +286,7 @@ def _finish(
     if teacher := config.distill.teacher:
         results["teacher"] = Path(teacher).resolve().name if Path(teacher).exists() else teacher
     summary = setup.corpus.manifest.items()
-    results["corpus"] = {key: value for key, value in summary if key not in ("stage", "complete", "identity")}
-    results["checksum"] = manifest_checksum({"identity": setup.identity, **results})
+    results["corpus"] = {key: value for key, value in summary if key not in NOT_OF_THE_CONTENT}
     complete_output(config.output, results)
     figures = [
         text.format(value)

@@ -14,14 +14,13 @@ torch.distributed.checkpoint is not used: its .metadata file is a pickle, and no
 import json
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ..models.base import LanguageModel
-from ..runtime.artifacts import MANIFEST
+from ..runtime.artifacts import MANIFEST, damaged_file, is_as_written
 from ..runtime.errors import UserError
 from ..runtime.files import atomic_folder, fingerprint, hash_files, read_json, write_json
 from ..runtime.progress import note
@@ -29,7 +28,6 @@ from .state import TrainState, state_from_json, state_to_json
 
 STATE_FILE, OPTIMIZER_FILE = "trainer_state.json", "optimizer.safetensors"
 OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq")  # AdamW's names
-UNCHECKED_KEYS = ("stage", "complete", "checksum")  # of the manifest
 STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -92,14 +90,32 @@ def latest_checkpoint(name: str | Path) -> str:
     folder, a file).
 
     Raises:
-        DamagedCheckpoint: it is a checkpoint, and a file that a model is loaded from is not as it was
+        UserError: it is a checkpoint or an export, and a file that a model is loaded from is not as it was
             written.
     """
     folders = checkpoint_folders(name)
     folder = folders[-1] if folders else Path(name)
     if (folder / STATE_FILE).exists() and not _is_of_another_trainer(folder):
         read_checkpoint(folder, with_optimizer=False)
+    _verify_exported(folder)
     return str(folder if folders else name)
+
+
+def _verify_exported(path: Path) -> None:
+    """UserError if this is a folder that export wrote, or a .gguf file in one, and what a model is loaded from
+    is not as it was written."""
+    folder = path.parent if path.suffix == ".gguf" else path
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = dict(manifest["files"]) if manifest["stage"] == "export" else {}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # somebody else's, or none
+        return
+    is_read = path.name.__eq__ if folder != path else lambda name: not name.endswith((".md", ".gguf"))
+    if damage := damaged_file(folder, {name: content for name, content in files.items() if is_read(name)}):
+        raise UserError(
+            f"model {folder} is damaged ({damage}): export it again, or, if it was changed on purpose, remove "
+            f"{MANIFEST} from it"
+        )
 
 
 def _is_of_another_trainer(folder: Path) -> bool:
@@ -122,6 +138,8 @@ def read_training_output(name: str | Path) -> tuple[Checkpoint, dict]:
     run = training_output(folder)
     if not folder.is_dir():
         raise UserError(f"checkpoint {name} does not exist")
+    if folders and not (folder / STATE_FILE).exists():
+        raise DamagedCheckpoint(folder, f"{STATE_FILE} is missing")
     if not (folder / STATE_FILE).exists() or not (run / MANIFEST).exists():
         raise UserError(
             f"{name} is neither a training output with a checkpoint nor a checkpoint in one: give what "
@@ -134,16 +152,9 @@ def read_training_output(name: str | Path) -> tuple[Checkpoint, dict]:
             f"checkpoint {folder} does not belong to the run whose manifest is in {run}: give it in its own "
             f"training output"
         )
-    if manifest.get("checksum") not in (None, manifest_checksum(manifest)):
-        raise UserError(
-            f"{run / MANIFEST} is not as it was written: run its train command again, which mends it"
-        )
+    if not is_as_written(manifest):
+        raise UserError(f"{run / MANIFEST} is not as written: run its train command again, which mends it")
     return checkpoint, manifest
-
-
-def manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    """Of a complete run's identity and results; manifests of before have none."""
-    return fingerprint({key: value for key, value in manifest.items() if key not in UNCHECKED_KEYS})
 
 
 # ---- writing and reading a checkpoint ----

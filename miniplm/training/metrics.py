@@ -1,7 +1,8 @@
 """metrics.jsonl of a training output, written and read; the same figures go to TensorBoard.
 
 A line is an object with "step" and the figures of that step, each a finite number, a flag, or null where it
-is not finite. They come in the order of their steps.
+is not finite; then "after", the step of the line before (0: none is), and "checksum", a fingerprint of all
+that. The lines of runs from before have neither.
 """
 
 import json
@@ -9,18 +10,18 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import TypeGuard
 
-from ..runtime.files import atomic_write
+from ..runtime.errors import UserError
+from ..runtime.files import atomic_write, fingerprint
 from ..runtime.progress import note
 from .checkpoints import metrics_file, tensorboard_folder
 from .state import TrainState
 
 
 def read_metrics(output: str | Path) -> list[dict]:
-    """The lines of a training output's metrics.jsonl; none where there is no such file.
-
-    A last line that a kill cut off is left out, and any other that is not as it was written, with a word.
-    """
+    """The lines of a training output's metrics.jsonl; none where there is no such file. What is not as it was
+    written is left out, with a word."""
     lines, damaged = read_lines(output)
     if damaged:
         note(f"{metrics_file(output)}: {damaged:,} damaged lines are left out")
@@ -28,43 +29,65 @@ def read_metrics(output: str | Path) -> list[dict]:
 
 
 def latest_figures(
-    output: str | Path, names: tuple[str, ...], step: int
+    output: str | Path, names: tuple[str, ...], step: int, logged: int = 0
 ) -> dict[str, tuple[int, float | None]]:
-    """{name: (step, figure or None where it was not finite)}: the latest of each name up to `step`."""
-    return {
-        name: (line["step"], line[name])
-        for line in read_metrics(output)
-        for name in names
-        if name in line and line["step"] <= step
-    }
+    """{name: (step, figure or None where it was not finite)}: the latest of each name up to `step`; {} where
+    the lines do not reach the step `logged`. UserError if they are damaged."""
+    lines, damaged = read_lines(output)
+    if damaged:
+        raise UserError(
+            f"{damaged:,} lines of {metrics_file(output)} are damaged or missing: restore it, or run the "
+            f"train command again, which leaves them out"
+        )
+    found = [line for _, line in lines if line["step"] <= step]
+    if not found or found[-1]["step"] < logged:
+        return {}
+    return {name: (line["step"], line[name]) for line in found for name in names if name in line}
 
 
 def read_lines(output: str | Path) -> tuple[list[tuple[bytes, dict]], int]:
-    """([(bytes, line)] of the lines that are as they were written, how many others there are).
-
-    A last line that a kill cut off counts as neither.
-    """
+    """([(bytes, line)] of the lines that are as they were written, how many others there are or are
+    missing)."""
     path = metrics_file(output)
     lines: list[tuple[bytes, dict]] = []
-    damaged = 0
-    for text in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-        if not text.endswith(b"\n"):  # where a kill cut it off
-            continue
+    damaged = known = last = 0  # known: how many were damaged at the last whole line, of step `last`
+    sealed = False
+    for text in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
             line = None
-        if _is_line(line):
+        if _is_line(line, last, sealed) and text.endswith(b"\n"):
+            sealed = "checksum" in line
+            if line.get("after", last) != last and damaged == known:  # those between are gone
+                damaged += 1
+            known, last = damaged, line["step"]
             lines.append((text, line))
         else:
             damaged += 1
     return lines, damaged
 
 
-def _is_line(line: object) -> bool:
-    if not isinstance(line, dict) or type(line.get("step")) is not int or line["step"] < 1:
+def _is_line(line: object, last: int, sealed: bool) -> TypeGuard[dict]:
+    """Whether a line is as it was written: after one of step `last`, and with a checksum if one before has
+    it."""
+    if not isinstance(line, dict) or type(line.get("step")) is not int or line["step"] <= last:
         return False
-    return all(map(_is_figure, line.values()))
+    figures = {key: value for key, value in line.items() if key != "checksum"}
+    if sealed or len(figures) < len(line):
+        return line.get("checksum") == fingerprint(figures)
+    return all(map(_is_figure, figures.values()))
+
+
+def _sealed(line: dict, after: int) -> dict:
+    """A line with its last two keys."""
+    figures = {key: value for key, value in line.items() if key not in ("after", "checksum")}
+    figures["after"] = after
+    return {**figures, "checksum": fingerprint(figures)}
+
+
+def _text(line: dict) -> bytes:
+    return json.dumps(line).encode() + b"\n"
 
 
 def _is_figure(value: object) -> bool:
@@ -83,15 +106,20 @@ class Metrics:
     def __init__(self, output: str | Path, state: TrainState):
         path = metrics_file(output)
         lines, damaged = read_lines(output)
-        if damaged:
-            note(f"{path}: {damaged:,} damaged lines are removed")
         kept = [(text, line) for text, line in lines if line["step"] <= state.step]
+        if damaged:
+            note(f"{path}: {damaged:,} lines are damaged or missing; the others are kept")
+            steps = [0, *(line["step"] for _, line in kept)]
+            kept = [
+                (_text(_sealed(line, after)) if "checksum" in line else text, line)
+                for (text, line), after in zip(kept, steps, strict=False)
+            ]
         self.last: dict = kept[-1][1] if kept else {"step": 0}
         if self.last["step"] < state.last_logged_step:
             note(f"{path}: the last lines up to step {state.last_logged_step:,} are lost")
         with atomic_write(path) as temporary:
             temporary.write_bytes(b"".join(text for text, _ in kept))
-        self.file = open(path, "a", encoding="utf-8")
+        self.file = open(path, "ab", buffering=0)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -103,8 +131,8 @@ class Metrics:
             )
 
     def write(self, line: dict) -> None:
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        line = _sealed(line, self.last["step"])
+        self.file.write(_text(line))
         self.last = line
         if self.tensorboard:
             for name, value in line.items():

@@ -5,7 +5,7 @@ from pathlib import Path
 from ..runtime.artifacts import MANIFEST, open_output, read_manifest
 from ..runtime.errors import UserError
 from ..runtime.progress import note
-from .checkpoints import DamagedCheckpoint, checkpoint_folders, manifest_checksum, read_checkpoint
+from .checkpoints import DamagedCheckpoint, checkpoint_folders, read_checkpoint
 from .loop import Setup
 from .metrics import read_lines
 from .state import TrainState
@@ -53,13 +53,12 @@ def _what_is_lost(output: Path, checkpoint: Path, setup: Setup) -> str | None:
         return "its last checkpoint is gone"
     lines, damaged = read_lines(output)
     if damaged:
-        return f"{damaged:,} lines of its metrics are damaged"
+        return f"{damaged:,} lines of its metrics are damaged or missing"
     last_line = lines[-1][1] if lines else {"step": 0}
     if last_line["step"] != setup.steps:
         return "the last line of its metrics is gone"
     manifest = read_manifest(output, "train")
-    changed = manifest.get("checksum") not in (None, manifest_checksum(manifest))
     results = run_results(setup, state, last_line)
-    if changed or any(manifest.get(name) != value for name, value in results.items()):
+    if any(manifest.get(name) != value for name, value in results.items()):
         return f"its {MANIFEST} does not hold its results"
     return None

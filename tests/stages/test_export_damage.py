@@ -12,7 +12,7 @@ from training_runs import flip_bit, truncate
 
 from miniplm.runtime.artifacts import MANIFEST
 from miniplm.runtime.errors import UserError
-from miniplm.runtime.files import read_json, write_json
+from miniplm.runtime.files import fingerprint, read_json, write_json
 
 FILES = ("README.md", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
@@ -161,7 +161,12 @@ def test_metrics_that_the_manifest_contradicts(student_run, tmp_path):
     whole = path.read_text()
     *first, last = whole.splitlines(keepends=True)
     line = json.loads(last)
-    path.write_text("".join([*first, json.dumps({**line, "loss": line["loss"] + 0.5}) + "\n"]))
+    line["loss"] += 0.5
+    path.write_text("".join([*first, json.dumps(line) + "\n"]))
+    refused(student_run, tmp_path / "out", rf"1 lines of {path} are damaged or missing: restore")
+    del line["checksum"]
+    line["checksum"] = fingerprint(line)
+    path.write_text("".join([*first, json.dumps(line) + "\n"]))
     refused(student_run, tmp_path / "out", "another loss of step 6: restore")
     path.write_text(whole)
     expected = card(publish(student_run, tmp_path / "whole", name="model")).text

@@ -118,20 +118,30 @@ def test_a_complete_run_mends_what_else_it_lost(done, whole, capsys):
     mended("its last checkpoint is gone")
     lines = Path(done.output, "metrics.jsonl")
     truncate(lines)
+    mended("1 lines of its metrics are damaged or missing")
+    lines.write_bytes(b"".join(lines.read_bytes().splitlines(keepends=True)[:-1]))
     mended("the last line of its metrics is gone")
     manifest = Path(done.output, "manifest.json")
     for key in ("skipped", "parameters", "max_length"):  # the last one's of the corpus
         manifest.write_text(re.sub(rf'"{key}": \d+', f'"{key}": 77', manifest.read_text()))
         export = ["export", "--checkpoint", done.output, "--output", done.output + "-model"]
         assert main(export) == 2
-        assert f"{manifest} is not as it was written: run its train command again" in capsys.readouterr().err
-        mended("its manifest.json does not hold its results")
+        assert f"{manifest} is not as written: run its train command again" in capsys.readouterr().err
+        train(done)
+        assert f"{manifest} is not as written: what came of its run is found out again" in capsys.readouterr().err
+        check_equal_runs(done.output, whole.output)
     lines.write_bytes(lines.read_bytes() + b'{"step": 26, "loss": NaN}\n')
-    mended("1 lines of its metrics are damaged")
+    mended("1 lines of its metrics are damaged or missing")
+    content = lines.read_bytes().splitlines(keepends=True)
+    lines.write_bytes(b"".join(content[:3] + content[4:]))
+    train(done)
+    assert "but 1 lines of its metrics are damaged" in capsys.readouterr().err
+    found = metrics(done.output)
+    assert [line["after"] for line in found][1:] == [line["step"] for line in found][:-1]
     lines.unlink()
     train(done)
     assert "the last lines up to step 24 are lost" in capsys.readouterr().err
-    assert metrics(done.output) == metrics(whole.output)[-1:]  # what the checkpoint knows
+    assert metrics(done.output) == [{**metrics(whole.output)[-1], "after": 0}]  # what the checkpoint knows
     train(done)
     assert "complete, nothing to do" in capsys.readouterr().out
 

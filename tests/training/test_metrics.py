@@ -4,10 +4,12 @@ import json
 
 import pytest
 
+from miniplm.runtime.errors import UserError
 from miniplm.training.metrics import Metrics, latest_figures, read_metrics
 from miniplm.training.state import TrainState
 
 LINES = [json.dumps({"step": step, "loss": step / 3}).encode() + b"\n" for step in (2, 4, 6, 8)]
+"""As runs wrote them before lines had checksums."""
 DAMAGED = {
     "no object": b"[6]",
     "null": b"null",
@@ -38,7 +40,10 @@ def test_lines_that_a_kill_cut_off_and_lines_of_later_steps_are_dropped(tmp_path
     written = Metrics(tmp_path, TrainState(step=5))
     written.write({"step": 6, "loss": 0.5})
     written.close()
-    assert path.read_bytes() == b"".join(LINES[:2]) + b'{"step": 6, "loss": 0.5}\n'
+    *old, last = path.read_bytes().splitlines(keepends=True)
+    line = json.loads(last)
+    assert old == LINES[:2] and len(line.pop("checksum")) == 16
+    assert line == {"step": 6, "loss": 0.5, "after": 4} and read_metrics(tmp_path)[2].items() >= line.items()
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
@@ -48,11 +53,43 @@ def test_damaged_lines_are_left_out_with_a_word(tmp_path, damage, capsys):
     whole = [json.loads(LINES[index]) for index in (0, 1, 3)]
     assert read_metrics(tmp_path) == whole
     assert capsys.readouterr().err == f"{path}: 1 damaged lines are left out\n"
-    assert latest_figures(tmp_path, ("loss", "eval_loss"), step=7) == {"loss": (4, 4 / 3)}
-    capsys.readouterr()
+    with pytest.raises(UserError, match=f"1 lines of {path} are damaged or missing: restore it"):
+        latest_figures(tmp_path, ("loss",), 7)
     Metrics(tmp_path, TrainState(step=8)).close()
-    assert f"{path}: 1 damaged lines are removed\n" in capsys.readouterr().err
+    assert f"{path}: 1 lines are damaged or missing; the others are kept\n" in capsys.readouterr().err
     assert path.read_bytes() == LINES[0] + LINES[1] + LINES[3]
+    assert latest_figures(tmp_path, ("loss", "eval_loss"), step=7) == {"loss": (4, 4 / 3)}
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    """The file with four lines as they are written today."""
+    metrics = Metrics(tmp_path, TrainState())
+    for step in (2, 4, 6, 8):
+        metrics.write({"step": step, "loss": step / 3, "skipped": True})
+    metrics.close()
+    return tmp_path / "metrics.jsonl"
+
+
+def test_no_bit_of_a_line_flips_unseen(sealed, capsys):
+    content, whole = sealed.read_bytes(), read_metrics(sealed.parent)
+    for bit in range(0, 8 * len(content), 5):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        sealed.write_bytes(changed)
+        same = read_metrics(sealed.parent) == whole  # the last digit of a number may not count
+        assert same != ("damaged lines are left out" in capsys.readouterr().err), bit
+
+
+def test_a_line_that_is_gone_or_elsewhere_is_told_once(sealed, capsys):
+    lines = sealed.read_bytes().splitlines(keepends=True)
+    for changed in (lines[:1] + lines[2:], [lines[0], lines[2], lines[1], lines[3]], [lines[0], *lines]):
+        sealed.write_bytes(b"".join(changed))
+        with pytest.raises(UserError, match="damaged or missing"):
+            latest_figures(sealed.parent, ("loss",), 8)
+        Metrics(sealed.parent, TrainState(step=8)).close()
+        assert "damaged or missing" in capsys.readouterr().err
+        assert latest_figures(sealed.parent, ("loss",), 8) == {"loss": (8, 8 / 3)}
 
 
 def test_lines_that_are_lost_are_told(tmp_path, capsys):
@@ -68,4 +105,5 @@ def test_latest_figures_of_an_early_step(tmp_path):
     lines = [{"step": 2, "loss": 1.5, "eval_loss": 2.5}, {"step": 4, "loss": None}, {"step": 6, "loss": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert latest_figures(tmp_path, ("loss", "eval_loss"), 5) == {"loss": (4, None), "eval_loss": (2, 2.5)}
-    assert latest_figures(tmp_path, ("loss",), 6) == {"loss": (6, 0.5)}
+    assert latest_figures(tmp_path, ("loss",), 6, logged=6) == {"loss": (6, 0.5)}
+    assert latest_figures(tmp_path, ("loss",), 8, logged=7) == {}

@@ -1,0 +1,303 @@
+"""Damage the files between the stages, and see that no command is misled: `make attacks`.
+
+    python tests/attacks/attack.py --seed 1 --attacks 300 [--only train] [--folder /tmp/attacks]
+
+A small pipeline is run once, every stage of it complete, and three of them stopped halfway too. An attack
+damages one file and runs one command that reads it, in a forked process. It is held when the command ends
+with exit code 2 and one line that names the file or its folder, or with the result of the undamaged run;
+`told` counts commands on their own complete output that left it as it was and said what is damaged.
+Anything else, a traceback, another exit code, a signal, a hang, another result, is printed and counted.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import traceback
+from collections import Counter
+from hashlib import sha256
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+SECONDS = 120  # of a command
+MODEL = "--model.hidden-size 32 --model.intermediate-size 48 --model.num-hidden-layers 1 " \
+    "--model.num-attention-heads 2 --batch-tokens 500 --peak-tflops 0.1 --log-interval 2 --checkpoint.interval 3"
+PREPARE = "prepare --data {t}/text.jsonl --tokenizer {t}/tokenizer --domain-column domain --max-length 64 " \
+    "--workers 1 --shard-tokens 2000 --output {t}/"
+SCORE = "score --data {t}/corpus --teacher {t}/teacher --reference {t}/reference --shard-chunks 40 --output "
+STUDENT = f"train --data {{t}}/refined --steps 8 --distill.teacher {{t}}/teacher --eval.data {{t}}/corpus {MODEL} " \
+    "--output "
+EVALUATE = "evaluate --data {t}/refined --model "
+BUILD = [
+    PREPARE + "corpus",
+    f"train --data {{t}}/corpus --steps 6 --output {{t}}/teacher {MODEL}",
+    f"train --data {{t}}/corpus --steps 4 --seed 3 --output {{t}}/reference {MODEL}",
+    SCORE + "{t}/scores",
+    "score --data {t}/corpus --teacher {t}/teacher --shard-chunks 40 --output {t}/scores-teacher",
+    "score --data {t}/corpus --reference {t}/reference --shard-chunks 40 --output {t}/scores-reference",
+    "select --data {t}/corpus --scores {t}/scores --output {t}/refined",
+    STUDENT + "{t}/student",
+    EVALUATE + "{t}/student --output {t}/loss.json",
+    "export --checkpoint {t}/student --evaluation {t}/loss.json --output {t}/model",
+]
+# Stopped: the command, the module and its function that ends the process at the call with this number.
+STOPPED = [
+    (PREPARE + "corpus-half", "stages.prepare", "write_chunks", 3),
+    (SCORE + "{t}/scores-half", "stages.score", "write_shard", 3),
+    (STUDENT + "{t}/student-half", "training.loop", "train_step", 7),
+]
+# name: (command, what it writes, the folders and files that are attacked for it). {t}: the tree; what a
+# command writes is there already where it is among what is attacked.
+COMMANDS = {
+    "prepare again": (PREPARE + "corpus", "corpus", "corpus"),
+    "prepare resumed": (PREPARE + "corpus-half", "corpus-half", "corpus-half"),
+    "score": (SCORE + "{t}/new", "new", "corpus teacher reference"),
+    "score exported": (SCORE.replace("{t}/teacher", "{t}/model") + "{t}/new", "new", "model"),
+    "score again": (SCORE + "{t}/scores", "scores", "scores"),
+    "score resumed": (SCORE + "{t}/scores-half", "scores-half", "scores-half"),
+    "select": ("select --data {t}/corpus --scores {t}/scores --output {t}/new", "new", "corpus scores"),
+    "select of two": (
+        "select --data {t}/corpus --scores {t}/scores-teacher {t}/scores-reference --output {t}/new",
+        "new",
+        "scores-teacher scores-reference",
+    ),
+    "select again": (BUILD[6], "refined", "refined"),
+    "train": (STUDENT + "{t}/new", "new", "refined teacher corpus"),
+    "train from": (f"train --data {{t}}/refined --steps 3 --init-from {{t}}/model --batch-tokens 500 --output {{t}}/new",
+                   "new", "model"),
+    "train again": (STUDENT + "{t}/student", "student", "student"),
+    "train resumed": (STUDENT + "{t}/student-half", "student-half", "student-half"),
+    "evaluate": (EVALUATE + "{t}/student --output {t}/new", "new", "student refined"),
+    "evaluate exported": (EVALUATE + "{t}/model --output {t}/new", "new", "model"),
+    "evaluate again": (BUILD[8], "loss.json", "loss.json"),
+    "generate": ("generate --model {t}/student --prompt a --max-new-tokens 8", None, "student"),
+    "generate exported": ("generate --model {t}/model --prompt a --max-new-tokens 8", None, "model"),
+    "export": (BUILD[9].replace("/model", "/new"), "new", "student loss.json"),
+    "export halfway": ("export --checkpoint {t}/student-half --output {t}/new", "new", "student-half"),
+    "export again": (BUILD[9], "model", "model"),
+}  # fmt: skip
+
+
+def run(command: str, tree: Path, log: Path, stop: tuple[str, str, int] | None = None) -> int:
+    """The exit code of a command in a process of its own; negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(SECONDS)
+        descriptor = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(descriptor, stream)
+        code = 99
+        try:
+            if stop:
+                end_at_call(*stop)
+            code = main(command.format(t=tree).split())
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def end_at_call(module: str, function: str, number: int) -> None:
+    import importlib
+
+    found, calls = importlib.import_module(f"miniplm.{module}"), []
+    original = getattr(found, function)
+
+    def ending(*arguments):
+        calls.append(1)
+        if len(calls) == number:
+            os._exit(0)
+        return original(*arguments)
+
+    setattr(found, function, ending)
+
+
+def build(tree: Path, log: Path) -> None:
+    from texts import make_text
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    rng = random.Random(0)
+    texts = [make_text(rng, rng.randint(5, 60)) for _ in range(300)]
+    tree.mkdir(parents=True)
+    lines = [json.dumps({"text": text, "domain": rng.choice("ab")}) + "\n" for text in texts]
+    (tree / "text.jsonl").write_text("".join(lines))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<|end|>"], show_progress=False, initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(tree / "tokenizer")
+    for command in BUILD:
+        assert run(command, tree, log) == 0, (command, log.read_text())
+    for command, *stop in STOPPED:
+        assert run(command, tree, log, tuple(stop)) == 0, (command, log.read_text())
+
+
+def figures(path: Path) -> bytes:
+    """A file's bytes; of metrics.jsonl without what depends on the clock."""
+    if path.name != "metrics.jsonl":
+        return path.read_bytes()
+    clock = ("tokens_per_second", "mfu", "checksum")
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    return repr([{key: value for key, value in line.items() if key not in clock} for line in lines]).encode()
+
+
+def digest(path: Path | None, log: Path) -> str:
+    """Of what a command wrote; without a path, of what it printed."""
+    if path is None:
+        return log.read_text(errors="replace")
+    total = sha256()
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if file.is_file() and "tensorboard" not in file.parts and not file.name.endswith(".tmp"):
+            total.update(str(file.relative_to(path)).encode() + b"\0" + figures(file))
+    return total.hexdigest()
+
+
+# ---- damage ----
+
+TEXTS = [b"[]", b"null", b"{}", b'"x"', b"[" * 100_000, b'{"a": ' + b"9" * 5_000 + b"}", b"\xff\xfe{}", b"{"]
+VALUES = [None, True, False, -1, 0, 1, 10**12, 2**70, 0.5, float("nan"), "x", "", [], {}, [[]], {"a": None}]
+
+
+def change_json(path: Path, rng: random.Random) -> None:
+    """A value somewhere in it replaced, or a key or an item gone."""
+    value = json.loads(path.read_bytes())
+    places: list = []
+
+    def walk(inner):
+        keys = inner if isinstance(inner, dict) else range(len(inner)) if isinstance(inner, list) else ()
+        for key in keys:
+            places.append((inner, key))
+            walk(inner[key])
+
+    walk(value)
+    shallow = places if rng.random() < 0.3 else [place for place in places if place[0] is value] or places
+    container, key = rng.choice(shallow)
+    if rng.random() < 0.25:
+        del container[key]
+    else:
+        container[key] = rng.choice(VALUES)
+    path.write_text(json.dumps(value, indent=2))
+
+
+def change_text(path: Path, rng: random.Random) -> None:
+    path.write_bytes(rng.choice(TEXTS))
+
+
+def change_lines(path: Path, rng: random.Random) -> None:
+    """A line gone, doubled, or in another's place."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    first, second = rng.randrange(len(lines)), rng.randrange(len(lines))
+    if rng.random() < 0.5:
+        del lines[first]
+    else:
+        lines[first] = lines[second]
+    path.write_bytes(b"".join(lines))
+
+
+def empty(path: Path, rng: random.Random) -> None:
+    path.write_bytes(b"")
+
+
+def make_folder(path: Path, rng: random.Random) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def damage(path: Path, rng: random.Random) -> str:
+    import damages
+
+    kinds = [*damages.DAMAGES, empty, make_folder, change_text]
+    kinds += {".json": [change_json] * 6, ".jsonl": [change_lines] * 4}.get(path.suffix, [])
+    kind = rng.choice(kinds)
+    kind(path, rng)
+    return kind.__name__
+
+
+def verdict(code: int, said: str, rel: Path, same: bool, again: bool) -> str:
+    lines = [line for line in said.splitlines() if line.startswith("miniplm ")]
+    named = any(name in said for name in (rel.name, rel.parent.name) if name)
+    if "Traceback" in said or code not in (0, 2):
+        return "failed"
+    if code == 2:
+        return "refused" if len(lines) == 1 and named else "unnamed"
+    return "same" if same else "told" if again and named else "other result"
+
+
+def main_loop(options: argparse.Namespace) -> int:
+    folder = Path(options.folder)
+    good, bad, log = folder / "good", folder / "bad", folder / "log"
+    shutil.rmtree(folder, ignore_errors=True)
+    build(good, log)
+    names = [name for name in COMMANDS if options.only in name]
+    expected = {}
+    for name in names:
+        command, output, _ = COMMANDS[name]
+        shutil.copytree(good, bad)
+        assert run(command, bad, log) == 0, (name, log.read_text())
+        expected[name] = digest(bad / output if output else None, log)
+        shutil.rmtree(bad)
+    rng, counts = random.Random(options.seed), {name: Counter() for name in names}
+    for number in range(options.attacks):
+        name = names[number % len(names)]
+        command, output, attacked = COMMANDS[name]
+        root = good / rng.choice(attacked.split())
+        files = sorted(path for path in root.rglob("*") if path.is_file() and path.stat().st_size and "tensorboard" not in path.parts)
+        file = rng.choice(files or [root])
+        shutil.copytree(good, bad)
+        rel = file.relative_to(good)
+        kind = damage(bad / rel, rng)
+        changed = not (bad / rel).is_file() or (bad / rel).read_bytes() != file.read_bytes()
+        if changed:
+            code = run(command, bad, log)
+            said = log.read_text(errors="replace")
+            try:
+                same = code == 0 and digest(bad / output if output else None, log) == expected[name]
+            except (OSError, ValueError):
+                same = False
+            result = verdict(code, said, rel, same, output is not None and output in attacked.split())
+            counts[name][result] += 1
+            if options.verbose or result not in ("refused", "same", "told"):
+                last = " / ".join(said.strip().splitlines()[-2:])[-400:]
+                print(f"{result}: #{number} {name}, {kind} {rel}: exit {code}: {last}", flush=True)
+        shutil.rmtree(bad)
+    total = sum(counts.values(), Counter())
+    for name, found in [*counts.items(), ("all", total)]:
+        print(f"{name:18} {sum(found.values()):5} attacks: {dict(found)}")
+    failures = sum(total.values()) - total["refused"] - total["same"] - total["told"]
+    print(f"seed {options.seed}: {sum(total.values())} attacks, {failures} not held")
+    return min(failures, 1)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--attacks", type=int, default=210)
+    parser.add_argument("--only", default="", help="commands whose name holds this")
+    parser.add_argument("--folder", default="/tmp/miniplm-attacks")
+    parser.add_argument("--verbose", action="store_true")
+    chosen = parser.parse_args()
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
+                      MINIPLM_CACHE=f"{chosen.folder}/cache")  # fmt: skip
+    import datasets  # noqa: F401  what the commands import is imported once, before they are forked
+    import pyarrow.parquet  # noqa: F401
+    import torch
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+
+    from miniplm.cli import main
+    from miniplm.data import readers
+    from miniplm.stages import evaluate, export, generate, prepare, score, select, train  # noqa: F401
+
+    torch.set_num_threads(1)
+    readers.BLOCK_BYTES = 8_192  # so that prepare writes several files
+    sys.exit(main_loop(chosen))
