@@ -8,7 +8,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(C
 UV ?= $(shell command -v uv >/dev/null && ! $(PYTHON) -m pip config list 2>/dev/null | grep -Eq 'index|find-links|constraint' && echo uv)
 SOURCES := setup.py pyproject.toml $(CONSTRAINTS) Makefile
 
-.PHONY: demo test test-fast test-oldest test-newest lint typecheck bench clean
+.PHONY: demo test test-fast test-oldest test-newest lint typecheck attacks bench clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/miniplm demo
@@ -40,6 +40,10 @@ typecheck: $(VENV)/installed-test
 	mkdir -p build/typecheck/miniplm
 	ln -s $(CURDIR)/miniplm/* $(CURDIR)/kernels build/typecheck/miniplm
 	cd build/typecheck && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml miniplm
+
+# Other damage with SEED=2.
+attacks: $(VENV)/installed-test
+	$(VENV)/bin/python tests/attacks/attack.py --seed $(or $(SEED),1) --attacks 420
 
 # What the benchmarks on the CPU show of this machine. With a GPU: benchmarks/run_all.sh.
 bench: $(VENV)/installed

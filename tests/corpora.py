@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from miniplm.data.corpus import write_dataset_files, write_shard
+from miniplm.data.corpus import file_hashes, write_dataset_files, write_shard
 from miniplm.data.scores import SCORE_COLUMNS
 from miniplm.data.tokenizer import content_fingerprint, load_tokenizer, tokenizer_fingerprint
 from miniplm.data.verify import without_layout
 from miniplm.runtime.artifacts import complete_output, open_output, read_manifest
-from miniplm.runtime.files import fingerprint
+from miniplm.runtime.files import fingerprint, read_json, write_json
 
 
 def write_corpus(folder, chunks, tokenizer, domains=None, files=None, with_scores=False, **manifest) -> str:
@@ -61,9 +61,19 @@ def write_corpus(folder, chunks, tokenizer, domains=None, files=None, with_score
         "tokenizer_fingerprint": tokenizer_fingerprint(loaded),
         "max_length": 64,
         "source": "made.jsonl",
+        "files": file_hashes(folder, hashes),
     }
     complete_output(folder, results | manifest)
     return str(folder)
+
+
+def forget_checksums(folder, **changes) -> Path:
+    """Make a folder one from before manifests held hashes of files and a checksum, and change what it
+    says."""
+    path = Path(folder) / "manifest.json"
+    kept = {key: value for key, value in read_json(path).items() if key not in ("files", "checksum")}
+    write_json(path, kept | changes)
+    return Path(folder)
 
 
 def _per_domain(chunks, domains, eos) -> dict[str, dict[str, int]]:

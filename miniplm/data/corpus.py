@@ -14,14 +14,23 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.artifacts import read_manifest
+from ..runtime.artifacts import damaged_file, read_manifest
 from ..runtime.errors import UserError
 from ..runtime.file_facts import file_facts, signature
 from ..runtime.files import atomic_write, fingerprint, hash_files, read_json, write_json
 from ..runtime.schema import Count, Record
 from .chunking import Chunk
 from .scores import SCORE_COLUMNS
-from .verify import COLUMNS, Damaged, ShardFacts, hash_of, verify_ids, verify_shards, verify_tokenizer
+from .verify import (
+    COLUMNS,
+    Damaged,
+    ShardFacts,
+    hash_of,
+    tokenizer_hashes,
+    verify_ids,
+    verify_shards,
+    verify_tokenizer,
+)
 
 TOKENIZER = "tokenizer"  # the folder in a corpus
 STATE, INFO = "state.json", "dataset_info.json"  # what `datasets` reads first
@@ -42,6 +51,7 @@ class CorpusManifest(Record):
     tokenizer_fingerprint: str
     max_length: Count  # predictions per chunk
     source: str
+    files: dict[str, str] | None = None  # name → hash, of all but the manifest; corpora of before have none
 
 
 class Corpus:
@@ -169,9 +179,13 @@ def _listed_shards(folder: Path) -> list[str]:
 
 def _verify(folder: Path, paths: list[Path], manifest: dict[str, Any]) -> list[ShardFacts]:
     """The facts of the Arrow files; Damaged unless they and the tokenizer are what the manifest says."""
+    files = manifest.get("files") or {}
     with file_facts() as memory:
-        facts = verify_shards(paths, manifest["fingerprint"], memory)
+        facts = verify_shards(paths, manifest["fingerprint"], memory, files)
         tokenizer = verify_tokenizer(folder / TOKENIZER, manifest, memory)
+    others = {name: digest for name, digest in files.items() if not name.endswith(".arrow")}
+    if damage := damaged_file(folder, others):
+        raise Damaged(damage)
     verify_ids(paths, facts, tokenizer.ids)
     counts = {
         "rows": sum(found.chunks for found in facts),
@@ -278,6 +292,17 @@ def _remember(path: Path, table: Any) -> str:
     with file_facts() as memory:
         memory.put(path, found, facts.model_dump())
     return facts.hash
+
+
+def file_hashes(folder: str | PathLike[str], hashes: list[str]) -> dict[str, str]:
+    """The hashes of all files of a corpus but its manifest, for that.
+
+    Args:
+        hashes: what write_shard returned, for the files 0, 1, …
+    """
+    shards = {shard_name(number): digest for number, digest in enumerate(hashes)}
+    others = {name: hash_files([Path(folder) / name]) for name in (STATE, INFO)}
+    return shards | others | tokenizer_hashes(Path(folder) / TOKENIZER)
 
 
 def write_dataset_files(folder: str | PathLike[str], hashes: list[str], with_scores: bool) -> str:

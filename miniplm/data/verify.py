@@ -5,22 +5,31 @@ looked through once; what came of it is remembered until the file changes (runti
 """
 
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import ValidationError
 
+from ..runtime.artifacts import damaged_file, record_output, recorded
 from ..runtime.errors import UserError
-from ..runtime.file_facts import FileFacts, signature
-from ..runtime.files import fingerprint, hash_files, read_json
-from ..runtime.progress import Progress
+from ..runtime.file_facts import FileFacts, file_facts, signature
+from ..runtime.files import atomic_folder, fingerprint, hash_files, read_json
+from ..runtime.progress import Progress, note
 from ..runtime.schema import Count, Record
 from ..runtime.workers import cores
 from .scores import SCORE_COLUMNS
-from .tokenizer import content_fingerprint, read_vocabulary, vocabulary_fingerprint
+from .tokenizer import (
+    content_fingerprint,
+    read_vocabulary,
+    save_tokenizer,
+    tokenizer_fingerprint,
+    vocabulary_fingerprint,
+)
 
 COLUMNS = ("input_ids", "domain", "num_tokens")  # of a corpus; a refined one has SCORE_COLUMNS too
 MAX_HASHING_THREADS = 4  # disks are not faster for more
@@ -82,11 +91,14 @@ def _recall(memory: FileFacts, path: Path, schema: type[AnyFacts], latest: bool 
 # ---- Arrow files ----
 
 
-def verify_shards(paths: Sequence[Path], expected: str, memory: FileFacts) -> list[ShardFacts]:
+def verify_shards(
+    paths: Sequence[Path], expected: str, memory: FileFacts, written: Mapping[str, str] = MappingProxyType({})
+) -> list[ShardFacts]:
     """The facts of the Arrow files of a corpus, in order.
 
     Args:
         expected: the fingerprint of their hashes.
+        written: these hashes by name, where the manifest has them.
     Raises:
         Damaged: files are missing, are not as they were written, or do not hold chunks.
     """
@@ -99,7 +111,7 @@ def verify_shards(paths: Sequence[Path], expected: str, memory: FileFacts) -> li
         known = [None] * len(paths)
         hashes = _hashes(paths, known)
     if fingerprint(hashes) != expected:
-        raise Damaged(_who_is_damaged(paths, hashes, memory))
+        raise Damaged(_who_is_damaged(paths, hashes, written, memory))
     result = []
     for path, digest, facts, found in zip(paths, hashes, known, before, strict=True):
         if facts is None:
@@ -139,13 +151,16 @@ def _watched_hashes(paths: Sequence[Path], sizes: Sequence[int]) -> list[str]:
     return hashes
 
 
-def _who_is_damaged(paths: Sequence[Path], hashes: Sequence[str], memory: FileFacts) -> str:
+def _who_is_damaged(
+    paths: Sequence[Path], hashes: Sequence[str], written: Mapping[str, str], memory: FileFacts
+) -> str:
     """In words, which of the files is not as it was written: the one whose hash was another, or that cannot
     be read; else any of them."""
     changed, unreadable = [], []
     for path, digest in zip(paths, hashes, strict=True):
-        was = _recall(memory, path, ShardFacts, latest=True)
-        if was is not None and was.hash != digest:
+        remembered = _recall(memory, path, ShardFacts, latest=True)
+        was = written.get(path.name) or (remembered and remembered.hash)
+        if was and was != digest:
             changed.append(path.name)
         elif fault := read_shard(path, digest).fault:
             unreadable.append((path.name, fault))
@@ -255,6 +270,40 @@ def verify_tokenizer(folder: Path, manifest: Mapping[str, Any], memory: FileFact
     if facts.eos_token is None or _eos_token(settings) != facts.eos_token:
         raise Damaged(f"{folder.name}/{settings.name} does not name the token {facts.eos_token!r} as EOS")
     return facts
+
+
+def tokenizer_hashes(folder: Path) -> dict[str, str]:
+    """The hashes of the files of a corpus's tokenizer, by their names in the corpus."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder.parent).as_posix(): hash_files([path]) for path in paths}
+
+
+def write_tokenizer(tokenizer: Any, corpus: Path, identity: Mapping[str, Any]) -> None:
+    """Write the tokenizer of a corpus that prepare makes, unless it is there as it should be, and its hashes
+    into the manifest."""
+    expected = {
+        "stage": "prepare",
+        "identity": identity,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+    }
+    folder, files = corpus / "tokenizer", recorded(corpus).get("files")
+    files = files if isinstance(files, dict) else {}
+    written = {name: digest for name, digest in files.items() if name.startswith(folder.name)}
+    if folder.exists():
+        try:
+            with file_facts() as memory:
+                verify_tokenizer(folder, expected, memory)
+            if damage := damaged_file(corpus, written):
+                raise Damaged(damage)
+            return
+        except Damaged as error:
+            note(f"corpus {corpus}: {error.reason}: the tokenizer is written anew")
+            shutil.rmtree(folder)
+    with atomic_folder(folder) as temporary:
+        save_tokenizer(tokenizer, temporary)
+    others = {name: digest for name, digest in files.items() if name not in written}
+    record_output(corpus, {"files": others | tokenizer_hashes(folder)})
 
 
 def _read_tokenizer(path: Path, place: str, eos: int) -> TokenizerFacts:

@@ -39,6 +39,12 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def _write(path: Path, manifest: dict[str, Any]) -> None:
+    if manifest["complete"]:
+        manifest = {**manifest, "checksum": manifest_checksum(manifest)}
+    write_json(path, manifest)
+
+
 def _check(content: object, path: Path, schema: type[Record]) -> None:
     read_record(schema, content, f"{path} is no manifest of ours", "restore it, or make its folder again")
 
@@ -131,7 +137,7 @@ def _shown(value: Any) -> str:
 def record_output(folder: str | os.PathLike, results: Mapping[str, Any]) -> None:
     """Record results of the run in `folder`, complete or not, in its manifest."""
     path = Path(folder) / MANIFEST
-    write_json(path, {**_read(path), **results})
+    _write(path, {**_read(path), **results})
 
 
 def recorded(folder: str | os.PathLike) -> dict[str, Any]:
@@ -143,8 +149,8 @@ def recorded(folder: str | os.PathLike) -> dict[str, Any]:
 def complete_output(folder: str | os.PathLike, results: Mapping[str, Any]) -> None:
     """Mark the run in `folder` complete and record its results in the manifest, beside stage and identity."""
     path = Path(folder) / MANIFEST
-    manifest = {**_read(path), **results, "complete": True}
-    write_json(path, {**manifest, "checksum": manifest_checksum(manifest)})
+    begun = {key: value for key, value in _read(path).items() if key not in results}
+    _write(path, {**begun, "complete": True, **results})
 
 
 def reopen_output(folder: str | os.PathLike, results: Mapping[str, Any] | None = None) -> None:
@@ -183,7 +189,7 @@ def read_manifest(
             f"{what} {folder} holds the output of {manifest['stage']!r}; expected that of "
             f"{' or '.join(map(repr, stages))}"
         )
-    if is_as_written(manifest) and not manifest["complete"]:
+    if not manifest["complete"]:
         raise UserError(
             f"{what} {folder} is not complete: run its {manifest['stage']!r} command again, it continues "
             f"where it stopped"

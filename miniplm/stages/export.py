@@ -90,9 +90,7 @@ def _evaluation_of(checkpoint: Path, path: str) -> Evaluation:
     return evaluation
 
 
-def _losses(
-    run: Path, provenance: Provenance, step: int, logged: int
-) -> dict[str, tuple[int, float | None]]:
+def _losses(run: Path, provenance: Provenance, step: int, logged: int) -> dict[str, tuple[int, float | None]]:
     """{"loss", "eval_loss": (step, nats per token or None where not finite)}: the latest of each up to
     `step`. At the end of a run its manifest holds them too.
 
@@ -103,8 +101,8 @@ def _losses(
     if not (provenance.complete and step == provenance.identity.steps):
         if not losses and logged:
             raise UserError(
-                f"{metrics_file(run)} has lost its lines up to step {logged:,}: restore it, or export the end "
-                f"of the run"
+                f"{metrics_file(run)} has lost its lines up to step {logged:,}: restore it, or export the "
+                f"end of the run"
             )
         return losses
     for key in provenance.model_fields_set & {"loss", "eval_loss"}:

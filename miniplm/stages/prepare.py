@@ -14,15 +14,22 @@ from typing import Any
 
 from ..config import PrepareConfig
 from ..data.chunking import Chunk, Chunker
-from ..data.corpus import TOKENIZER, Corpus, changed_shard, shard_paths, write_chunks, write_dataset_files
+from ..data.corpus import (
+    TOKENIZER,
+    Corpus,
+    changed_shard,
+    file_hashes,
+    shard_paths,
+    write_chunks,
+    write_dataset_files,
+)
 from ..data.encoding import Documents, Encoder, EncoderSettings
 from ..data.sources import START, Position, Source, open_source
-from ..data.tokenizer import content_fingerprint, load_tokenizer, save_tokenizer, tokenizer_fingerprint
-from ..data.verify import Damaged, verify_tokenizer
+from ..data.tokenizer import content_fingerprint, load_tokenizer, tokenizer_fingerprint
+from ..data.verify import Damaged, tokenizer_hashes, write_tokenizer
 from ..runtime.artifacts import MANIFEST, complete_output, exclusive, open_output, reopen_output
 from ..runtime.errors import UserError
-from ..runtime.file_facts import file_facts
-from ..runtime.files import atomic_folder, fingerprint, read_json, write_json
+from ..runtime.files import fingerprint, read_json, write_json
 from ..runtime.progress import Progress, note
 from ..runtime.text import printable
 from ..runtime.workers import cores, ordered_map
@@ -57,10 +64,10 @@ def prepare(config: PrepareConfig) -> None:
     try:
         with exclusive(folder):
             ours = True
-            _write_tokenizer(tokenizer, folder, identity)
+            write_tokenizer(tokenizer, folder, identity)
             if complete and _is_whole(folder, source):
                 return
-            reopen_output(folder)
+            reopen_output(folder, {"files": tokenizer_hashes(folder / TOKENIZER)})
             run = _write_corpus(config, source, tokenizer, folder)
             _finish(config, source, tokenizer, folder, run)
     except UserError:
@@ -107,26 +114,6 @@ def _identity(config: PrepareConfig, source: Source, tokenizer: Any) -> dict[str
         "tokenizer": content_fingerprint(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id),
         **{name: getattr(config, name) for name in settings},
     }
-
-
-def _write_tokenizer(tokenizer: Any, folder: Path, identity: dict[str, Any]) -> None:
-    """Write the tokenizer's files, unless they are there as they should be."""
-    expected = {
-        "stage": "prepare",
-        "identity": identity,
-        "eos_token_id": tokenizer.eos_token_id,
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-    }
-    if (folder / TOKENIZER).exists():
-        try:
-            with file_facts() as memory:
-                verify_tokenizer(folder / TOKENIZER, expected, memory)
-            return
-        except Damaged as error:
-            note(f"corpus {folder}: {error.reason}: the tokenizer is written anew")
-            shutil.rmtree(folder / TOKENIZER)
-    with atomic_folder(folder / TOKENIZER) as temporary:
-        save_tokenizer(tokenizer, temporary)
 
 
 def _discard(folder: Path) -> None:
@@ -306,6 +293,7 @@ def _finish(config: PrepareConfig, source: Source, tokenizer: Any, folder: Path,
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
             "max_length": config.max_length,
             "source": source.name,
+            "files": file_hashes(folder, run.hashes),
         },
     )
     (folder / PROGRESS).unlink(missing_ok=True)

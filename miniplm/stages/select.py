@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..config import SelectConfig
-from ..data.corpus import TOKENIZER, Corpus, write_dataset_files, write_shard
+from ..data.corpus import TOKENIZER, Corpus, file_hashes, write_dataset_files, write_shard
 from ..data.scores import ROLES, SCORE_COLUMNS, ScoreManifest, read_scores
 from ..data.selection import choose, why_nothing
 from ..data.verify import Damaged
@@ -77,7 +77,8 @@ def select(config: SelectConfig) -> None:
         _copy_tokenizer(corpus, output)
         content = write_dataset_files(output, hashes, with_scores=True)
         predictions = int(columns["num_tokens"].sum(dtype=np.int64))
-        complete_output(output, _results(corpus, content, predictions, selection, sources))
+        results = _results(corpus, content, predictions, selection, sources)
+        complete_output(output, results | {"files": file_hashes(output, hashes)})
     _print_summary(selection, output)
 
 

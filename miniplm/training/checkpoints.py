@@ -102,8 +102,8 @@ def latest_checkpoint(name: str | Path) -> str:
 
 
 def _verify_exported(path: Path) -> None:
-    """UserError if this is a folder that export wrote, or a .gguf file in one, and what a model is loaded from
-    is not as it was written."""
+    """UserError if this is a folder that export wrote, or a .gguf file in one, and what a model is loaded
+    from is not as it was written."""
     folder = path.parent if path.suffix == ".gguf" else path
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -113,8 +113,8 @@ def _verify_exported(path: Path) -> None:
     is_read = path.name.__eq__ if folder != path else lambda name: not name.endswith((".md", ".gguf"))
     if damage := damaged_file(folder, {name: content for name, content in files.items() if is_read(name)}):
         raise UserError(
-            f"model {folder} is damaged ({damage}): export it again, or, if it was changed on purpose, remove "
-            f"{MANIFEST} from it"
+            f"model {folder} is damaged ({damage}): export it again, or, if it was changed on purpose, "
+            f"remove {MANIFEST} from it"
         )
 
 

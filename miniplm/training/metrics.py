@@ -33,7 +33,7 @@ def latest_figures(
 ) -> dict[str, tuple[int, float | None]]:
     """{name: (step, figure or None where it was not finite)}: the latest of each name up to `step`; {} where
     the lines do not reach the step `logged`. UserError if they are damaged."""
-    lines, damaged = read_lines(output)
+    lines, damaged = read_lines(output, step)
     if damaged:
         raise UserError(
             f"{damaged:,} lines of {metrics_file(output)} are damaged or missing: restore it, or run the "
@@ -45,9 +45,12 @@ def latest_figures(
     return {name: (line["step"], line[name]) for line in found for name in names if name in line}
 
 
-def read_lines(output: str | Path) -> tuple[list[tuple[bytes, dict]], int]:
-    """([(bytes, line)] of the lines that are as they were written, how many others there are or are
-    missing)."""
+def read_lines(output: str | Path, step: int | None = None) -> tuple[list[tuple[bytes, dict]], int]:
+    """([(bytes, line)] of the lines that are as they were written, how many others there are or are missing).
+
+    Args:
+        step: read no further than to the first line of this step or a later one.
+    """
     path = metrics_file(output)
     lines: list[tuple[bytes, dict]] = []
     damaged = known = last = 0  # known: how many were damaged at the last whole line, of step `last`
@@ -63,6 +66,8 @@ def read_lines(output: str | Path) -> tuple[list[tuple[bytes, dict]], int]:
                 damaged += 1
             known, last = damaged, line["step"]
             lines.append((text, line))
+            if step is not None and line["step"] >= step:
+                break
         else:
             damaged += 1
     return lines, damaged

@@ -171,6 +171,7 @@ MANIFEST = {
     "identity": {"corpus": "f", "teacher": "t", "reference": None, "dtype": "d", "document_mask": False},
     **dict.fromkeys(CorpusManifest.model_fields, 1),
     "domains": {"d": {"rows": 1}},
+    "files": {"data-00000.arrow": "0" * 16},
     **dict.fromkeys(("fingerprint", "tokenizer_fingerprint", "source", "teacher", "reference"), "name"),
 }
 CHANGES = st.dictionaries(st.sampled_from([*MANIFEST, "new"]), values, min_size=1, max_size=3)

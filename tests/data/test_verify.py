@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from corpora import write_corpus
+from corpora import forget_checksums, write_corpus
 from damages import damage_some_file, swap
 
 from miniplm.data import verify
@@ -72,7 +72,9 @@ def test_the_damaged_file_is_named(tiny_tokenizer, tmp_path):
     shard.write_bytes(content)
     expected = f"corpus {folder} is damaged: data-00001.arrow is not as written: {REMEDY}"
     assert refusal(folder) == expected  # known since it was written
-    shutil.copytree(folder, tmp_path / "copy")  # here its hash was never known
+    shutil.copytree(folder, tmp_path / "copy")  # here its hash was never known but to the manifest
+    assert "data-00001.arrow is not as written" in refusal(tmp_path / "copy")
+    forget_checksums(tmp_path / "copy")
     assert "its files data-00000.arrow to data-00002.arrow are not all as written" in refusal(
         tmp_path / "copy"
     )
@@ -127,9 +129,7 @@ def test_many_bytes_are_read_with_a_bar(tiny_tokenizer, tmp_path, monkeypatch, c
 def fit_manifest(folder: Path) -> Path:
     """Make the manifest's fingerprint that of the files as they are."""
     hashes = [hash_files([path]) for path in sorted(folder.glob("data-*.arrow"))]
-    manifest = {**read_json(folder / "manifest.json"), "fingerprint": fingerprint(hashes)}
-    write_json(folder / "manifest.json", manifest)
-    return folder
+    return forget_checksums(folder, fingerprint=fingerprint(hashes))
 
 
 def forge(folder: Path, columns: dict) -> Path:
@@ -292,6 +292,19 @@ def test_json_without_layout():
     assert without_layout('{ "a b" : "c\\" d" ,\n "e": [ 1.50, 2 ] }') == '{"a b":"c\\" d","e":[1.50,2]}'
 
 
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "tokenizer/tokenizer_config.json"])
+def test_no_bit_of_a_small_file_is_flipped_unseen(tiny_tokenizer, tmp_path, name):
+    """All that is said, not only what is used here."""
+    folder = make(tmp_path / "corpus", tiny_tokenizer)
+    path = folder / name
+    content = path.read_bytes()
+    for place in range(0, len(content), 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert name in refusal(folder)
+    path.write_bytes(content)
+    Corpus(folder)
+
+
 def test_damaged_is_a_users_error_with_a_reason(tiny_tokenizer, tmp_path):
     folder = make(tmp_path / "corpus", tiny_tokenizer)
     (folder / "state.json").write_text("{}")
@@ -307,5 +320,9 @@ def test_damaged_is_a_users_error_with_a_reason(tiny_tokenizer, tmp_path):
 )
 def test_a_manifest_that_says_something_else(tiny_tokenizer, tmp_path, key, value):
     folder = make(tmp_path / "corpus", tiny_tokenizer)
-    write_json(folder / "manifest.json", {**read_json(folder / "manifest.json"), key: value})
+    whole = read_json(folder / "manifest.json")
+    write_json(folder / "manifest.json", {**whole, key: value})
+    assert f"{folder / 'manifest.json'} is not as written: restore it, or run" in refusal(folder)
+    write_json(folder / "manifest.json", whole)
+    forget_checksums(folder, **{key: value})
     assert f"corpus {folder} is damaged" in refusal(folder)

@@ -143,8 +143,11 @@ def test_run_that_was_stopped(student_run, tmp_path):
 
 
 def test_losses_that_are_not_finite(student_run, work, tmp_path):
+    def unsealed(line):
+        return {key: value for key, value in line.items() if key not in ("after", "checksum")}
+
     def forget(line):
-        return {**line, **{key: None for key in ("loss", "eval_loss") if key in line}}
+        return {**unsealed(line), **{key: None for key in ("loss", "eval_loss") if key in line}}
 
     lines = [json.loads(line) for line in (student_run / "metrics.jsonl").read_text().splitlines()]
     (student_run / "metrics.jsonl").write_text("".join(json.dumps(forget(line)) + "\n" for line in lines))

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpora import write_scores
+from corpora import forget_checksums, write_scores
 from selections import (
     DOMAINS,
     LENGTHS,
@@ -21,7 +21,7 @@ from selections import (
 )
 
 from miniplm.runtime.errors import UserError
-from miniplm.runtime.files import read_json, write_json
+from miniplm.runtime.files import read_json
 
 
 @pytest.fixture
@@ -111,10 +111,7 @@ def test_folders_that_do_not_fit(tiny_tokenizer, tmp_path, corpus):
     teacher = write_scores(tmp_path / "teacher", corpus, TEACHER)
     masked = write_scores(tmp_path / "masked", corpus, reference=REFERENCE, document_mask=True)
     small = write_scores(tmp_path / "small", corpus, reference=REFERENCE)
-    write_json(
-        tmp_path / "small" / "manifest.json",
-        {**read_json(tmp_path / "small" / "manifest.json"), "vocab_size": 500},
-    )
+    forget_checksums(small, vocab_size=500)
     unfinished = Path(shutil.copytree(both, tmp_path / "unfinished"))
     (unfinished / "manifest.json").write_text(
         json.dumps({**read_json(unfinished / "manifest.json"), "complete": False})

@@ -128,7 +128,7 @@ def test_a_complete_run_mends_what_else_it_lost(done, whole, capsys):
         assert main(export) == 2
         assert f"{manifest} is not as written: run its train command again" in capsys.readouterr().err
         train(done)
-        assert f"{manifest} is not as written: what came of its run is found out again" in capsys.readouterr().err
+        assert f"{manifest} is not as written: what came of its run" in capsys.readouterr().err
         check_equal_runs(done.output, whole.output)
     lines.write_bytes(lines.read_bytes() + b'{"step": 26, "loss": NaN}\n')
     mended("1 lines of its metrics are damaged or missing")
