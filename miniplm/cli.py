@@ -29,6 +29,8 @@ COMMANDS = {
     "demo": (config.DemoConfig, "demo.command"),
 }
 
+PANIC = "PanicException"  # of a library in Rust (tokenizers, safetensors); it is no Exception
+
 
 def _overview() -> str:
     lines = [f"  {name:9} {settings.__doc__}" for name, (settings, _) in COMMANDS.items()]
@@ -74,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"miniplm {arguments[0]}: stopped; the same command continues", file=sys.stderr)
         return 128 + signal.SIGINT
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
         if debug:
             traceback.print_exc()
         code, text = _explain(error)
@@ -102,7 +106,7 @@ REMEDIES = {
 }
 
 
-def _explain(error: Exception) -> tuple[int, str]:
+def _explain(error: BaseException) -> tuple[int, str]:
     """(the exit code, what to say) of a failure. Only errors of our own say it in their words: another's may
     say anything."""
     if isinstance(error, UserError):

@@ -107,7 +107,14 @@ def failing(monkeypatch, capsys):
     return fail
 
 
-@pytest.mark.parametrize("error", [KeyError("lost"), ValueError("a\nb"), OSError("no number"), MemoryError()])
+class PanicException(BaseException):
+    """As libraries in Rust raise it."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("lost"), ValueError("a\nb"), OSError("no number"), MemoryError(), PanicException("lost")],
+)
 def test_a_bug_is_exit_1_and_one_line_without_the_errors_text(failing, error):
     code, said = failing(error)
     kind = type(error).__name__

@@ -13,6 +13,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from ..data.batches import split_by_tokens
+from ..data.tokenizer import tokenizer_errors
 from ..models.base import LanguageModel
 from ..runtime.errors import UserError
 from ..runtime.progress import Progress
@@ -51,7 +52,8 @@ class PackedLM(TemplateLM):
         """The tokenizer's ids; with a BOS where the tokenizer adds one and the text has none yet."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        with tokenizer_errors(self.tokenizer.name_or_path):
+            return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """As the base class has it, whose own bar only shows the tokenizer."""

@@ -65,8 +65,10 @@ class Encoder:
         self.tokenizer.add_special_tokens([self.tokenizer.id_to_token(settings.eos_token_id)])
         try:
             with panics_as_errors():
-                self.table = boundary_table(self.tokenizer, settings.eos_token_id)
-        except ValueError as error:
+                self.table = call_within(
+                    SECONDS_PER_BLOCK, lambda: boundary_table(self.tokenizer, settings.eos_token_id)
+                )
+        except (ValueError, TimeoutError) as error:
             raise UserError(
                 f"the tokenizer cannot decode its own tokens ({error}): use one that can"
             ) from None

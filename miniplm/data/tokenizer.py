@@ -9,7 +9,7 @@ from typing import Any
 
 from ..runtime.errors import UserError
 from ..runtime.files import fingerprint
-from ..runtime.guarded import held_stderr
+from ..runtime.guarded import call_within, held_stderr
 
 REMEDY = "give a Hugging Face id, a folder with tokenizer.json, or a .gguf file"
 NO_FILES_REMEDY = "put tokenizer.json and tokenizer_config.json of the model it was made from beside it"
@@ -17,6 +17,8 @@ NO_FILES_REMEDY = "put tokenizer.json and tokenizer_config.json of the model it 
 VOCABULARY_FILE = re.compile(
     r"tokenizer(?!_config\.json)|vocab|merges|tekken\.json|bpe\.codes|dict\.txt|.*\.(model|spm|tiktoken)$"
 )
+
+SECONDS = 120  # for a text that is no corpus: far more than a tokenizer takes
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
@@ -134,6 +136,26 @@ def panics_as_errors() -> Iterator[None]:
                 raise
             drop()
             raise ValueError(f"the tokenizers library panicked: {error}") from None
+
+
+@contextlib.contextmanager
+def tokenizer_errors(name: str) -> Iterator[None]:
+    """Raise what the tokenizer of the model `name` raises in the block, a panic too, as a UserError."""
+    try:
+        with panics_as_errors():
+            yield
+    except Exception as error:  # tokenizers raises Exception itself
+        raise UserError(
+            f"the tokenizer of {name} cannot encode a text ({' '.join(str(error).split())[:200]}): put "
+            f"another tokenizer.json beside the model, or give another model"
+        ) from error
+
+
+def encode(tokenizer: Any, text: str, name: str) -> list[int]:
+    """The ids of a text with the special tokens that the tokenizer adds; UserError where the tokenizer of the
+    model `name` fails, or takes too long: a regular expression in it may take for ever."""
+    with tokenizer_errors(name):
+        return call_within(SECONDS, lambda: tokenizer.encode(text))
 
 
 def check_same_tokens(corpus_tokenizer: Any, tokenizer: Any, name: str) -> None:

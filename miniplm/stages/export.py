@@ -14,7 +14,7 @@ from ..analysis.evaluation import Evaluation, read_evaluation
 from ..analysis.model_card import CardFacts, model_card
 from ..analysis.provenance import Provenance, read_provenance
 from ..config import ExportConfig
-from ..data.tokenizer import load_tokenizer, save_tokenizer
+from ..data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_errors
 from ..models.decoder import Decoder
 from ..models.gguf_file import Encoding, write_gguf
 from ..models.loading import load_model, model_hash
@@ -267,9 +267,10 @@ def _cut_alike(folder: Path, tokenizer: Any) -> bool:
     """
     from transformers import AutoTokenizer
 
-    text = tokenizer.decode(range(len(tokenizer))) + " It's 2024:\n\n  e\u0301 DON'T"
-    found = AutoTokenizer.from_pretrained(folder)
-    return found.backend_tokenizer.encode(text).ids == tokenizer.backend_tokenizer.encode(text).ids
+    with tokenizer_errors(tokenizer.name_or_path):
+        text = tokenizer.decode(range(len(tokenizer))) + " It's 2024:\n\n  e\u0301 DON'T"
+        found = AutoTokenizer.from_pretrained(folder)
+        return found.backend_tokenizer.encode(text).ids == tokenizer.backend_tokenizer.encode(text).ids
 
 
 def _as_llama(model: Decoder) -> Decoder:

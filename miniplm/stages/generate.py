@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..config import GenerateConfig
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import encode, load_tokenizer
 from ..models.loading import load_with_transformers, weight_files
 from ..runtime.devices import choose_device, choose_dtype
 from ..runtime.errors import UserError
@@ -66,7 +66,7 @@ def generate(config: GenerateConfig) -> str:
 
 def _prompt_ids(config: GenerateConfig, tokenizer: Any) -> list[int]:
     """The tokens to continue, at least one."""
-    ids = tokenizer(config.prompt)["input_ids"]
+    ids = encode(tokenizer, config.prompt, config.model)
     if ids:
         return ids
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
