@@ -110,6 +110,8 @@ def failing(monkeypatch, capsys):
 class PanicException(BaseException):
     """As libraries in Rust raise it."""
 
+    __module__ = "builtins"
+
 
 @pytest.mark.parametrize(
     "error",
