@@ -161,12 +161,16 @@ def _beyond_flash(
     if sliding_window is not None and sliding_window < key.shape[2]:
         names.append(f"a sliding window of {sliding_window} tokens")
     if value.shape[3] != key.shape[3]:
-        names.append(f"values of width {value.shape[3]} beside keys of width {key.shape[3]}")
+        names.append(_narrow_values(value.shape[3], key.shape[3]))
     if isinstance(mask, Tensor):
         names.append(f"a mask of shape {list(mask.shape)}")
     elif mask is not None and mask.unlike:
         names.append(mask.unlike)
     return names
+
+
+def _narrow_values(value_width: int, key_width: int) -> str:
+    return f"values of width {value_width} beside keys of width {key_width}"
 
 
 def _refuse(features: list[str], remedy: str) -> None:
@@ -179,7 +183,17 @@ def _refuse(features: list[str], remedy: str) -> None:
 # ---- refusals when a model is made or told to use it ----
 
 # Types of models whose code computes with the mask of its attention, or has a table of attentions of its own.
-OWN_CODE = ("axk2", "deepseek_v32", "doge", "dots3_note_text", "git", "glm_moe_dsa", "hy_v4")
+OWN_CODE = (
+    "axk2",
+    "deepseek_v32",
+    "doge",
+    "dots3_note_text",
+    "git",
+    "glm_moe_dsa",
+    "hy_v4",
+    "qwen4_exp",
+    "qwen4_exp_text",
+)
 
 
 def _reaches_attention(model: PreTrainedModel) -> bool:
@@ -198,19 +212,33 @@ def _reaches_attention(model: PreTrainedModel) -> bool:
     return made_of_others or any("ALL_ATTENTION_FUNCTIONS" in source for source in sources)
 
 
+def _refuse_model(model: PreTrainedModel) -> None:
+    """ValueError for what `attention` would refuse in every pass of a model, as far as its class and its
+    config tell, and for what it would leave to a "sdpa" that the model is not made for."""
+    if not _reaches_attention(model):
+        raise ValueError(
+            f"{type(model).__name__} computes its attention, if it has any, in code of its own, which "
+            f'attn_implementation="{ATTENTION}" does not reach: leave that out or use "{ATTENTION_OR_SDPA}"'
+        )
+    if not model._supports_sdpa:
+        _refuse([f'{type(model).__name__}, which has no "sdpa" to take over with a cache'], '"eager"')
+    names = "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
+    widths = [getattr(model.config, name, None) for name in names]
+    if None not in widths and widths[0] + widths[1] != widths[2]:
+        _refuse(
+            [_narrow_values(widths[2], widths[0] + widths[1])], f'"{ATTENTION_OR_SDPA}", "sdpa" or "eager"'
+        )
+
+
 def _refusing(get_correct_attn_implementation: Callable[..., str]) -> Callable[..., str]:
-    """transformers' check of a requested attention that also refuses models whose own code computes it (they
-    would run, without our attention), or gives them their own where "sdpa" will do."""
+    """transformers' check of a requested attention that also refuses models that would run without ours or
+    not at all; "miniplm_or_sdpa" leaves those whose own code computes it their own."""
 
     @functools.wraps(get_correct_attn_implementation)
     def check(self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
-        if requested_attention in (ATTENTION, ATTENTION_OR_SDPA) and not _reaches_attention(self):
-            if requested_attention == ATTENTION:
-                raise ValueError(
-                    f"{type(self).__name__} computes its attention, if it has any, in code of its own, which "
-                    f'attn_implementation="{ATTENTION}" does not reach: leave it out or use '
-                    f'"{ATTENTION_OR_SDPA}"'
-                )
+        if requested_attention == ATTENTION:
+            _refuse_model(self)
+        if requested_attention == ATTENTION_OR_SDPA and not _reaches_attention(self):
             requested_attention = None
         return get_correct_attn_implementation(self, requested_attention, *args, **kwargs)
 

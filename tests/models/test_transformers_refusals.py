@@ -1,5 +1,6 @@
 """What attn_implementation="miniplm" refuses, and where "miniplm_or_sdpa" hands over instead."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import (
     FalconConfig,
     Gemma2Config,
     GPTJConfig,
+    GptOssConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -40,6 +42,9 @@ NARROW_VALUES = DeepseekV3Config(
     v_head_dim=8,
     first_k_dense_replace=3,
 )
+GPT_OSS = GptOssConfig(
+    **{**SIZES, "num_hidden_layers": 1}, num_key_value_heads=2, head_dim=8, num_local_experts=2
+)
 BOUNDS = torch.tensor([0, 5, 9])
 PADDED = torch.tensor([[0, *[1] * 8]])
 OWN_MASK = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
@@ -56,9 +61,7 @@ def token_ids(*shape):
         (ADAPTED["qwen2 sliding window"], "window of 8 tokens", {}),
         (WINDOW, "window of 8 tokens", {"attention_mask": PADDED}),
         (WINDOW, "window of 8 tokens", {"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS}),
-        (SOFTCAP, "softcap: use .eager.", {}),
         (DROPOUT, "dropout", {"train": True}),
-        (NARROW_VALUES, "values of width 8 beside keys of width 12", {}),
         (LLAMA, "a mask of shape", {"attention_mask": OWN_MASK}),
         (LLAMA, "attention weights: use .eager.", {"output_attentions": True}),
         (LLAMA, "several rows", {"rows": 2, "cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS}),
@@ -80,7 +83,9 @@ def test_refusals(config, what, inputs):
     [
         ("attention that is not causal", {"module": SimpleNamespace(is_causal=False)}),
         ("attention that is not causal", {"is_causal": False}),
-        ("s_aux", {"s_aux": torch.zeros(2)}),
+        ("s_aux: use .eager.", {"s_aux": torch.zeros(2)}),
+        ("softcap: use .eager.", {"softcap": 30.0}),
+        ("values of width 6 beside keys of width 8", {"value": torch.randn(1, 2, 4, 6)}),
         ("position_bias", {"position_bias": torch.zeros(1, 2, 4, 4)}),
         (
             "keys under a mask for 4",
@@ -152,6 +157,36 @@ def test_models_that_do_not_reach_the_attention(config):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="miniplm_or_sdpa")
     assert model.config._attn_implementation in ("sdpa", "eager")
     assert model(token_ids(1, 9)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "config, what",
+    [
+        (NARROW_VALUES, "values of width 8 beside keys of width 12: use .miniplm_or_sdpa."),
+        (GPT_OSS, "GptOssForCausalLM, which has no .sdpa. to take over with a cache: use .eager."),
+    ],
+    ids=["narrow values", "no sdpa"],
+)
+def test_models_of_which_every_pass_would_be_refused(config, what):
+    """At once, when they are made or told to use it; and they stay as they were."""
+    with pytest.raises(ValueError, match=what):
+        AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="miniplm")
+    model = random_model(config)
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=what):
+        model.set_attn_implementation("miniplm")
+    assert model.config._attn_implementation == before
+
+
+def test_latent_attention_of_equal_widths():
+    """The op computes it."""
+    config = copy.deepcopy(NARROW_VALUES)
+    config.v_head_dim = config.qk_head_dim
+    model = random_model(config)
+    model.set_attn_implementation("eager")
+    expected = model(token_ids(2, 9)).logits
+    model.set_attn_implementation("miniplm")
+    torch.testing.assert_close(model(token_ids(2, 9)).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_class_of_ones_own_reaches_it():
