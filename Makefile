@@ -8,7 +8,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(C
 UV ?= $(shell command -v uv >/dev/null && ! $(PYTHON) -m pip config list 2>/dev/null | grep -Eq 'index|find-links|constraint' && echo uv)
 SOURCES := setup.py pyproject.toml $(CONSTRAINTS) Makefile
 
-.PHONY: demo test test-fast test-oldest test-newest lint typecheck attacks bench clean
+.PHONY: demo test test-fast test-oldest test-newest lint typecheck attacks bench peers clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/miniplm demo
@@ -49,6 +49,13 @@ attacks: $(VENV)/installed-test
 bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/score.py --rows 16
 	$(VENV)/bin/python benchmarks/prepare.py --megabytes 8
+
+# Every causal language model of transformers on our attention, and transformers' own tests (of each model too, with
+# SOURCE=DIR, a checkout of it): docs/transformers.md. Minutes, and more for the tests.
+peers: $(VENV)/installed-test
+	$(PIP) parameterized
+	$(VENV)/bin/python tests/peers/walk.py --markdown build/transformers.md
+	$(VENV)/bin/python tests/peers/transformers_suite.py $(SOURCE:%=--source %)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'

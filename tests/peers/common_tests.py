@@ -4,6 +4,7 @@ The source distribution of transformers has test_modeling_common.py, but not the
 it something to test: here they are, a class for each type of model.
 """
 
+import importlib
 import unittest
 from typing import Any
 
@@ -12,7 +13,8 @@ from tiny_configs import LAYERS, VOCABULARY, WIDTH, tiny_config
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from .test_modeling_common import ModelTesterMixin
+# A module of transformers' tests, beside which this file is laid.
+ModelTesterMixin = importlib.import_module(".test_modeling_common", __package__).ModelTesterMixin
 
 
 class Tester:

@@ -27,7 +27,7 @@ import signal
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +45,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from miniplm.models import transformers_attention
 from miniplm.models.transformers_attention import ATTENTION, ATTENTION_OR_SDPA
 
-SECONDS = 60  # for one model
 WINDOW = 4  # tokens
 LARGEST = 100_000_000  # parameters
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}  # of the largest logit or gradient
@@ -54,7 +53,6 @@ OP_CALLS: Counter[str] = Counter()
 
 class Outcome(NamedTuple):
     model_type: str
-    class_name: str
     word: str
     detail: str
 
@@ -134,7 +132,7 @@ def is_ours(error: Exception) -> bool:
 def feature(error: Exception) -> str:
     """What a refusal of ours names; empty for any other error."""
     match = re.search(r"does not support (.*): use |^\w+ (computes .*), which", str(error))
-    return match[match.lastindex] if match else ""
+    return re.sub(r"^\w+, which", "a model that", match[match.lastindex]) if match else ""
 
 
 def differs(found: Tensor, expected: Tensor) -> str:
@@ -219,7 +217,7 @@ def outcome(model_type: str) -> tuple[str, str]:
     return ("refused" if "refused" in findings.said else "refuses"), refusals.replace("refused: ", "")
 
 
-def walk(model_types: list[str]) -> list[Outcome]:
+def walk(model_types: list[str], seconds: int) -> list[Outcome]:
     """The outcomes, each printed as it comes."""
 
     def out_of_time(*_: Any) -> None:
@@ -233,29 +231,28 @@ def walk(model_types: list[str]) -> list[Outcome]:
     outcomes = []
     for model_type in model_types:
         start = time.monotonic()
-        signal.alarm(SECONDS)
+        signal.alarm(seconds)
         try:
             with mock.patch.object(transformers_attention, "flash_attention", counted):
                 word, detail = outcome(model_type)
         except OutOfTime:
-            word, detail = "not tried", f"not done in {SECONDS} s"
+            word, detail = "not tried", f"not done in {seconds} s"
         signal.alarm(0)
-        outcomes.append(Outcome(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], word, detail))
-        seconds = time.monotonic() - start
-        print(f"{word:<10} {model_type:<24} {seconds:4.1f} s  {detail}", flush=True)
+        outcomes.append(Outcome(model_type, word, detail))
+        print(f"{word:<10} {model_type:<24} {time.monotonic() - start:4.1f} s  {detail}", flush=True)
     return outcomes
 
 
 def markdown(outcomes: list[Outcome]) -> str:
-    """A table for each word."""
+    """A table of each word: what stands behind it, and of which types of models."""
     lines = []
-    for word in sorted({each.word for each in outcomes}):
-        chosen = [each for each in outcomes if each.word == word]
-        lines += [f"### {word}: {len(chosen)}", "", "| type of model | class | |", "|---|---|---|"]
-        for each in chosen:
-            detail = each.detail.replace("|", "\\|")
-            lines.append(f"| {each.model_type} | {each.class_name} | {detail} |")
-        lines.append("")
+    for word, count in Counter(each.word for each in outcomes).most_common():
+        lines += [f"### {word}: {count}", "", "| | types of models |", "|---|---|"]
+        types = defaultdict(list)
+        for each in outcomes:
+            if each.word == word:
+                types[each.detail.replace("|", "\\|")].append(each.model_type)
+        lines += [f"| {detail} | {', '.join(types[detail])} |" for detail in sorted(types)] + [""]
     return "\n".join(lines)
 
 
@@ -263,10 +260,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model_types", nargs="*", default=[], help="all if none is named")
     parser.add_argument("--markdown", type=Path, help="a file for the tables")
+    parser.add_argument("--seconds", type=int, default=60, help="for one model")
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    outcomes = walk(options.model_types or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    outcomes = walk(options.model_types or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), options.seconds)
     counts = Counter(each.word for each in outcomes)
     print(
         f"{time.strftime('%Y-%m-%d')}, Python {platform.python_version()}, torch {torch.__version__}, "
@@ -274,6 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
         + ", ".join(f"{count} {word}" for word, count in counts.most_common())
     )
     if options.markdown:
+        options.markdown.parent.mkdir(parents=True, exist_ok=True)
         options.markdown.write_text(markdown(outcomes), encoding="utf-8")
     return int(any(word.isupper() for word in counts))
 
