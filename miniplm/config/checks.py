@@ -68,9 +68,12 @@ def require_finite(settings: Any, *names: str, positive: bool = False, group: st
                 require(value >= 0, f"{group}{name} must not be negative, got {value}")
 
 
-def require_texts(settings: Any, *may_be_empty: str, group: str = "") -> None:
-    """ValueError unless every text among the settings can be a name: not empty, without NUL, and of
-    characters that a file's name can have."""
+def require_texts(settings: Any, *may_be_empty: str, group: str = "", any_bytes: str = "") -> None:
+    """ValueError unless every text among the settings can be a name: not empty, without NUL, and UTF-8.
+
+    Args:
+        any_bytes: the setting that names files which only Python opens: any name that a file can have.
+    """
     for field in fields(settings):
         value = getattr(settings, field.name)
         for text in value if isinstance(value, (list, tuple)) else [value]:
@@ -80,9 +83,9 @@ def require_texts(settings: Any, *may_be_empty: str, group: str = "") -> None:
             require(bool(text) or field.name in may_be_empty, f"{name} must not be empty")
             require("\0" not in text, f"{name} must not hold a NUL character")
             try:
-                os.fsencode(text)
+                os.fsencode(text) if field.name == any_bytes else text.encode()
             except UnicodeEncodeError:
-                raise ValueError(f"{name} holds half of a surrogate pair, which is no character") from None
+                raise ValueError(f"{name} must be UTF-8, got {shown(text)}: rename it") from None
 
 
 def require_output(path: Optional[str], name: str = "output") -> None:

@@ -62,7 +62,7 @@ class PrepareConfig:
     """Tokens per file of the corpus; a killed run continues after the last whole file."""
 
     def __post_init__(self) -> None:
-        require_texts(self)
+        require_texts(self, any_bytes="data")
         require_output(self.output)
         require_count(self, "max_length", high=MAX_CHUNK_LENGTH)
         require(

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..runtime.files import read_json
+from ..runtime.text import printable
 
 # the stage that trains a model (its losses are in <stage>-loss.json) → the model in words
 MODELS = {
@@ -28,7 +29,7 @@ def print_result(output: Path) -> None:
             f"The student's held-out loss: {student:.4f} trained on the refined corpus, {control:.4f} on a "
             f"random one of the same size."
         )
-    where = f"The student as a Hugging Face model: {output / 'model'}"
+    where = f"The student as a Hugging Face model: {printable(output / 'model')}"
     console.print(Text(f"{where}  (AutoModelForCausalLM.from_pretrained opens it)"))
 
 
@@ -38,7 +39,7 @@ def _table(losses: dict[str, dict]) -> Table:
     table = Table(title="Held-out loss, nats per token (students of equal size and equal training FLOPs)")
     table.add_column("model")
     for heading in ["all", *domains]:
-        table.add_column(Text(heading), justify="right")
+        table.add_column(Text(printable(heading)), justify="right")
     for name, label in MODELS.items():
         figures = [losses[name], *(losses[name]["domains"][domain] for domain in domains)]
         table.add_row(label, *(_shown(figure["loss"]) for figure in figures))

@@ -31,6 +31,7 @@ from ..runtime.files import fingerprint, read_json
 from ..runtime.interrupts import stop_signals
 from ..runtime.profiling import check_trace
 from ..runtime.progress import note
+from ..runtime.text import printable
 from ..training.checkpoints import (
     checkpoint_folder,
     checkpoint_folders,
@@ -73,7 +74,7 @@ def train(config: TrainConfig) -> None:
     """
     (setup, sources), output = _set_up(config), Path(config.output)
     if is_complete(output, setup):
-        print(f"training {output} is complete, nothing to do")
+        print(printable(f"training {output} is complete, nothing to do"))
         return
     # Made before the output is claimed: weights that cannot be read must not leave a run behind.
     first_model = None if checkpoint_folders(output) else _initial_model(config, setup, sources)
@@ -298,4 +299,5 @@ def _finish(
         if value is not None
     ]
     folder = checkpoint_folder(config.output, state.step)
-    print(f"trained {state.step:,} steps on {state.tokens:,} tokens: {', '.join([*figures, str(folder)])}")
+    out = ", ".join([*figures, printable(folder)])
+    print(f"trained {state.step:,} steps on {state.tokens:,} tokens: {out}")
