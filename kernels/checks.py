@@ -44,10 +44,10 @@ def check_tensor(
 
 
 def autocast_dtype(tensor: Tensor) -> Optional[torch.dtype]:
-    """The dtype of autocast on the tensor's device; None where it is off, and on a device that has none
-    (meta)."""
+    """The dtype of autocast on the tensor's device; None where it is off, and on the meta device, which
+    PyTorch refuses to be asked of. (torch.compile cannot trace is_autocast_available before torch 2.11.)"""
     device = tensor.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
 

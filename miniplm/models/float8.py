@@ -84,8 +84,8 @@ def to_float8(model: Model) -> Model:
                 layer(torch.zeros(16, layer.in_features, dtype=head.dtype, device=layer.weight.device))
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 raise UserError(
-                    f"precision fp8 does not run here ({' '.join(str(error).split())[:150]}): it needs "
-                    f"bfloat16 and an NVIDIA GPU of compute capability 8.9 or higher; leave --precision out"
+                    "precision fp8 does not run here: it needs bfloat16 and an NVIDIA GPU of compute "
+                    "capability 8.9 or higher, or PyTorch 2.13 on a CPU; leave --precision out"
                 ) from error
             break
     return model

@@ -109,7 +109,7 @@ def test_the_tokenizer_comes_back(name, tokenizer, tmp_path):
     found = load_tokenizer(str(path))
     ids = range(len(tokenizer))
     assert found.convert_ids_to_tokens(ids) == tokenizer.convert_ids_to_tokens(ids)
-    assert (found.eos_token_id, found.bos_token_id) == (tokenizer.eos_token_id, tokenizer.eos_token_id)
+    assert found.eos_token_id == tokenizer.eos_token_id
     text = "the teacher keeps rare data; the reference drops noise."
     assert found(text)["input_ids"] == tokenizer(text)["input_ids"]
     fields = gguf.GGUFReader(path).fields
@@ -117,6 +117,7 @@ def test_the_tokenizer_comes_back(name, tokenizer, tmp_path):
     assert [kinds[index] for index in (0, 5, 500, 501, 502, 511)] == [3, 1, 3, 4, 5, 5]
     assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
+    assert fields["tokenizer.ggml.bos_token_id"].contents() == tokenizer.eos_token_id
 
 
 def test_equal_models_are_equal_files(tokenizer, tmp_path):
