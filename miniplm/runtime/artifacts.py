@@ -88,13 +88,10 @@ def open_output(folder: str | os.PathLike, stage: str, identity: Mapping[str, An
     identity = json.loads(json.dumps(identity))
     path = folder / MANIFEST
     if not path.exists():
-        if leftovers := sorted(found.name for found in folder.iterdir() if not found.name.endswith(".tmp")):
-            raise UserError(
-                f"output folder {folder} is not empty and holds no manifest ({leftovers[0]}, …): choose "
-                f"another --output"
-            )
-        write_json(path, {"stage": stage, "complete": False, "identity": identity})
-        return False
+        with exclusive(folder):  # runs that begin at the same moment would get into each other's way
+            if not path.exists():
+                _claim(folder, {"stage": stage, "complete": False, "identity": identity})
+                return False
     found = _read(path)
     if found["stage"] != stage:
         raise UserError(
@@ -107,6 +104,15 @@ def open_output(folder: str | os.PathLike, stage: str, identity: Mapping[str, An
             f"({_difference(found['identity'], identity)}): choose another --output or delete it"
         )
     return found["complete"] and is_as_written(found)
+
+
+def _claim(folder: Path, manifest: dict[str, Any]) -> None:
+    if leftovers := sorted(found.name for found in folder.iterdir() if not found.name.endswith(".tmp")):
+        raise UserError(
+            f"output folder {folder} is not empty and holds no manifest ({leftovers[0]}, …): choose "
+            f"another --output"
+        )
+    write_json(folder / MANIFEST, manifest)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,9 @@ The loss is the mean of −log p over the predicted positions (those whose input
 and the perplexity its exponential. Domains and the whole are weighted by tokens, not by chunks.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from ..models.base import LanguageModel
 from ..models.loading import load_model, model_hash
 from ..runtime.devices import choose_device, choose_dtype
 from ..runtime.errors import UserError
-from ..runtime.files import read_json, write_json
+from ..runtime.files import lock, read_json, write_json
 from ..runtime.progress import Progress
 from ..runtime.text import printable
 from ..training.checkpoints import latest_checkpoint
@@ -51,22 +53,35 @@ def evaluate(config: EvaluateConfig) -> dict:
     result = _read_equal(config.output, identity)
     if result is None:
         model = _load_model(config, folder, corpus, dtype, device)
-        figures: dict[str, Any] = {}
-        if corpus:
-            figures |= _all_figures(config, model, corpus, device)
-        if tasks:
-            tokenizer = load_tokenizer(folder, config.trust_remote_code)
-            batch_tokens = config.batch_tokens or BATCH_TOKENS.on(device.type)
-            figures |= run_tasks(model, tokenizer, tasks, device, batch_tokens)
-        result = with_checksum({**identity, **figures})
-        if config.output:
-            Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-            write_json(config.output, result)
+        with _only_writer(config.output):
+            figures: dict[str, Any] = {}
+            if corpus:
+                figures |= _all_figures(config, model, corpus, device)
+            if tasks:
+                tokenizer = load_tokenizer(folder, config.trust_remote_code)
+                batch_tokens = config.batch_tokens or BATCH_TOKENS.on(device.type)
+                figures |= run_tasks(model, tokenizer, tasks, device, batch_tokens)
+            result = with_checksum({**identity, **figures})
+            if config.output:
+                write_json(config.output, result)
     if corpus:
         _print_table(result)
     if tasks:
         print_tasks(result)
     return result
+
+
+@contextlib.contextmanager
+def _only_writer(output: str | None) -> Iterator[None]:
+    """Keep other evaluations from writing the same file while the block runs; its folder is made."""
+    if output is None:
+        yield
+        return
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    refusal = f"another process is writing {path}: wait for it, or choose another --output"
+    with lock(path.with_name(f".{path.name}.lock.tmp"), refusal):
+        yield
 
 
 def _read_corpus(data: str) -> Corpus:

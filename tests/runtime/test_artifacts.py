@@ -1,7 +1,9 @@
 import errno
 import json
+import multiprocessing
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -215,3 +217,32 @@ def test_hashes_follow_content_and_order(tmp_path):
     a, b, c = (tmp_path / name for name in "abc")
     assert hash_files([a, b]) == hash_files([c, b]) != hash_files([b, a])
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 2, "b": 1})
+
+
+def claim(folders, barrier, answers):
+    for folder in folders:
+        barrier.wait()
+        try:
+            open_output(folder, "prepare", {})
+            with exclusive(folder):
+                answers.put("written")
+                barrier.wait()
+        except UserError as error:
+            answers.put("another process is writing" in str(error))
+            barrier.wait()
+
+
+def test_of_runs_that_begin_at_the_same_moment_one_writes(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier, answers = context.Barrier(3, timeout=30), context.Queue()
+    folders = [tmp_path / str(number) for number in range(30)]
+    processes = [
+        context.Process(target=claim, args=(folders, barrier, answers), daemon=True) for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    found = Counter(answers.get(timeout=60) for _ in range(3 * len(folders)))
+    for process in processes:
+        process.join()
+    assert found == {"written": len(folders), True: 2 * len(folders)}
+    assert {path.name for folder in folders for path in folder.iterdir()} == {"manifest.json"}

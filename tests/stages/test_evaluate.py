@@ -16,7 +16,7 @@ from miniplm.config import EvaluateConfig
 from miniplm.data.corpus import Corpus
 from miniplm.runtime.artifacts import open_output
 from miniplm.runtime.errors import UserError
-from miniplm.runtime.files import read_json
+from miniplm.runtime.files import lock, read_json
 from miniplm.stages import evaluate as evaluation
 from miniplm.stages.evaluate import evaluate
 
@@ -123,6 +123,16 @@ def test_output_file(tiny_model, tiny_corpus, tmp_path, capsys, monkeypatch):
         run(model, tiny_corpus, output=str(output))
     with pytest.raises(UserError, match="is a folder"):
         run(model, tiny_corpus, output=str(tmp_path))
+
+
+def test_two_at_once_do_not_write_one_file(tiny_model, tiny_corpus, tmp_path):
+    model = tiny_model(tmp_path / "model")
+    with lock(tmp_path / ".loss.json.lock.tmp", "not expected"):
+        with pytest.raises(UserError, match=r"^another process is writing .*loss\.json: wait for it"):
+            run(model, tiny_corpus, output=str(tmp_path / "loss.json"))
+        assert not (tmp_path / "loss.json").exists()
+    run(model, tiny_corpus, output=str(tmp_path / "loss.json"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.json", "model"]
 
 
 def test_output_that_is_damaged(tiny_model, tiny_corpus, tmp_path):
