@@ -50,11 +50,12 @@ bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/score.py --rows 16
 	$(VENV)/bin/python benchmarks/prepare.py --megabytes 8
 
-# Every causal language model of transformers on our attention, and transformers' own tests (of each model too, with
-# SOURCE=DIR, a checkout of it): docs/transformers.md. Minutes, and more for the tests.
+# What stands in docs/transformers.md: every causal language model of transformers on our attention, trainers, and
+# transformers' own tests (with SOURCE=DIR, a checkout of it, those of each model). Minutes, and longer for its tests.
 peers: $(VENV)/installed-test
-	$(PIP) parameterized
+	$(PIP) parameterized peft trl
 	$(VENV)/bin/python tests/peers/walk.py --markdown build/transformers.md
+	$(VENV)/bin/python tests/peers/trainers.py
 	$(VENV)/bin/python tests/peers/transformers_suite.py $(SOURCE:%=--source %)
 
 $(VENV)/bin/python:
