@@ -133,7 +133,7 @@ def _resolve(value: Any, stage_outputs: Mapping[str, str]) -> Any:
             return _Template(value).substitute(stage_outputs)
         except KeyError as error:
             raise ValueError(
-                f"${{{error.args[0]}}} is no stage before this one; those are "
+                f"${{{error.args[0]}}} is not a stage before this one; those are "
                 f"{', '.join(stage_outputs) or 'none'}"
             ) from None
         except ValueError:

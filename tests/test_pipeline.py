@@ -11,7 +11,7 @@ def test_places_are_filled_in_everywhere_and_unknown_ones_refused():
         {"a": "${x-1}/checkpoints", "b": ["${y}", 3], "c": "$$5"}, {"x-1": "/o/x", "y": "/o/y"}
     )
     assert resolved == {"a": "/o/x/checkpoints", "b": ["/o/y", 3], "c": "$5"}
-    with pytest.raises(ValueError, match=r"\$\{z\} is no stage before this one; those are y"):
+    with pytest.raises(ValueError, match=r"\$\{z\} is not a stage before this one; those are y"):
         _resolve("${z}", {"y": "/o/y"})
     with pytest.raises(ValueError, match=r"\$\$ for a dollar sign"):
         _resolve("5 $", {})
@@ -36,7 +36,7 @@ def test_places_are_filled_in_everywhere_and_unknown_ones_refused():
                 "a": {"stage": "prepare", "data": "${b}", "tokenizer": "t"},
                 "b": {"stage": "prepare", "data": "x", "tokenizer": "t"},
             },
-            "no stage before this one",
+            "not a stage before this one",
         ),
         (
             {

@@ -60,10 +60,10 @@ def read_evaluation(path: str | Path) -> Evaluation:
         UserError: there is no such file, or it is not as evaluate wrote it.
     """
     if Path(path).exists() and not Path(path).is_file():
-        raise UserError(f"{path} is no regular file: give the JSON file that evaluate wrote")
+        raise UserError(f"{path} is not a regular file: give the JSON file that evaluate wrote")
     content = read_json(path)
     checksum = content.pop("checksum", None) if isinstance(content, dict) else None
-    what = f"{path} is no evaluation as evaluate writes it"
+    what = f"{path} is not an evaluation as evaluate writes it"
     evaluation = read_record(Evaluation, content, what, REMEDY)
     if checksum is None and evaluation.model_extra:  # without a checksum only what it had then
         raise UserError(f"{what} (it has no checksum): {REMEDY}")

@@ -88,7 +88,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     for name, task in loaded.items():
         if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood", "loglikelihood_rolling"):
             raise UserError(
-                f"task {name} is of the type {task.OUTPUT_TYPE}: built are tasks that compare probabilities"
+                f"task {name} is of the type {task.OUTPUT_TYPE}: give tasks that compare probabilities"
             )
     return loaded
 

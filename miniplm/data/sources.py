@@ -184,7 +184,7 @@ def _usable_files(path: Path) -> tuple[dict[str, Path], list[str]]:
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
             raise UserError(
-                f"data {path} is of no known type: give {', '.join(SUFFIXES)}, or a folder of those"
+                f"data {path} is of an unknown type: give {', '.join(SUFFIXES)}, or a folder of those"
             )
         return {path.name: path}, []
     if not path.is_dir():

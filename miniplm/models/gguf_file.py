@@ -182,7 +182,7 @@ def _word_rules(content: dict) -> str:
             return name
     raise UserError(
         "llama.cpp has no rules for words like this tokenizer's: a .gguf file would give the model other "
-        f"tokens than it was trained on (known are those of {', '.join(WORD_RULES)})"
+        f"tokens than it was trained on (those of {', '.join(WORD_RULES)} are known)"
     )
 
 

@@ -46,7 +46,9 @@ def _write(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def _check(content: object, path: Path, schema: type[Record]) -> None:
-    read_record(schema, content, f"{path} is no manifest of ours", "restore it, or make its folder again")
+    read_record(
+        schema, content, f"{path} is not a manifest of miniplm", "restore it, or make its folder again"
+    )
 
 
 def is_as_written(manifest: Mapping[str, Any]) -> bool:

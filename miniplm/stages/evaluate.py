@@ -119,7 +119,8 @@ def _read_equal(output: str | None, identity: dict) -> dict | None:
     found = read_json(output)
     if not isinstance(found, dict) or {key: found.get(key) for key in identity} != identity:
         raise UserError(
-            f"output {output} holds something else than this evaluation: choose another --output or delete it"
+            f"output {output} holds something other than this evaluation: choose another --output or "
+            f"delete it"
         )
     if "corpus" in identity:
         read_evaluation(output)  # as it was written

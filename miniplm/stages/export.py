@@ -138,7 +138,9 @@ def _is_complete(output: Path, identity: dict) -> bool:
     if not output.exists():
         return False
     if not open_output(output, "export", identity):
-        raise UserError(f"output folder {output} is no whole export: delete it or choose another --output")
+        raise UserError(
+            f"output folder {output} is not a complete export: delete it or choose another --output"
+        )
     manifest = read_json(output / MANIFEST)
     damage = _damage(output, manifest["files"]) if "files" in manifest else _visible_damage(output)
     if damage:
@@ -215,8 +217,8 @@ def _write_model(checkpoint: Path, dtype: str, folder: Path) -> None:
     _write_for_transformers_4(folder)
     if not _cut_alike(folder, tokenizer):
         raise UserError(
-            f"transformers cuts text for a {model.config.model_type!r} model otherwise than the corpus's "
-            f"tokenizer does: train a model of another model_type (llama, qwen3)"
+            f"transformers cuts text for a {model.config.model_type!r} model differently from the corpus's "
+            f"tokenizer: train a model of another model_type (llama, qwen3)"
         )
     eos = tokenizer.eos_token_id
     bos, pad = (eos if found is None else found for found in (tokenizer.bos_token_id, tokenizer.pad_token_id))

@@ -210,7 +210,7 @@ def read_checkpoint(folder: Path, with_optimizer: bool = True) -> Checkpoint:
     try:
         content = read_json(folder / STATE_FILE)
     except UserError:
-        raise DamagedCheckpoint(folder, f"{STATE_FILE} is not as it was written: it is no JSON") from None
+        raise DamagedCheckpoint(folder, f"{STATE_FILE} is not as it was written: it is not JSON") from None
     try:
         identity, state, files = state_from_json(content)
     except ValueError as error:
@@ -281,7 +281,7 @@ def find_checkpoint(output: str | Path, identity: str) -> Checkpoint | None:
     if damaged:
         path, reason = next(iter(damaged.items()))
         raise UserError(
-            f"checkpoint {path} is damaged ({reason}) and there is no whole one before it: delete {output} "
+            f"checkpoint {path} is damaged ({reason}) and there is no intact one before it: delete {output} "
             f"to start again"
         )
     return None

@@ -65,7 +65,7 @@ def test_wrong_types_are_one_line(tmp_path, path, values):
         if path:
             inner[path[-1]] = value
         (tmp_path / "x.json").write_text(json.dumps(content if path else value))
-        assert "is no evaluation" in refused(tmp_path / "x.json")
+        assert "is not an evaluation" in refused(tmp_path / "x.json")
 
 
 @pytest.mark.parametrize("key", CONTENT)
@@ -76,7 +76,7 @@ def test_missing_keys_are_one_line(tmp_path, key):
 
 def test_files_that_are_none(tmp_path):
     assert "does not exist" in refused(tmp_path / "missing.json")
-    assert "no regular file" in refused(tmp_path)
+    assert "not a regular file" in refused(tmp_path)
 
 
 @pytest.mark.slow

@@ -245,7 +245,7 @@ def test_missing(name):
 
 def test_nothing_usable(tmp_path):
     (tmp_path / "data.csv").write_text("text\na\n")
-    with pytest.raises(UserError, match=r"is of no known type: give \.jsonl"):
+    with pytest.raises(UserError, match=r"is of an unknown type: give \.jsonl"):
         open_source(str(tmp_path / "data.csv"), ["text"])
     with pytest.raises(UserError, match=r"can be read \(data\.csv \(of no known type\)\): give \.jsonl"):
         open_source(str(tmp_path), ["text"])

@@ -190,7 +190,7 @@ def test_what_is_no_manifest_is_one_line(content, tmp_path):
         lambda: complete_output(tmp_path, {}),
         lambda: reopen_output(tmp_path),
     ):
-        with pytest.raises(UserError, match=r"manifest\.json is (no manifest|not valid JSON)") as caught:
+        with pytest.raises(UserError, match=r"manifest\.json is (not a manifest|not valid JSON)") as caught:
             reader()
         assert str(caught.value).isprintable() and len(str(caught.value)) < 500
 
@@ -199,7 +199,7 @@ def test_what_is_no_manifest_is_one_line(content, tmp_path):
 def test_a_manifest_that_lacks_what_is_relied_on_is_one_line(content, tmp_path):
     (tmp_path / "manifest.json").write_text(content)
     assert read_manifest(tmp_path, "prepare")["fingerprint"] == "f"
-    with pytest.raises(UserError, match=r"manifest\.json is no manifest of ours \(rows: ") as caught:
+    with pytest.raises(UserError, match=r"manifest\.json is not a manifest of miniplm \(rows: ") as caught:
         read_manifest(tmp_path, "prepare", schema=CorpusLike)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 500
 

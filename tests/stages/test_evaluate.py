@@ -113,13 +113,13 @@ def test_output_file(tiny_model, tiny_corpus, tmp_path, capsys, monkeypatch):
     before = output.read_bytes()
     assert run(model, tiny_corpus, output=str(output)) == result
     assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="something other"):
         run(model, tiny_corpus, output=str(output), document_mask=True)
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="something other"):
         run(tiny_model(tmp_path / "other", seed=1), tiny_corpus, output=str(output))
     assert output.read_bytes() == before
     output.write_text("[]")
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="something other"):
         run(model, tiny_corpus, output=str(output))
     with pytest.raises(UserError, match="is a folder"):
         run(model, tiny_corpus, output=str(tmp_path))
@@ -142,7 +142,7 @@ def test_output_that_is_damaged(tiny_model, tiny_corpus, tmp_path):
     for digit in "4567":  # of the loss: still an evaluation of this model, but not what came of it
         output.write_text(re.sub(r'(?<="loss": )(\d+\.\d\d)\d', rf"\g<1>{digit}", written, count=1))
         if output.read_text() != written:
-            with pytest.raises(UserError, match=r"no evaluation .*checksum.*: evaluate again"):
+            with pytest.raises(UserError, match=r"not an evaluation .*checksum.*: evaluate again"):
                 run(model, tiny_corpus, output=str(output))
     for content, message in {written[:200]: "not valid JSON", "[" * 10**5: "not valid JSON"}.items():
         output.write_text(content)

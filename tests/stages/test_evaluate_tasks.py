@@ -71,7 +71,7 @@ def test_tasks_alone(task, tiny_model, tmp_path, capsys):
     changed = {**result, "tasks": {"rain": {**result["tasks"]["rain"], "value": 1.0}}}
     for content, message in [
         (changed, "not as evaluate wrote it"),
-        (with_checksum({"asked": {"rain": "other"}}), "holds something else than this evaluation"),
+        (with_checksum({"asked": {"rain": "other"}}), "holds something other than this evaluation"),
     ]:
         (tmp_path / "figures.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match=message):
@@ -83,7 +83,7 @@ def test_other_questions_are_another_evaluation(task, tiny_model, tmp_path):
     run(model, tasks=(task,), output=output)
     rows = (tmp_path / "rain.jsonl").read_text().splitlines()
     (tmp_path / "rain.jsonl").write_text("\n".join(rows[:-1]))
-    with pytest.raises(UserError, match="holds something else than this evaluation"):
+    with pytest.raises(UserError, match="holds something other than this evaluation"):
         run(model, tasks=(task,), output=output)
 
 

@@ -175,7 +175,7 @@ def test_evaluation_must_be_one_of_this_checkpoint(work, tmp_path):
             evaluation=str(work / "losses.json"),
         )
     write_json(tmp_path / "x.json", {"loss": 1})
-    for name, message in [("x.json", "is no evaluation"), ("missing.json", "does not exist")]:
+    for name, message in [("x.json", "is not an evaluation"), ("missing.json", "does not exist")]:
         with pytest.raises(UserError, match=message):
             publish(work / "refined-student", tmp_path / "out", evaluation=str(tmp_path / name))
     assert not (tmp_path / "out").exists()

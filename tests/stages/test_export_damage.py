@@ -63,7 +63,7 @@ def test_damaged_manifests_are_not_complete(work, exported):
         refused(work / "refined-student", exported, "complete, but ")
     for content in (whole[:-20], b"", b"[" * 10**5, whole.replace(b"true", b"false", 1)):
         (exported / MANIFEST).write_bytes(content)
-        refused(work / "refined-student", exported, "not valid JSON|no whole export")
+        refused(work / "refined-student", exported, "not valid JSON|not a complete export")
     (exported / MANIFEST).unlink()
     refused(work / "refined-student", exported, "not empty")
 
@@ -184,5 +184,7 @@ def test_evaluations_that_are_not_as_they_were_written(work, tmp_path):
         refused(checkpoint, tmp_path / "out", "not valid JSON", **settings)
     for content in (b"[]", b"null", b'"x"', b"{}", whole.replace(b'"loss": ', b'"loss": 1', 1)):
         path.write_bytes(content)
-        refused(checkpoint, tmp_path / "out", r"is no evaluation as evaluate writes it \(.+\)", **settings)
-    refused(checkpoint, tmp_path / "out", "no regular file", evaluation=str(tmp_path))
+        refused(
+            checkpoint, tmp_path / "out", r"is not an evaluation as evaluate writes it \(.+\)", **settings
+        )
+    refused(checkpoint, tmp_path / "out", "not a regular file", evaluation=str(tmp_path))

@@ -74,7 +74,7 @@ def test_all_checkpoints_damaged_is_an_error_that_removes_nothing(config, monkey
     with pytest.raises(
         UserError,
         match=r"step-00000014 is damaged \(model.safetensors is not as it was written\) and there is no "
-        r"whole one before it",
+        r"intact one before it",
     ):
         train(config)
     assert files(config.output) == before
@@ -154,7 +154,7 @@ def test_a_complete_run_says_what_it_cannot_mend(done, capsys):
     assert "nothing to do" in said.out
     assert "step-00000024 is damaged (model.safetensors is not as it was written)" in said.err
     flip(checkpoint_folder(done.output, 26) / "model.safetensors")
-    with pytest.raises(UserError, match=r"step-00000026 is damaged .* and there is no whole one before it"):
+    with pytest.raises(UserError, match=r"step-00000026 is damaged .* and there is no intact one before it"):
         train(done)
     manifest = read_json(Path(done.output) / "manifest.json")
     assert manifest["complete"] and files(done.output).keys() == before.keys()
