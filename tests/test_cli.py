@@ -61,6 +61,8 @@ def test_every_command_has_help(command, capsys):
             "betas must be two numbers",
         ),
         (["demo", "--output", ""], "output must not be empty"),
+        (["demo", "--output", ".."], "output must have a name of its own, got '..'"),
+        (["run", "--config", "c", "--output", "/"], "output must have a name of its own, got '/'"),
         (["run", "--config", "/dev/zero", "--output", "o"], "/dev/zero is not a file"),
         (["prepare", "--data", "x" * 300, "--tokenizer", "t", "--output", "o"], "x" * 300),
     ],

@@ -125,6 +125,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_texts(self)
+        require_output(self.output)
 
 
 @dataclass(frozen=True)
@@ -136,3 +137,4 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         require_texts(self)
+        require_output(self.output)
