@@ -222,12 +222,11 @@ def _refuse_model(model: PreTrainedModel) -> None:
         )
     if not model._supports_sdpa:
         _refuse([f'{type(model).__name__}, which has no "sdpa" to take over with a cache'], '"eager"')
-    names = "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
-    widths = [getattr(model.config, name, None) for name in names]
-    if None not in widths and widths[0] + widths[1] != widths[2]:
-        _refuse(
-            [_narrow_values(widths[2], widths[0] + widths[1])], f'"{ATTENTION_OR_SDPA}", "sdpa" or "eager"'
-        )
+    config = model.config
+    if getattr(config, "qk_nope_head_dim", None) and getattr(config, "v_head_dim", None):  # latent attention
+        keys, values = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+        if keys != values:
+            _refuse([_narrow_values(values, keys)], f'"{ATTENTION_OR_SDPA}", "sdpa" or "eager"')
 
 
 def _refusing(get_correct_attn_implementation: Callable[..., str]) -> Callable[..., str]:
