@@ -55,7 +55,7 @@ def is_as_written(manifest: Mapping[str, Any]) -> bool:
     """Whether a manifest is complete and has the checksum of its content, or has none: it is incomplete, or
     from before there were any."""
     checksum = manifest.get("checksum")
-    return checksum is None or (manifest.get("complete") and checksum == manifest_checksum(manifest))
+    return checksum is None or bool(manifest.get("complete") and checksum == manifest_checksum(manifest))
 
 
 def manifest_checksum(manifest: Mapping[str, Any]) -> str:
