@@ -7,14 +7,16 @@ _logits_kernel walks over all tiles [BLOCK_T, BLOCK_V] of z and keeps, per token
     its maximum m and Σ exp(z − m): the online log-sum-exp (Milakov & Gimelshein 2018, arXiv 1805.02867), or
     given an offset c per token, Σ E with E = exp((z − c) / temperature), and E itself, written in the dtype
     of x.
-A grid that just fills the GPU takes the items (block of tokens, split) in turn, split by split, so that all
-programs read the same part of W while it is in the L2 cache. Tiles, and the steps along d within them, are
-one flat loop: the loads of the next tile are under way while a tile is finished. The last tile of a
-vocabulary that is no multiple of BLOCK_V stands apart, so that only it is masked. _target_logit_kernel
-computes x[t] · W[target_t], a gather and a dot.
+A grid that just fills the GPU takes the items (block of tokens, split of the vocabulary) in turn: group by
+group of blocks, whose part of x, read again for every tile of the vocabulary, stays in the L2 cache
+(GROUP_BYTES); within a group split by split, so that all programs read the same part of W at a time. Tiles,
+and the steps along d within them, are one flat loop per group: the loads of the next tile are under way while
+a tile is finished. The last tile of a vocabulary that is no multiple of BLOCK_V stands apart, so that only it
+is masked. _target_logit_kernel computes x[t] · W[target_t], a gather and a dot.
 
-FLOPs 2·T·V·d. Bytes: W about once, x once per split (from the L2 cache), 8·T·splits for the results, and
-2·T·V for E.
+FLOPs 2·T·V·d. Bytes: x once and W once per group (⌈2·T·d / GROUP_BYTES⌉ groups in 16 bits: 4 for T = 16k and
+d = 2048), 8·T·splits for the results, and 2·T·V for E. From the L2 cache: x ⌈V / BLOCK_V⌉ times, W
+⌈T / BLOCK_T⌉ times.
 """
 
 import functools
@@ -36,6 +38,8 @@ from .tiles import (
     use_descriptors,
 )
 
+GROUP_BYTES = 16 << 20  # of x at most, so that W and E have room beside it in an L2 cache of 50 MB (H100)
+
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def _logits_kernel(
@@ -55,7 +59,7 @@ def _logits_kernel(
     blocks_t,
     tiles,
     tiles_per_split,
-    items,
+    group,
     exp_scale,
     EXP: tl.constexpr,
     FLAG: tl.constexpr,
@@ -69,64 +73,74 @@ def _logits_kernel(
             return
     steps = tl.maximum(tl.cdiv(d, BLOCK_D), 1)
     programs = tl.num_programs(0)
-    count = 0  # of tiles that fall to this program
-    for item in range(tl.program_id(0), items, programs):
-        first = item // blocks_t * tiles_per_split
-        count += tl.minimum(first + tiles_per_split, tiles) - first
+    splits = tl.cdiv(tiles, tiles_per_split)
+    position = tl.program_id(0)  # of this program's next item among those of a group
+    for first in range(0, blocks_t, group):
+        width = tl.minimum(group, blocks_t - first)  # blocks of tokens in this group
+        items = width * splits
+        own = tl.cdiv(tl.maximum(items - position, 0), programs)
+        own_of_last_split = own - tl.cdiv(tl.maximum(items - width - position, 0), programs)
+        count = own * tiles_per_split - own_of_last_split * (splits * tiles_per_split - tiles)
 
-    item, step = tl.program_id(0), 0
-    tile = item // blocks_t * tiles_per_split
-    largest = tl.full([BLOCK_T], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_T], tl.float32)
-    logits = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-    for _ in range(count * steps):
-        split, t = item // blocks_t, item % blocks_t * BLOCK_T
-        tile_done = step == steps - 1
-        item_done = tile_done & (tile == tl.minimum((split + 1) * tiles_per_split, tiles) - 1)
-        logits = dot_step(
-            x,
-            w,
-            t,
-            tile * BLOCK_V,
-            step * BLOCK_D,
-            T,
-            V,
-            d,
-            stride_xt,
-            stride_wv,
-            logits,
-            BLOCK_T,
-            BLOCK_V,
-            BLOCK_D,
-            DESCRIPTORS,
-        )
-        if tile_done:
-            largest, total = _finish_tile(
-                logits,
-                offset_ptr,
-                e,
+        split, block, step = position // width, position % width, 0
+        next_split, next_block = programs // width, programs % width  # how far it is to the next item
+        tile = split * tiles_per_split
+        largest = tl.full([BLOCK_T], LOWEST, tl.float32)
+        total = tl.zeros([BLOCK_T], tl.float32)
+        logits = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+        for _ in range(count * steps):
+            t = (first + block) * BLOCK_T
+            tile_done = step == steps - 1
+            item_done = tile_done & (tile == tl.minimum((split + 1) * tiles_per_split, tiles) - 1)
+            logits = dot_step(
+                x,
+                w,
                 t,
                 tile * BLOCK_V,
+                step * BLOCK_D,
                 T,
                 V,
-                stride_et,
-                exp_scale,
-                largest,
-                total,
-                EXP,
+                d,
+                stride_xt,
+                stride_wv,
+                logits,
                 BLOCK_T,
                 BLOCK_V,
+                BLOCK_D,
                 DESCRIPTORS,
             )
-            logits = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-            if item_done:
-                _store_rows(max_ptr, sum_ptr, split, t, T, largest, total, EXP, BLOCK_T)
-                largest = tl.full([BLOCK_T], LOWEST, tl.float32)
-                total = tl.zeros([BLOCK_T], tl.float32)
-        # Selects, no branch: the loads run ahead of the loop, and so must what they depend on.
-        item = tl.where(item_done, item + programs, item)
-        tile = tl.where(item_done, item // blocks_t * tiles_per_split, tl.where(tile_done, tile + 1, tile))
-        step = tl.where(tile_done, 0, step + 1)
+            if tile_done:
+                largest, total = _finish_tile(
+                    logits,
+                    offset_ptr,
+                    e,
+                    t,
+                    tile * BLOCK_V,
+                    T,
+                    V,
+                    stride_et,
+                    exp_scale,
+                    largest,
+                    total,
+                    EXP,
+                    BLOCK_T,
+                    BLOCK_V,
+                    DESCRIPTORS,
+                )
+                logits = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+                if item_done:
+                    _store_rows(max_ptr, sum_ptr, split, t, T, largest, total, EXP, BLOCK_T)
+                    largest = tl.full([BLOCK_T], LOWEST, tl.float32)
+                    total = tl.zeros([BLOCK_T], tl.float32)
+            # Selects, no branch: the loads run ahead of the loop, and so must what they depend on. No
+            # division: it would take longer than all else in a step along d.
+            step = tl.where(tile_done, 0, step + 1)
+            block = tl.where(item_done, block + next_block, block)
+            split = tl.where(item_done, split + next_split, split)
+            split = tl.where(block >= width, split + 1, split)
+            block = tl.where(block >= width, block - width, block)
+            tile = tl.where(item_done, split * tiles_per_split, tl.where(tile_done, tile + 1, tile))
+        position += own * programs - items
 
     if tiles * BLOCK_V < V:  # the tile that reaches beyond the vocabulary: a split of its own, the last
         for block in range(tl.program_id(0), blocks_t, programs):
@@ -241,6 +255,11 @@ def _target_logit_kernel(
     tl.store(out_ptr + r, tl.where(inside | (target == ignore_index), logit, float("nan")), mask=r < T)
 
 
+def token_group(bytes_per_block: int) -> int:
+    """How many blocks of tokens are worked on together: as many as take GROUP_BYTES, a power of two."""
+    return 1 << max(0, (GROUP_BYTES // max(1, bytes_per_block)).bit_length() - 1)
+
+
 @functools.lru_cache
 def tiles_per_split(tiles: int, blocks_t: int, programs: int) -> int:
     """How many tiles of the vocabulary an item takes: few enough that the items divide evenly among the
@@ -283,7 +302,7 @@ def _walk(x, w, offset, e, flag, temperature):
             blocks_t,
             tiles,
             size,
-            items,
+            token_group(block_t * d * x.itemsize),
             1 / math.log(2) / temperature,
             EXP=e is not None,
             FLAG=flag is not None,

@@ -23,7 +23,7 @@ BATCH_SIZES = (
     "reference_splits",
     "blocks_t",
     "tiles_per_split",
-    "items",
+    "group",
 )
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
