@@ -245,9 +245,7 @@ def linear_distillation_loss(
     V = min(len(student_weight), len(teacher_weight))
     heads = contiguous_rows(student_weight[:V]), contiguous_rows(teacher_weight[:V])
     grad_hidden = student_hidden.new_empty(T, d) if need_hidden else student_hidden.new_empty(0)
-    grad_weight = student_weight.new_empty(0)
-    if need_weight:
-        grad_weight = student_weight.new_zeros(len(student_weight), d, dtype=torch.float32)
+    grad_weight = None
     losses = [student_hidden.new_empty(T, dtype=torch.float32) for _ in range(2)]
     counts = targets != ignore_index
     count = counts.sum().clamp(min=1)
@@ -263,10 +261,16 @@ def linear_distillation_loss(
         _combine_chunk(x, heads, y, logits, [loss[chunk] for loss in losses], options)
         if need_hidden:
             grad_hidden[chunk] = product(logits[0], heads[0]) / (unit * count)
-        if need_weight:
-            add_product(grad_weight[:V], logits[0].T, x[0])
+        if need_weight and grad_weight is None:
+            grad_weight = product(logits[0].T, x[0])
+        elif need_weight:
+            add_product(grad_weight, logits[0].T, x[0])
     cross_entropy, divergence = (x.sum() / count for x in losses)  # results must not share memory
     loss = (1 - alpha) * cross_entropy + alpha * divergence
-    if need_weight:
-        grad_weight = grad_weight.div_(unit * count).to(dtype)
-    return loss, cross_entropy, divergence, grad_hidden, grad_weight
+    if not need_weight:
+        return loss, cross_entropy, divergence, grad_hidden, student_weight.new_empty(0)
+    result = student_weight.new_empty(student_weight.shape)
+    result[V if T else 0 :] = 0  # ids that the teacher does not have
+    if grad_weight is not None:
+        torch.div(grad_weight, unit * count, out=result[:V])
+    return loss, cross_entropy, divergence, grad_hidden, result
