@@ -145,28 +145,14 @@ def _logits_kernel(
     if tiles * BLOCK_V < V:  # the tile that reaches beyond the vocabulary: a split of its own, the last
         for block in range(tl.program_id(0), blocks_t, programs):
             t, v = block * BLOCK_T, tiles * BLOCK_V
-            logits = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+            z = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
             for k in range(0, steps * BLOCK_D, BLOCK_D):
-                logits = dot_step(
-                    x,
-                    w,
-                    t,
-                    v,
-                    k,
-                    T,
-                    V,
-                    d,
-                    stride_xt,
-                    stride_wv,
-                    logits,
-                    BLOCK_T,
-                    BLOCK_V,
-                    BLOCK_D,
-                    DESCRIPTORS,
+                z = dot_step(
+                    x, w, t, v, k, T, V, d, stride_xt, stride_wv, z, BLOCK_T, BLOCK_V, BLOCK_D, DESCRIPTORS
                 )
-            logits = tl.where((v + tl.arange(0, BLOCK_V) < V)[None, :], logits, -float("inf"))
+            z = tl.where((v + tl.arange(0, BLOCK_V) < V)[None, :], z, -float("inf"))
             largest, total = _finish_tile(
-                logits,
+                z,
                 offset_ptr,
                 e,
                 t,
