@@ -6,22 +6,33 @@ behind the same interface.
 """
 
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from ..runtime.devices import machine_bytes
 from ..runtime.errors import UserError
 from ..runtime.files import hash_files, read_json
+from ..runtime.schema import Record, read_record
 from .adapter import TransformersLM, one_line, quiet_transformers
+from .architecture import check_memory, read_config, without_memory
 from .base import LanguageModel
 from .decoder import Decoder, unsupported_reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class WeightIndex(Record):
+    """A model.safetensors.index.json: the file of each tensor, in its own folder."""
+
+    weight_map: Annotated[dict[str, Annotated[str, Field(pattern=r"^[^/\\]+$")]], Field(min_length=1)]
 
 
 MISSING, UNKNOWN, OTHER_SHAPE = "missing", "not of this architecture", "of another shape"
@@ -47,7 +58,7 @@ def load_model(
         if unsupported_reason(wrapped.config):
             return TransformersLM(wrapped, str(name)).eval()
         return _fill_decoder(wrapped.config, wrapped.state_dict(), path).to(device).eval()
-    config, files = _read_config(path, trust_remote_code), weight_files(path)
+    config, files = read_config(path, trust_remote_code), weight_files(path)
     if unsupported_reason(config):
         wrapped = load_with_transformers(path, dtype, device, trust_remote_code)
         return TransformersLM(wrapped, str(name)).eval()
@@ -75,10 +86,8 @@ def weight_files(name: str | os.PathLike[str]) -> list[Path]:
             f"{path} holds no model.safetensors; .bin files are not read, they can carry code: convert them "
             f"to safetensors (load them with transformers, then save_pretrained)"
         )
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise UserError(f"{index} has no weight_map: download the model again")
-    files = [path / file for file in sorted(set(names.values()))]
+    names = read_record(WeightIndex, read_json(index), f"{index} is damaged", "download the model again")
+    files = [path / file for file in sorted(set(names.weight_map.values()))]
     for file in files:
         if not file.exists():
             raise UserError(f"{file} is missing, though {index.name} names it: download the model again")
@@ -86,23 +95,55 @@ def weight_files(name: str | os.PathLike[str]) -> list[Path]:
 
 
 def _read_tensors(files: Sequence[Path], dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    names = tensor_names(files, dtype.itemsize if torch.device(device).type == "cpu" else None)
+    tensors = {}
+    for file in files:
+        for name in names[file]:
+            # Tensors of an open file are the file itself: a copy is not changed by whoever overwrites it.
+            # Opening it for each tensor keeps what has been copied from staying in memory a second time.
+            with safe_open(file, framework="pt") as opened:
+                tensors[name] = opened.get_tensor(name).to(device, dtype, copy=True)
+    return tensors
+
+
+def tensor_names(files: Sequence[Path], itemsize: int | None) -> dict[Path, list[str]]:
+    """The names of the tensors in safetensors files, by their headers alone.
+
+    Args:
+        itemsize: bytes that an element will take in the machine's memory; None: it is not to go there.
+    Raises:
+        UserError: a file is not whole, holds weights that are no floating-point numbers, or all of them
+            together do not fit into memory.
+    """
     from safetensors import SafetensorError, safe_open
 
-    tensors = {}
+    found: dict[Path, list[str]] = {}
+    elements, available = 0, machine_bytes()
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                names = opened.keys()
-            for name in names:
-                # Tensors of an open file are the file itself: a copy is not changed by whoever overwrites it.
-                # Opening it for each tensor keeps what has been copied from staying in memory a second time.
-                with safe_open(file, framework="pt") as opened:
-                    tensors[name] = opened.get_tensor(name).to(device, dtype, copy=True)
+                found[file] = list(opened.keys())
+                tensors = {name: opened.get_slice(name) for name in found[file]}
+                elements += sum(math.prod(tensor.get_shape()) for tensor in tensors.values())
+                kinds = {name: str(tensor.get_dtype()) for name, tensor in tensors.items()}
         except SafetensorError as error:
             raise UserError(
                 f"{file} is not a whole safetensors file ({one_line(error)}): copy or download it again"
             ) from None
-    return tensors
+        for name, kind in kinds.items():
+            if name.endswith(".weight") and not kind.startswith(("F", "BF")):
+                raise UserError(
+                    f"{file} holds {name} as {kind}, weights must be floating-point numbers: copy or "
+                    f"download it again, or give a model that is not quantised"
+                )
+    if itemsize and available and elements * itemsize > available:
+        raise UserError(
+            f"the weights in {files[0].parent} take {elements * itemsize / 1e9:,.1f} GB of memory, this "
+            f"machine has {available / 1e9:,.1f} GB: take a smaller model or a larger machine"
+        )
+    return found
 
 
 def _fill_decoder(config: "PreTrainedConfig", tensors: dict[str, Tensor], path: Path) -> Decoder:
@@ -117,8 +158,7 @@ def _fill_decoder(config: "PreTrainedConfig", tensors: dict[str, Tensor], path: 
             del tensors[head]
         else:
             config.tie_word_embeddings = False
-    with torch.device("meta"):
-        model = Decoder(config)
+    model = cast(Decoder, without_memory(config, str(path)))
     expected = model.state_dict()
     # Old files hold the frequencies too.
     found = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -161,6 +201,11 @@ def load_with_transformers(
         # Newer versions would otherwise keep them quantised where they have a kernel for it.
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    else:
+        config = read_config(path, trust_remote_code)
+        check_memory(config, dtype.itemsize, str(path), trust_remote_code)
+        if getattr(config, "quantization_config", None) is None:
+            tensor_names(weight_files(path), dtype.itemsize)
     try:
         with quiet_transformers():
             loaded = transformers.AutoModelForCausalLM.from_pretrained(
@@ -217,15 +262,3 @@ def _download(name: str) -> Path:
             f"model {name} is neither a local folder nor a Hugging Face model that can be reached: "
             f"{one_line(error)}"
         ) from error
-
-
-def _read_config(folder: Path, trust_remote_code: bool) -> "PreTrainedConfig":
-    from transformers import AutoConfig
-
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} holds no config.json: give a model's folder")
-    try:
-        with quiet_transformers():
-            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises anything, from KeyError to OSError
-        raise UserError(f"transformers cannot read {folder / 'config.json'}: {one_line(error)}") from error

@@ -1,6 +1,7 @@
 """Where and in what dtype to compute, and how fast this machine multiplies matrices."""
 
 import math
+import os
 import time
 
 import torch
@@ -29,6 +30,14 @@ def choose_dtype(dtype: str, device: torch.device | str) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     return getattr(torch, dtype)
+
+
+def machine_bytes() -> int | None:
+    """The machine's memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows; a system without these names
+        return None
 
 
 def peak_flops(device: torch.device) -> float:

@@ -16,6 +16,7 @@ from ..data.batches import Batch
 from ..data.corpus import Corpus
 from ..data.order import DataOrder, global_batch
 from ..data.tokenizer import check_same_tokens, load_tokenizer
+from ..models.architecture import check_memory, read_config
 from ..models.base import LanguageModel
 from ..models.decoder import Decoder, student_config, unsupported_reason
 from ..models.loading import TransformersLM, load_model, model_hash
@@ -40,7 +41,6 @@ from ..training.checkpoints import (
     load_optimizer,
 )
 from ..training.loop import Setup, TrainingRun
-from ..training.memory import check_weights_fit
 from ..training.metrics import Metrics
 from ..training.results import is_complete, run_results
 from ..training.state import TrainState
@@ -169,14 +169,8 @@ def _resolve(name: str, corpus: Corpus) -> str:
 
 def _read_architecture(path: Path, corpus: Corpus) -> tuple[Any, dict]:
     """(transformers' config in a config.json, set for the corpus's tokenizer; the file's content)."""
-    from transformers import AutoConfig
-
     path = path / "config.json" if path.is_dir() else path
-    content = read_json(path)
-    try:
-        architecture = AutoConfig.from_pretrained(path)
-    except Exception as error:  # transformers raises anything, from KeyError to OSError
-        raise UserError(f"transformers cannot read {path}: {' '.join(str(error).split())[:300]}") from error
+    architecture, content = read_config(path), read_json(path)
     if architecture.vocab_size < corpus.manifest["vocab_size"]:
         raise UserError(
             f"vocab_size {architecture.vocab_size} in {path} is below the corpus's "
@@ -229,6 +223,10 @@ def _initial_model(config: TrainConfig, setup: Setup, sources: _Sources) -> Lang
                 f"for it"
             )
     else:
+        # Float32 weights are made in the machine's memory; trained there, gradients and AdamW's two moments
+        # lie beside them.
+        itemsizes, what = (16 if setup.device.type == "cpu" else 4), config.model_config or "model.*"
+        check_memory(sources.architecture, itemsizes, what)
         model = _random_model(config, sources.architecture).to(setup.device)
     _set_checkpointing(model, config)
     return model
@@ -237,8 +235,6 @@ def _initial_model(config: TrainConfig, setup: Setup, sources: _Sources) -> Lang
 def _random_model(config: TrainConfig, architecture: Any) -> LanguageModel:
     with torch.random.fork_rng(devices=[]):  # on the CPU, so that every device starts from the same weights
         if not unsupported_reason(architecture):
-            with torch.device("meta"):  # sizes without memory
-                check_weights_fit(Decoder(architecture).num_parameters())
             torch.manual_seed(config.seed)
             return Decoder(architecture)
         from transformers import AutoModelForCausalLM

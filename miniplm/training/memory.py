@@ -1,37 +1,17 @@
 """How many tokens are trained on at a time."""
 
-import os
 from typing import Any
 
 import torch
 
 from ..config import MICRO_BATCH_TOKENS
 from ..models.base import LanguageModel
-from ..runtime.errors import UserError
 from ..runtime.progress import note
 
 MIN_MICRO_BATCH_TOKENS = 1_024  # on a GPU; sizes are multiples of it
 HEAD_CHUNK_TOKENS = 8_192  # of the logits in a GPU's memory at a time
 USABLE_SHARE = 0.9  # of the free memory; the rest is left to what is not counted
 UNKNOWN_MODEL_LAYERS = 64  # of a decoder that keeps as much as a model whose config does not tell its sizes
-
-
-def machine_bytes() -> int | None:
-    """The machine's memory; None where the system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows; a system without these names
-        return None
-
-
-def check_weights_fit(num_parameters: int) -> None:
-    """UserError if float32 weights, which are made in the machine's memory, do not fit into all of it."""
-    available = machine_bytes()
-    if available is not None and 4 * num_parameters > available:
-        raise UserError(
-            f"a model of {num_parameters:,} parameters takes {4 * num_parameters / 1e9:,.1f} GB for its "
-            f"weights alone, this machine has {available / 1e9:,.1f} GB: make it smaller"
-        )
 
 
 def head_logits_bytes(model: LanguageModel, itemsize: int, num_models: int = 1) -> int:

@@ -60,7 +60,7 @@ def test_bad_input_leaves_nothing_behind(config, tiny_tokenizer, tiny_model, tmp
         (dict(eval=EvalConfig(data=other)), "different tokenizers"),
         (dict(batch_tokens=32), "batch_tokens 32 is below the longest chunk"),
         (dict(model=replace(STUDENT, vocab_size=499)), "vocab_size 499"),
-        (dict(model=huge), r"[\d,]{15} parameters takes [\d,.]+ GB for its weights alone, this machine has"),
+        (dict(model=huge), r"[\d,]{15} parameters, which takes [\d,.]+ GB of memory; this machine has"),
         (dict(init_from=str(tmp_path / "missing")), "missing"),
         (dict(init_from=str(broken)), "model.safetensors is not a whole"),
         (dict(init_from=str(reordered)), "the tokenizer of .*reordered is not the corpus's"),
