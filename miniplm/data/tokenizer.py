@@ -9,6 +9,7 @@ from typing import Any
 
 from ..runtime.errors import UserError
 from ..runtime.files import fingerprint
+from ..runtime.gguf_header import read_gguf_header
 from ..runtime.guarded import call_within, held_stderr
 
 REMEDY = "give a Hugging Face id, a folder with tokenizer.json, or a .gguf file"
@@ -44,6 +45,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
         raise UserError(f"tokenizer {name} does not exist: {REMEDY}")
     if path.is_file() and path.suffix != ".gguf":
         raise UserError(f"tokenizer {name} is neither a folder nor a .gguf file: {REMEDY}")
+    if path.is_file():
+        read_gguf_header(path)
     source = {"pretrained_model_name_or_path": str(path) if path.exists() else str(name)}
     if path.is_file():
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}

@@ -79,7 +79,7 @@ def read_config(path: Path, trust_remote_code: bool = False) -> "PreTrainedConfi
     if source != path and not path.exists():
         raise UserError(f"{source} holds no config.json: give a model's folder")
     content = read_json(path)
-    _check_settings(content, path)
+    check_settings(content, path)
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -90,7 +90,7 @@ def read_config(path: Path, trust_remote_code: bool = False) -> "PreTrainedConfi
     return config
 
 
-def _check_settings(content: object, path: Path) -> None:
+def check_settings(content: object, path: Path) -> None:
     """UserError unless the settings that are known by name have values that they can have."""
     what = f"{path} describes no model"
     read_record(Record, content, what, REMEDY)
@@ -104,7 +104,7 @@ def _check_settings(content: object, path: Path) -> None:
             for rope in [value, *ropes]:
                 read_record(Rope, rope, f"{what} ({name})", REMEDY)
         elif isinstance(value, dict) and name.endswith("_config"):
-            _check_settings(value, path)
+            check_settings(value, path)
 
 
 def _one_for_all_layers(content: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -19,14 +19,32 @@ from torch import Tensor
 from ..runtime.devices import machine_bytes
 from ..runtime.errors import UserError
 from ..runtime.files import hash_files, read_json
+from ..runtime.gguf_header import read_gguf_header
 from ..runtime.schema import Record, read_record
 from .adapter import TransformersLM, one_line, quiet_transformers
-from .architecture import check_memory, read_config, without_memory
+from .architecture import check_memory, check_settings, read_config, without_memory
 from .base import LanguageModel
 from .decoder import Decoder, unsupported_reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+# The names of settings in a .gguf file, after that of the architecture, and in transformers.
+GGUF_SETTINGS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "rope.freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
+}
 
 
 class WeightIndex(Record):
@@ -197,6 +215,7 @@ def load_with_transformers(
             package for package in ("gguf", "accelerate") if not importlib.util.find_spec(package)
         ]:
             raise UserError(f"{path} needs the package {missing[0]}: pip install miniplm[gguf]")
+        _check_gguf(path, dtype)
         options["gguf_file"] = path.name
         # Newer versions would otherwise keep them quantised where they have a kernel for it.
         if hasattr(transformers, "GgufConfig"):
@@ -224,6 +243,22 @@ def load_with_transformers(
     _refuse_tensors(path, MISSING, sorted(info["missing_keys"]))
     _refuse_tensors(path, OTHER_SHAPE, sorted(name for name, *_ in info["mismatched_keys"]))
     return model.eval().to(device)
+
+
+def _check_gguf(path: Path, dtype: torch.dtype) -> None:
+    """UserError if a .gguf file is not whole, or describes no model that this machine has the memory for."""
+    header, available = read_gguf_header(path), machine_bytes()
+    sizes = {
+        GGUF_SETTINGS[key.partition(".")[2]]: value
+        for key, value in header.settings.items()
+        if key.partition(".")[2] in GGUF_SETTINGS
+    }
+    check_settings({"model_type": None, **sizes}, path)
+    if available and header.elements * dtype.itemsize > available:
+        raise UserError(
+            f"the weights in {path} take {header.elements * dtype.itemsize / 1e9:,.1f} GB of memory, this "
+            f"machine has {available / 1e9:,.1f} GB: take a smaller model or a larger machine"
+        )
 
 
 def _locate(name: str | os.PathLike[str]) -> Path:

@@ -15,6 +15,7 @@ from miniplm.runtime.errors import UserError
 
 gguf = pytest.importorskip("gguf")
 WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 512}  # rows that q8_0 takes
+MULTI_HEAD = {**WIDE, "num_key_value_heads": 4}
 MODELS = {
     "qwen2 tied": Qwen2Config(**WIDE, num_key_value_heads=4, tie_word_embeddings=True),
     "qwen2 gqa": Qwen2Config(
@@ -208,10 +209,13 @@ def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused(parts, messag
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Qwen3Config(**WIDE, head_dim=16), "type is 'qwen3'"),
+        (Qwen3Config(**MULTI_HEAD, head_dim=16), "type is 'qwen3'"),
         (LlamaConfig(**WIDE, attention_bias=True), "Llama with biases"),
-        (Qwen2Config(**WIDE, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)), "linear"),
-        (Qwen2Config(**{**WIDE, "vocab_size": 400}), "500 ids, the model 400"),
+        (
+            Qwen2Config(**MULTI_HEAD, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)),
+            "linear",
+        ),
+        (Qwen2Config(**{**MULTI_HEAD, "vocab_size": 400}), "500 ids, the model 400"),
     ],
 )
 def test_models_that_do_not_fit_are_refused(config, message, tokenizer, tmp_path):
