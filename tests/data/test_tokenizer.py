@@ -92,7 +92,7 @@ def test_a_file_that_is_no_gguf(tmp_path):
     with pytest.raises(UserError, match=r"neither a folder nor a \.gguf file"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(10))
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="is not a whole GGUF file"):
         load_tokenizer(str(tmp_path / "broken.gguf"))
 
 
