@@ -34,6 +34,7 @@ WRONG = [
     (config.SelectConfig, SELECT, "scores", [[], ["a", "b", "c"], [""], ["a", "b\0"]]),
     (config.EvaluateConfig, EVALUATE, "batch_tokens", [0, 10**13]),
     (config.EvaluateConfig, EVALUATE, "output", ["", "/dev/null", "a\0", "/", ".."]),
+    (config.RunConfig, dict(config="c"), "output", ["", ".", "..", "/", "/dev/null", "a\0"]),
     (config.GenerateConfig, GENERATE, "max_new_tokens", [0, 10**13]),
     (config.GenerateConfig, GENERATE, "temperature", [-1, math.inf, math.nan]),
     (config.GenerateConfig, GENERATE, "top_p", [0, 1.1, math.nan]),
@@ -99,7 +100,6 @@ EDGES = [
     (config.StudentConfig, {}, dict(head_dim=2, num_key_value_heads=1, initializer_range=0.0)),
     (config.OptimizerConfig, {}, dict(betas=(0.0, 0.999), max_grad_norm=math.inf, weight_decay=0.0)),
     (config.TrainConfig, TRAIN, dict(seed=2**64 - 1, batch_tokens=1, steps=2**31 - 1)),
-    (config.RunConfig, dict(config="c"), dict(output=".")),
 ]
 
 
