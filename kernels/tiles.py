@@ -27,6 +27,7 @@ BATCH_SIZES = (
 )
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+SPLITS_AT_ONCE = tl.constexpr(8)  # one after the other, 200 splits would be 200 waits for memory
 LOWEST = tl.constexpr(-2.3e38)  # a first maximum that stays finite when multiplied by log2(e)
 
 
@@ -142,20 +143,29 @@ def add_to_logsumexp(logits, largest, total):
 
 
 @triton.jit
+def _load_splits(ptr, first, r, T, splits, beyond_last_split, beyond_last_row):
+    """The partial results [SPLITS_AT_ONCE, rows] of the rows r, stored [splits, T], from split `first` on."""
+    split = first + tl.arange(0, SPLITS_AT_ONCE)[:, None]
+    inside = (split < splits) & (r < T)[None, :]
+    loaded = tl.load(ptr + split.to(tl.int64) * T + r[None, :], mask=inside, other=beyond_last_row)
+    return tl.where(split < splits, loaded, beyond_last_split)
+
+
+@triton.jit
 def combine_logsumexp(max_ptr, sum_ptr, r, T, splits, MAXIMUM: tl.constexpr = False):
     """log Σ exp of the rows r from their `splits` partial results, stored [splits, T], in a fixed order; or
     their maximum alone."""
-    largest = tl.full(r.shape, LOWEST, tl.float32)
-    total = tl.zeros(r.shape, tl.float32)
-    for _ in range(splits):
-        m = tl.load(max_ptr + r, mask=r < T, other=0.0)
-        s = tl.load(sum_ptr + r, mask=r < T, other=1.0)
-        max_ptr += T
-        sum_ptr += T
+    largest = tl.full([SPLITS_AT_ONCE, r.shape[0]], LOWEST, tl.float32)
+    total = tl.zeros([SPLITS_AT_ONCE, r.shape[0]], tl.float32)
+    for first in range(0, splits, SPLITS_AT_ONCE):
+        m = _load_splits(max_ptr, first, r, T, splits, LOWEST, 0.0)
+        s = _load_splits(sum_ptr, first, r, T, splits, 0.0, 1.0)
         new = tl.maximum(largest, m)
         total = total * tl.exp2((largest - new) * LOG2_E) + s * tl.exp2((m - new) * LOG2_E)
         largest = new
-    return largest if MAXIMUM else largest + tl.log2(total) * LN_2
+    maximum = tl.max(largest, 0)
+    total = tl.sum(total * tl.exp2((largest - maximum[None, :]) * LOG2_E), 0)
+    return maximum if MAXIMUM else maximum + tl.log2(total) * LN_2
 
 
 @triton.jit
@@ -181,8 +191,7 @@ def at_most_zero(log_prob):
 @triton.jit
 def sum_splits(sum_ptr, r, T, splits):
     """The sum of the rows r over their `splits` partial results, stored [splits, T], in a fixed order."""
-    total = tl.zeros(r.shape, tl.float32)
-    for _ in range(splits):
-        total += tl.load(sum_ptr + r, mask=r < T, other=1.0)
-        sum_ptr += T
-    return total
+    total = tl.zeros([SPLITS_AT_ONCE, r.shape[0]], tl.float32)
+    for first in range(0, splits, SPLITS_AT_ONCE):
+        total += _load_splits(sum_ptr, first, r, T, splits, 0.0, 1.0)
+    return tl.sum(total, 0)
