@@ -68,6 +68,7 @@ OF_EACH_TYPE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("settings_class", "name"), OF_EACH_TYPE.values(), ids=OF_EACH_TYPE)
 def test_every_type_with_every_strange_value(settings_class, name):
     kind = Schema(settings_class).kinds.get(name)

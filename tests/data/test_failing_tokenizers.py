@@ -43,6 +43,7 @@ def test_prepare(spoiled, tmp_path, capfd, normalizer, reason, workers):
     assert reason in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_prepare_leaves_a_search_that_does_not_end(spoiled, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "SECONDS_PER_BLOCK", 2)
     data = write_jsonl(

@@ -156,6 +156,7 @@ def test_reading_on_within_a_large_row_group(tmp_path):
         assert rows == [(str(row), "default", f"{path}, row {row + 1}") for row in range(number, 2_000)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_many_long_texts_in_a_row_group_of_short_ones_are_not_in_memory_at_once(tmp_path):
     texts = ["b"] * 100_000 + ["a" * (1 << 20)] * 512

@@ -129,6 +129,7 @@ def test_the_graph_is_freed(head):
         gc.enable()
 
 
+@pytest.mark.slow
 def test_compiled(head):
     """The whole step, traced without a break."""
     *inputs, targets = head

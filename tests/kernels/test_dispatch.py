@@ -25,6 +25,7 @@ def test_every_op_is_here():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name):
     """Schema, autograd registration, fake tensors, and tracing with dynamic shapes."""
@@ -34,6 +35,7 @@ def test_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.miniplm, name).default, example)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_fake_results_are_like_real_ones(name, dtype):

@@ -216,6 +216,7 @@ def test_strided(implementation):
         )
 
 
+@pytest.mark.slow
 def test_compiled_and_opcheck(implementation):
     heads, targets = make(implementation, 20, 70, 70, dtype=torch.float32)
     call = lambda *heads: linear_distillation_loss(*heads, targets)

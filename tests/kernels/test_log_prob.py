@@ -123,6 +123,7 @@ def test_inference_mode(implementation):
     torch.testing.assert_close(found, plain_log_prob(hidden, weight, targets))
 
 
+@pytest.mark.slow
 def test_opcheck(implementation):
     hidden, weight, targets = on(implementation.device, *random_head(20, 130, 8), dtype=torch.float32)
     example = hidden, weight, targets, IGNORE_INDEX, 1 << 20

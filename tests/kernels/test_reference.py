@@ -37,6 +37,7 @@ def test_the_formula_for_other_devices(lengths, monkeypatch):
     assert_close_everywhere(both(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [4, 64, 1000, 10_000])
 def test_any_tile(tile, monkeypatch):
     """The log-probabilities do not depend on how vocabulary and tokens are cut."""

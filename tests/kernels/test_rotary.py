@@ -127,6 +127,7 @@ def test_nothing_to_turn(tokens, heads, key_heads, implementation):
     assert_equal_everywhere(apply_rotary(q.float(), k.float(), positions, inv_freq), (q.float(), k.float()))
 
 
+@pytest.mark.slow
 def test_opcheck(implementation):
     q, k = (x.float().requires_grad_() for x in random_queries_and_keys(implementation, 7, 4, 2, 8))
     positions, inv_freq = on(implementation.device, torch.arange(7), torch.rand(4))

@@ -118,6 +118,7 @@ def test_nothing(shape, implementation):
     assert x.grad.shape == shape
 
 
+@pytest.mark.slow
 def test_opcheck(implementation):
     gate, up = (torch.randn(7, 8, device=implementation.device, requires_grad=True) for _ in range(2))
     torch.library.opcheck(torch.ops.miniplm.swiglu.default, (gate, up))

@@ -232,6 +232,7 @@ def claim(folders, barrier, answers):
             barrier.wait()
 
 
+@pytest.mark.slow
 def test_of_runs_that_begin_at_the_same_moment_one_writes(tmp_path):
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(3, timeout=30), context.Queue()

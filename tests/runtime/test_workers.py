@@ -42,6 +42,7 @@ def counted(n, read):
         yield item
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_order_and_one_function_per_worker(workers):
     results = list(ordered_map(make_slow_square, 0.002, range(40), workers))
@@ -50,6 +51,7 @@ def test_order_and_one_function_per_worker(workers):
     assert len(born) <= workers and ({pid for pid, _ in born} == {os.getpid()}) == (workers == 1)
 
 
+@pytest.mark.slow
 def test_nothing_is_read_ahead():
     read = []
     results = ordered_map(make_slow_square, 0, counted(100, read), 2)

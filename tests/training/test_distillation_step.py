@@ -70,6 +70,7 @@ def plain_losses(student, teacher, rows, alpha, temperature, document_mask):
     return (1 - alpha) * cross_entropy + alpha * divergence, cross_entropy, divergence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch_tokens, document_mask", [(1, False), (70, False), (10_000, True)])
 @pytest.mark.parametrize(
     "name, alpha, temperature",
