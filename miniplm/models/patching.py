@@ -31,6 +31,8 @@ from .transformers_attention import ATTENTION
 from .transformers_masks import Documents
 
 Patched = Any  # a module of a class in PATCHED.values(); those are made at run time
+# What keys and values of before are called: from transformers 5.24 on, cache.
+CACHE = "cache" if "cache" in inspect.signature(CausalLMOutputWithPast).parameters else "past_key_values"
 Model = TypeVar("Model", bound=nn.Module)
 ATTENTION_BEFORE = "_miniplm_attention_before"  # on a patched model: its attention implementation before
 
@@ -149,6 +151,7 @@ def _attention(
     position_embeddings: tuple[Tensor, Tensor, float],
     attention_mask: Documents | Tensor | None = None,
     past_key_values: Cache | None = None,
+    cache: Cache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     shape = hidden_states.shape[:-1]  # [B, S]
@@ -162,8 +165,9 @@ def _attention(
     q, k = apply_rotary(q.flatten(0, 1), k.flatten(0, 1), positions, inv_freq)
     q, k = q.unflatten(0, shape), k.unflatten(0, shape)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, S, D]
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, self.layer_idx)
+    cache = past_key_values if cache is None else cache
+    if cache is not None:
+        k, v = cache.update(k, v, self.layer_idx)
     eager = sys.modules[self.transformers_class.__module__].eager_attention_forward
     attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager)
     out, weights = attend(
@@ -189,16 +193,17 @@ def _causal_lm(
     labels: Tensor | None = None,
     use_cache: bool | None = None,
     logits_to_keep: Tensor | int = 0,
+    cache: Cache | None = None,
     **kwargs: Any,
 ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-    body = dict(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=past_key_values,
-        inputs_embeds=inputs_embeds,
-        use_cache=use_cache,
-    )
+    body: dict[str, Any] = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        CACHE: past_key_values if cache is None else cache,
+        "inputs_embeds": inputs_embeds,
+        "use_cache": use_cache,
+    }
     all_logits = not isinstance(logits_to_keep, Tensor) and not logits_to_keep
     plain_loss = _is_plain(self.lm_head) and self.loss_function is ForCausalLMLoss
     if labels is None or not self.training or not plain_loss or not all_logits:
@@ -209,7 +214,7 @@ def _causal_lm(
     outputs = self.model(**body, **kwargs)
     result = CausalLMOutputWithPast(
         loss=_causal_lm_loss(outputs.last_hidden_state, self.lm_head.weight, labels, **kwargs),
-        past_key_values=outputs.past_key_values,
+        **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )

@@ -23,7 +23,7 @@ def lines(capsys, *model_types):
 
 
 def test_equal_and_refused(peers, capsys):
-    assert lines(capsys, "llama", "gptj") == (0, [("equal", "llama"), ("refused", "gptj")])
+    assert lines(capsys, "llama", "mamba") == (0, [("equal", "llama"), ("refused", "mamba")])
 
 
 def test_a_wrong_attention_is_told(peers, capsys, monkeypatch):

@@ -12,7 +12,6 @@ from transformers import (
     DogeConfig,
     FalconConfig,
     Gemma2Config,
-    GPTJConfig,
     GptOssConfig,
     LlamaConfig,
     MambaConfig,
@@ -143,7 +142,6 @@ def test_what_sdpa_has_not_is_refused_in_both():
 
 OWN_CODE = [
     FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2),
-    GPTJConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=2, rotary_dim=8, n_positions=64),
     MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=8),
     DogeConfig(**{**SIZES, "num_hidden_layers": 1}),
 ]
