@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -223,6 +224,31 @@ def test_damaged_files(tmp_path, name, damage):
             for record in block.records:
                 read_record(record, block.columns, "text", "domain")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path, content: os.truncate(path, len(content) // 2),
+        lambda path, content: path.write_bytes(content + content),
+        lambda path, content: path.write_bytes(bytes(len(content))),
+        lambda path, content: os.replace(shutil.copy(path, f"{path}.new"), path),
+    ],
+    ids=["cut", "grown", "rewritten", "replaced"],
+)
+def test_a_file_that_changes_while_it_is_read(tmp_path, name, change):
+    path = tmp_path / name
+    write(path)
+    os.utime(path, ns=(0, 0))  # that a change within the clock's tick is seen
+    content = path.read_bytes()
+    blocks = open_source(str(path), ["text", "domain"]).blocks()
+    next(blocks)
+    change(path, content)
+    with pytest.raises(
+        UserError, match=r"was changed while it was read: run the same command again|cannot be"
+    ):
+        list(blocks)
 
 
 def test_a_file_that_goes_away(tmp_path):
