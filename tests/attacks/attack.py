@@ -158,8 +158,10 @@ def verdict(code: int, said: str, rel: Path, same: bool, again: bool) -> str:
 def main_loop(options: argparse.Namespace) -> int:
     folder = Path(options.folder)
     good, bad, log = folder / "good", folder / "bad", folder / "log"
+    if folder.exists() and not good.exists():
+        sys.exit(f"{folder} is there and not of earlier attacks: give another --folder")
     shutil.rmtree(folder, ignore_errors=True)
-    good.parent.mkdir(parents=True)
+    folder.mkdir(parents=True)
     build(good, lambda command, tree, stop=None: run(command, tree, log, stop))
     names = [name for name in COMMANDS if options.only in name]
     expected = {}
