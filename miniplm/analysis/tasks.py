@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..models.base import LanguageModel
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, reason
 from ..runtime.files import fingerprint
 from ..runtime.text import printable
 
@@ -80,10 +80,9 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
         try:
             loaded |= manager.load(str(Path(name).resolve()) if _is_file(name) else name)["tasks"]
         except Exception as error:  # of the harness, of datasets, of the network
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(
-                f"task {name} cannot be read ({reason}): look at its file, and see that its data can be "
-                f"reached"
+                f"task {name} cannot be read ({reason(error)}): look at its file, and see that its data can "
+                f"be reached"
             ) from error
     for name, task in loaded.items():
         if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood", "loglikelihood_rolling"):

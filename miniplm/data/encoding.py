@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, reason
 from ..runtime.guarded import call_within
 from .chunking import boundaries, boundary_table
 from .records import read_record
@@ -68,10 +68,10 @@ class Encoder:
                 self.table = call_within(
                     SECONDS_PER_BLOCK, lambda: boundary_table(self.tokenizer, settings.eos_token_id)
                 )
-        except (ValueError, TimeoutError) as error:
+        except Exception as error:
             raise UserError(
-                f"the tokenizer cannot decode its own tokens ({error}): use one that can"
-            ) from None
+                f"the tokenizer cannot decode its own tokens ({reason(error)}): use one that can"
+            ) from error
         # Text that spells a special token, EOS among them, stays text.
         self.tokenizer.encode_special_tokens = True
 
@@ -82,8 +82,8 @@ class Encoder:
             encodings = self._encode(texts)
         except Exception as error:  # tokenizers raises Exception itself
             raise UserError(
-                f"the tokenizer cannot encode the text at {block.where(0)} or soon after ({error}): use one "
-                f"that can"
+                f"the tokenizer cannot encode the text at {block.where(0)} or soon after ({reason(error)}): "
+                f"use one that can"
             ) from error
         eos = self.settings.eos_token_id
         documents = [np.array([*encoding.ids, eos], np.int32) for encoding in encodings]

@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, reason
 from ..runtime.files import atomic_write, hash_files
 from ..runtime.schema import Count, Record
 
 ROLES = ("teacher", "reference")
 SCORE_COLUMNS = ("teacher_log_prob", "reference_log_prob", "score")
-MAX_REASON = 200  # characters of a library's message
 REMEDY = "run score again, it writes what is damaged or missing anew"
 
 
@@ -197,8 +196,7 @@ def _read_columns(path: Path, names: Sequence[str]) -> Any:
         table.validate(full=True)
         return table
     except Exception as error:  # Arrow raises many kinds
-        reason = " ".join(str(error).split())[:MAX_REASON]
-        raise UserError(f"{path} cannot be read ({reason}): {REMEDY}") from error
+        raise UserError(f"{path} cannot be read ({reason(error)}): {REMEDY}") from error
 
 
 def _read_shard(path: Path, columns: list[str] | None = None) -> Any:

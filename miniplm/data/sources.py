@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, reason
 from ..runtime.files import fingerprint
 from .readers import grouped, read_rows, reader_of
 from .records import Record
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 ENDS_BYTES = 1 << 16  # at either end of a file, by which it is known again
-MAX_REASON = 300  # characters of a library's message
 
 Position = tuple[int, int, int]
 START: Position = (0, 0, 0)
@@ -105,7 +104,9 @@ class Files:
             self._found = [_state(found) for found in self.paths]
             files = [(name, found.stat().st_size, _hash_ends(found)) for name, found in names.items()]
         except OSError as error:
-            raise UserError(f"data cannot be read: {error}") from error
+            raise UserError(
+                f"{error.filename or path} cannot be read ({reason(error)}): restore it or leave it out"
+            ) from error
         self.size: int | None = sum(size for _, size, _ in files)
         self.identity = {"files": len(files), "bytes": self.size, "fingerprint": fingerprint(files)}
         self.state: str | None = fingerprint(self._found)
@@ -129,7 +130,7 @@ class Files:
                 self._check_unchanged(index)  # cut, it would only have ended sooner
             except (OSError, pyarrow.ArrowException) as error:
                 raise UserError(
-                    f"{path} cannot be read ({' '.join(str(error).split())}): restore it or leave it out"
+                    f"{path} cannot be read ({reason(error)}): restore it or leave it out"
                 ) from error
             offset = number = 0
 
@@ -165,7 +166,7 @@ class HubDataset:
                 yield Block(records, names, self.name, ", record ", first, (0, 0, number), size)
         except Exception as error:  # datasets and the network raise many kinds
             raise UserError(
-                f"dataset {self.name} cannot be read ({' '.join(str(error).split())[:MAX_REASON]}): give an "
+                f"dataset {self.name} cannot be read ({reason(error)}): give an "
                 f"existing file or folder, or an id, "
                 "--subset and --split that exist, and see that the Hub can be reached"
             ) from error

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..runtime.errors import UserError
+from ..runtime.errors import Named, UserError, reason, system_error
 from ..runtime.files import fingerprint
 from ..runtime.gguf_header import read_gguf_header
 from ..runtime.guarded import call_within, held_stderr
@@ -62,9 +62,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
                 )
     except Exception as error:  # transformers raises many kinds, some over many lines
         _refuse_without_files(path, name)
-        raise UserError(
-            f"tokenizer {name} cannot be loaded ({' '.join(str(error).split())[:200]}): {REMEDY}"
-        ) from error
+        raise UserError(f"tokenizer {name} cannot be loaded ({reason(error)}): {REMEDY}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"tokenizer {name} is a slow one ({type(tokenizer).__name__}): convert it to a tokenizer.json "
@@ -91,10 +89,8 @@ def save_tokenizer(tokenizer: Any, folder: str | os.PathLike[str]) -> None:
     library has its own kind."""
     try:
         tokenizer.save_pretrained(folder)
-    except OSError:
-        raise
     except Exception as error:
-        raise OSError(f"the tokenizer cannot be written to {folder}: {error}") from error
+        raise system_error(error, folder) or error from None
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -124,7 +120,7 @@ def read_vocabulary(text: str) -> dict[str, int]:
         with panics_as_errors():
             return Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
     except Exception as error:  # tokenizers raises Exception itself
-        raise ValueError(str(error)) from None
+        raise Named(reason(error)) from error
 
 
 @contextlib.contextmanager
@@ -138,7 +134,7 @@ def panics_as_errors() -> Iterator[None]:
             if type(error).__name__ != "PanicException":
                 raise
             drop()
-            raise ValueError(f"the tokenizers library panicked: {error}") from None
+            raise Named("the tokenizers library panicked") from error
 
 
 @contextlib.contextmanager
@@ -149,7 +145,7 @@ def tokenizer_errors(name: str) -> Iterator[None]:
             yield
     except Exception as error:  # tokenizers raises Exception itself
         raise UserError(
-            f"the tokenizer of {name} cannot encode a text ({' '.join(str(error).split())[:200]}): put "
+            f"the tokenizer of {name} cannot encode a text ({reason(error)}): put "
             f"another tokenizer.json beside the model, or give another model"
         ) from error
 

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from ..runtime.artifacts import damaged_file, record_output, recorded
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, reason
 from ..runtime.file_facts import FileFacts, file_facts, signature
 from ..runtime.files import atomic_folder, fingerprint, hash_files, read_json
 from ..runtime.progress import Progress, note
@@ -35,7 +35,6 @@ COLUMNS = ("input_ids", "domain", "num_tokens")  # of a corpus; a refined one ha
 MAX_HASHING_THREADS = 4  # disks are not faster for more
 SILENT_BYTES = 1 << 31  # so many are read without a progress bar
 MAX_FILES_NAMED = 3
-MAX_REASON = 200  # characters of a library's message
 
 
 class Damaged(UserError):
@@ -198,7 +197,7 @@ def read_shard(path: Path, digest: str) -> ShardFacts:
                 chunks += batch.num_rows
                 tokens += pc.sum(batch.column("num_tokens")).as_py() or 0
     except Exception as error:  # Arrow raises many kinds
-        fault = f"cannot be read ({' '.join(str(error).split())[:MAX_REASON]})"
+        fault = f"cannot be read ({reason(error)})"
     return ShardFacts(hash=digest, chunks=chunks, tokens=tokens, lowest=lowest, highest=highest, fault=fault)
 
 
@@ -311,7 +310,7 @@ def _read_tokenizer(path: Path, place: str, eos: int) -> TokenizerFacts:
         text = path.read_text(encoding="utf-8")
         vocabulary = read_vocabulary(text)
     except ValueError as error:
-        raise Damaged(f"{place} cannot be read ({' '.join(str(error).split())[:MAX_REASON]})") from None
+        raise Damaged(f"{place} cannot be read ({reason(error)})") from error
     return TokenizerFacts(
         eos=eos,
         eos_token={index: token for token, index in vocabulary.items()}.get(eos),

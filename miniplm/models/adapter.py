@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, reason
 from .base import LanguageModel
 from .flops import forward_flops
 
@@ -44,7 +44,7 @@ class TransformersLM(LanguageModel):
         except Exception as error:  # whatever a foreign model's code raises
             raise UserError(
                 f"{name} ({model.config.model_type}) cannot be used: it does not compute plain text "
-                f"({one_line(error)})"
+                f"({reason(error)})"
             ) from error
 
     @property
@@ -143,11 +143,3 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, or its kind where it says nothing, on one line of at most 300 letters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if "trust_remote_code" in text:
-        return "it comes with code of its own: set trust_remote_code if you trust it"
-    return text[:300]

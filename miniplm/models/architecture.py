@@ -9,10 +9,10 @@ import torch
 from pydantic import Field, create_model
 
 from ..runtime.devices import machine_bytes
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, reason
 from ..runtime.files import read_json
 from ..runtime.schema import Record, read_record
-from .adapter import one_line, quiet_transformers
+from .adapter import quiet_transformers
 from .decoder import ARCHITECTURES, Decoder, unsupported_reason
 
 if TYPE_CHECKING:
@@ -73,18 +73,23 @@ def read_config(path: Path, trust_remote_code: bool = False) -> "PreTrainedConfi
     Raises:
         UserError: there is none, or a model cannot be made by it; the line says which setting is wrong.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     source, path = path, path / "config.json" if path.is_dir() else path
     if source != path and not path.exists():
         raise UserError(f"{source} holds no config.json: give a model's folder")
     content = read_json(path)
     check_settings(content, path)
+    kind = content.get("model_type")
+    if "auto_map" not in content and kind not in CONFIG_MAPPING:
+        raise UserError(
+            f"{path} describes no model (model_type {kind!r} is not known to transformers): {REMEDY}"
+        )
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises anything, from KeyError to OSError
-        raise UserError(f"transformers cannot read {path}: {one_line(error)}") from error
+        raise UserError(f"transformers cannot read {path}: {reason(error)}") from error
     if "auto_map" not in content and (fault := _fault(config.get_text_config())):
         raise UserError(f"{path} describes no model ({fault}): {REMEDY}")
     return config
@@ -165,7 +170,7 @@ def without_memory(config: "PreTrainedConfig", what: str, trust_remote_code: boo
                 return Decoder(config)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         except Exception as error:  # whatever the code of a model raises
-            raise UserError(f"no model can be made by the config of {what}: {one_line(error)}") from error
+            raise UserError(f"no model can be made by the config of {what}: {reason(error)}") from error
 
 
 def check_memory(

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import StudentConfig
 from ..kernels import add_rms_norm, apply_rotary, flash_attention, rms_norm, swiglu
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, reason
 from . import float8
 from .base import LanguageModel
 from .flops import forward_flops
@@ -307,4 +307,4 @@ def student_config(config: StudentConfig, vocab_size: int, eos_token_id: int) ->
             dtype=torch.float32,
         )
     except Exception as error:  # transformers' own rules
-        raise UserError(f"transformers refuses this model: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"transformers refuses this model: {reason(error)}") from error

@@ -17,11 +17,11 @@ from pydantic import Field
 from torch import Tensor
 
 from ..runtime.devices import machine_bytes
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, reason
 from ..runtime.files import hash_files, read_json
 from ..runtime.gguf_header import read_gguf_header
 from ..runtime.schema import Record, read_record
-from .adapter import TransformersLM, one_line, quiet_transformers
+from .adapter import TransformersLM, quiet_transformers
 from .architecture import check_memory, check_settings, read_config, without_memory
 from .base import LanguageModel
 from .decoder import Decoder, unsupported_reason
@@ -148,8 +148,8 @@ def tensor_names(files: Sequence[Path], itemsize: int | None) -> dict[Path, list
                 kinds = {name: str(tensor.get_dtype()) for name, tensor in tensors.items()}
         except SafetensorError as error:
             raise UserError(
-                f"{file} is not a whole safetensors file ({one_line(error)}): copy or download it again"
-            ) from None
+                f"{file} is not a whole safetensors file ({reason(error)}): copy or download it again"
+            ) from error
         for name, kind in kinds.items():
             if name.endswith(".weight") and not kind.startswith(("F", "BF")):
                 raise UserError(
@@ -237,7 +237,7 @@ def load_with_transformers(
                 **options,
             )
     except Exception as error:  # transformers raises anything, from KeyError to OSError
-        raise UserError(f"transformers cannot load {path}: {one_line(error)}") from error
+        raise UserError(f"transformers cannot load {path}: {reason(error)}") from error
     # What transformers declares is the model alone.
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     _refuse_tensors(path, MISSING, sorted(info["missing_keys"]))
@@ -295,5 +295,5 @@ def _download(name: str) -> Path:
     except (HTTPError, LocalEntryNotFoundError, HFValidationError, ConnectionError) as error:
         raise UserError(
             f"model {name} is neither a local folder nor a Hugging Face model that can be reached: "
-            f"{one_line(error)}"
+            f"{reason(error)}"
         ) from error

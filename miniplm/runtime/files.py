@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import filelock
 
-from .errors import UserError
+from .errors import UserError, reason
 
 
 def fingerprint(value: Any) -> str:
@@ -153,5 +153,4 @@ def read_json(path: str | os.PathLike) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:  # JSON's, UTF-8's, or a number of thousands of digits
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not valid JSON ({reason}): restore it or make it again") from None
+        raise UserError(f"{path} is not valid JSON ({reason(error)}): restore it or make it again") from error

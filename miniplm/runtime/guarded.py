@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from .errors import Named
+
 STDERR = 2  # its file descriptor
 SECONDS_TO_END = 10
 
@@ -20,7 +22,7 @@ def call_within(seconds: int, function: Callable[[], Result]) -> Result:
     Seconds in which the whole process is stopped do not count.
 
     Raises:
-        TimeoutError: after so many seconds.
+        Named: after so many seconds.
     """
     results: list[Result] = []
     errors: list[BaseException] = []
@@ -44,7 +46,7 @@ def call_within(seconds: int, function: Callable[[], Result]) -> Result:
     if errors:
         raise errors[0]
     if not results:
-        raise TimeoutError(f"no answer within {seconds:,} seconds")
+        raise Named(f"no answer within {seconds:,} seconds")
     return results[0]
 
 

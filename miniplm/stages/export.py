@@ -19,7 +19,7 @@ from ..models.decoder import Decoder
 from ..models.gguf_file import Encoding, write_gguf
 from ..models.loading import load_model, model_hash
 from ..runtime.artifacts import MANIFEST, damaged_file, open_output
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, reason, system_error
 from ..runtime.files import atomic_folder, atomic_write, fingerprint, hash_files, read_json, write_json
 from ..runtime.progress import note
 from ..runtime.text import printable
@@ -213,7 +213,7 @@ def _write_model(checkpoint: Path, dtype: str, folder: Path) -> None:
     try:
         model.save_pretrained(folder)
     except SafetensorError as error:  # how the library reports a full disk
-        raise OSError(f"cannot write {folder}: {error}") from error
+        raise system_error(error, folder) or error from None
     _write_for_transformers_4(folder)
     if not _cut_alike(folder, tokenizer):
         raise UserError(
@@ -320,7 +320,7 @@ def _push(config: ExportConfig, folder: Path, card: Callable[[str], str]) -> Non
         except Exception as error:  # the HTTP library's too, which is another one from version to version
             raise UserError(
                 f"{folder} is complete, but could not be uploaded to {config.push_to_hub} "
-                f"({' '.join(str(error).split())[:300]}): look at the name and the network, log in with "
+                f"({reason(error)}): look at the name and the network, log in with "
                 f"`hf auth login`, and run the command again"
             ) from error
 

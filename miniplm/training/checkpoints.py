@@ -21,7 +21,7 @@ import torch
 
 from ..models.base import LanguageModel
 from ..runtime.artifacts import MANIFEST, damaged_file, is_as_written
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, system_error
 from ..runtime.files import atomic_folder, fingerprint, hash_files, read_json, write_json
 from ..runtime.progress import note
 from .state import TrainState, state_from_json, state_to_json
@@ -190,7 +190,7 @@ def save_checkpoint(
             model.save_pretrained(temporary)
             save_file(tensors, temporary / OPTIMIZER_FILE)
         except SafetensorError as error:  # how the library reports a full disk
-            raise OSError(f"cannot write checkpoint {folder}: {error}") from error
+            raise system_error(error, folder) or error from None
         files = {
             str(file.relative_to(temporary)): hash_files([file])
             for file in sorted(temporary.rglob("*"))

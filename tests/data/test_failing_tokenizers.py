@@ -31,16 +31,18 @@ def spoiled(tiny_tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize(
-    ("normalizer", "reason"), [(PANICS, "panicked: index out of bounds"), (GIVES_UP, "retry-limit-in-match")]
-)
-def test_prepare(spoiled, tmp_path, capfd, normalizer, reason, workers):
+@pytest.mark.parametrize("normalizer", [PANICS, GIVES_UP])
+def test_prepare(spoiled, tmp_path, capfd, normalizer, workers):
     data, output = write_jsonl(tmp_path / "data.jsonl", ["good", "x" * 60]), str(tmp_path / "out")
     arguments = ["--data", data, "--tokenizer", spoiled(normalizer), "--output", output]
     assert main(["prepare", *arguments, "--workers", str(workers)]) == 2
     said = capfd.readouterr().err
     assert said.startswith(f"miniplm prepare: the tokenizer cannot encode the text at {data}:1 or soon after")
-    assert reason in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert (
+        "(the tokenizers library panicked)" in said
+        and said.count("\n") == 1
+        and not (tmp_path / "out").exists()
+    )
 
 
 @pytest.mark.slow

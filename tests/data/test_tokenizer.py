@@ -107,7 +107,7 @@ def test_slow_tokenizers_are_refused(tmp_path):
 def test_saving_where_nothing_can_be_written_is_an_os_error(tiny_tokenizer, tmp_path):
     tokenizer = load_tokenizer(tiny_tokenizer)
     (tmp_path / "tokenizer.json").mkdir()  # for the tokenizers library, which raises a bare Exception
-    with pytest.raises(OSError, match="the tokenizer cannot be written to"):
+    with pytest.raises(OSError, match="Is a directory"):
         save_tokenizer(tokenizer, tmp_path)
     save_tokenizer(tokenizer, tmp_path / "new")
     assert load_tokenizer(str(tmp_path / "new")).get_vocab() == tokenizer.get_vocab()

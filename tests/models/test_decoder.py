@@ -170,7 +170,7 @@ def test_student_config_refuses(monkeypatch):
         raise ValueError("a rule\nof its own")
 
     monkeypatch.setattr(AutoConfig, "for_model", refuse)
-    with pytest.raises(UserError, match="transformers refuses this model: a rule of its own"):
+    with pytest.raises(UserError, match="transformers refuses this model: a value in it cannot be used"):
         student_config(StudentConfig(), 300, 7)
 
 
