@@ -21,7 +21,7 @@ and return at once where the flag is 0, so the host never waits. float16 has not
 way always, with E = 2¹⁵ p, and the weights g of a chunk relative to the largest.
 
 FLOPs 6·T·V·d. Bytes: E written once and read twice, 6·T·V for 16 bits; dW, summed in float32 over the chunks,
-8·V·d a chunk. Memory: `max_logits_bytes` bytes for E, and dW in float32.
+8·V·d a chunk (chunks.py). Memory: `max_logits_bytes` bytes for E, and dW in float32.
 """
 
 import math
@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import dispatch
+from . import chunks, dispatch, tuning
 from .logits import exponentials, logsumexp_partials, target_logits
 from .reference_head import IGNORE_INDEX
 from .tiles import BATCH_SIZES, LN_2, LOG2_E, combine_logsumexp, contiguous_rows, sum_splits
@@ -125,17 +125,26 @@ def _finish_kernel(
 # --- the launches ---
 
 
-def chunk_tokens(T: int, bytes_per_token: int, max_logits_bytes: int) -> int:
-    """Tokens in a chunk: as many as max_logits_bytes hold, the chunks nearly equal, whole tiles of 128."""
-    most = max(128, max_logits_bytes // bytes_per_token // 128 * 128)
-    return triton.cdiv(triton.cdiv(T, triton.cdiv(T, most)), 128) * 128
+def chunk_memory(x, vocabulary, models, max_logits_bytes):
+    """(tokens of a chunk of x [T, d], parts of the vocabulary for dx, memory [models, tokens of a chunk, V]
+    for exponentials, rows contiguous)."""
+    T, d = x.shape
+    width = triton.cdiv(vocabulary, 64) * 64  # rows aligned for descriptors and the products
+    bytes_per_token = models * width * x.itemsize
+    processors = tuning.target(x.device).processors
+    size, parts = chunks.choose(max(1, T), vocabulary, d, bytes_per_token, max_logits_bytes, processors)
+    return size, parts, x.new_empty(models, min(size, T), width)[..., :vocabulary]
 
 
-def product(a, b):
-    """a @ b in float32."""
+def product(a, b, parts=1):
+    """a [R, V] @ b [V, d] in float32; of so many equal parts of V, one batched product, which are added."""
+    if parts > 1:
+        a, b = a.unflatten(1, (parts, -1)).transpose(0, 1), b.unflatten(0, (parts, -1))
     if a.dtype == torch.float32 or a.device.type == "cpu":
-        return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)
+        result = a.float() @ b.float()
+    else:
+        result = (torch.mm if parts == 1 else torch.bmm)(a, b, out_dtype=torch.float32)
+    return result if parts == 1 else result.sum(0)
 
 
 def add_product(total, a, b):
@@ -237,9 +246,7 @@ def linear_cross_entropy(
     grad_hidden = hidden.new_empty(T, d) if need_hidden else hidden.new_empty(0)
     grad_weight = None
     nll = hidden.new_empty(T, dtype=torch.float32)
-    width = triton.cdiv(V, 64) * 64  # rows of E aligned for descriptors and the products
-    size = chunk_tokens(T, width * hidden.itemsize, max_logits_bytes) if T else 1
-    memory = hidden.new_empty(min(size, T), width)
+    size, parts, (memory,) = chunk_memory(hidden, V, 1, max_logits_bytes)
     # What lies at ignored tokens must not reach the sums as 0 · NaN.
     hidden = contiguous_rows(torch.where((targets != ignore_index)[:, None], hidden, 0))
     unit = 1.0
@@ -248,12 +255,12 @@ def linear_cross_entropy(
     for t in range(0, T, size):
         chunk = slice(t, t + size)
         x = hidden[chunk]
-        e = memory[: len(x), :V]
+        e = memory[: len(x)]
         nll[chunk], scale = _exponentials_and_scale(
             x, weight, targets[chunk], token_weight[chunk], ignore_index, e
         )
         if need_hidden:
-            grad_hidden[chunk] = product(e, weight) * scale[:, None]
+            grad_hidden[chunk] = product(e, weight, parts) * scale[:, None]
         if need_weight:
             scaled = (x * (scale * unit)[:, None]).to(x.dtype)
             if t == 0:

@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 
 from . import dispatch, reference_head, tuning
-from .cross_entropy import UNIT_FP16, add_product, chunk_tokens, guarded_exponentials, product
+from .cross_entropy import UNIT_FP16, add_product, chunk_memory, guarded_exponentials, product
 from .divergence import recompute_divergence
 from .reference_head import IGNORE_INDEX
 from .tiles import BATCH_SIZES, LN_2, contiguous_rows, log2_of_16_bits
@@ -213,13 +213,6 @@ def _combine_chunk(hidden, heads, targets, logits, losses, options: _Options):
     )
 
 
-def _chunk_memory(hidden, vocabulary, max_logits_bytes):
-    """(tokens in a chunk, memory [2, so many, V] for both models' exponentials)."""
-    T, width = len(hidden), triton.cdiv(vocabulary, 64) * 64  # rows aligned for descriptors and the products
-    size = chunk_tokens(T, 2 * width * hidden.itemsize, max_logits_bytes) if T else 1
-    return size, hidden.new_empty(2, min(size, T), width)[..., :vocabulary]
-
-
 @dispatch.triton("linear_distillation_loss", _examples)
 def linear_distillation_loss(
     student_hidden,
@@ -251,7 +244,7 @@ def linear_distillation_loss(
     count = counts.sum().clamp(min=1)
     unit = UNIT_FP16 if dtype == torch.float16 else 1.0
     options = _Options(ignore_index, alpha, temperature, unit, need_hidden or need_weight)
-    size, memory = _chunk_memory(student_hidden, V, max_logits_bytes)
+    size, parts, memory = chunk_memory(student_hidden, V, 2, max_logits_bytes)
     # What lies at ignored tokens must not reach the sums as 0 · NaN.
     hidden = [contiguous_rows(torch.where(counts[:, None], x, 0)) for x in (student_hidden, teacher_hidden)]
     for t in range(0, T, size):
@@ -260,7 +253,7 @@ def linear_distillation_loss(
         logits = memory[:, : len(y)]
         _combine_chunk(x, heads, y, logits, [loss[chunk] for loss in losses], options)
         if need_hidden:
-            grad_hidden[chunk] = product(logits[0], heads[0]) / (unit * count)
+            grad_hidden[chunk] = product(logits[0], heads[0], parts) / (unit * count)
         if need_weight and grad_weight is None:
             grad_weight = product(logits[0].T, x[0])
         elif need_weight:

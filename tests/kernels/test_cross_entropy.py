@@ -118,8 +118,8 @@ def test_no_drift_over_many_chunks(dtype, implementation, monkeypatch):
         implementation.name == "triton"
     ):  # chunks of less than a tile of 128 tokens, for the interpreter's sake
         monkeypatch.setattr(
-            "miniplm.kernels.cross_entropy.chunk_tokens",
-            lambda T, _, max_logits_bytes: T if max_logits_bytes == 1 << 30 else tokens,
+            "miniplm.kernels.chunks.choose",
+            lambda T, V, d, _, max_logits_bytes, __: (T if max_logits_bytes == 1 << 30 else tokens, 1),
         )
     hidden, weight, targets = on(implementation.device, *random_head(64 * tokens, vocabulary), dtype=dtype)
     ones = [torch.ones((), device=implementation.device)]

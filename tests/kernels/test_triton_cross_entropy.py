@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from checks import assert_accurate_everywhere, remember_calls
-from miniplm.kernels import cross_entropy, linear_cross_entropy, tuning
+from miniplm.kernels import chunks, cross_entropy, linear_cross_entropy, tuning
 from oracles import plain_cross_entropy
 from random_inputs import on, random_head
 
@@ -30,19 +30,6 @@ def test_a_wrong_target_gives_nan(device):
     targets[4] = 101
     assert linear_cross_entropy(hidden, weight, targets).isnan()
     assert linear_cross_entropy(hidden.requires_grad_(), weight, targets).isnan()
-
-
-def test_chunks_fill_the_budget():
-    """At the shapes of the aims (docs/design.md), whole tiles of tokens within max_logits_bytes, nearly
-    equal; never fewer than one tile."""
-    for tokens in (1, 100, 16_384, 65_536):
-        for bytes_per_token in (2 * 151_936, 2 * 49_152, 4 * 151_936):
-            size = cross_entropy.chunk_tokens(tokens, bytes_per_token, 1 << 30)
-            assert size % 128 == 0 and size * bytes_per_token <= 1 << 30
-            all_at_once = size == -(-tokens // 128) * 128
-            assert size - 128 < tokens and (all_at_once or size * bytes_per_token > (1 << 30) / 2)
-    assert cross_entropy.chunk_tokens(16_384, 2 * 151_936, 2_490 << 20) == 8_192
-    assert cross_entropy.chunk_tokens(500, 1 << 40, 1) == 128
 
 
 # --- the guard ---
@@ -93,7 +80,7 @@ def test_the_guard_trips_where_it_must(nats, trips, device, monkeypatch):
         return real(x, w, flag)
 
     monkeypatch.setattr(cross_entropy, "logsumexp_partials", remember_flag)
-    monkeypatch.setattr(cross_entropy, "chunk_tokens", lambda *_: 20)
+    monkeypatch.setattr(chunks, "choose", lambda *_: (20, 1))
     hidden, weight, targets = on(device, *head_with_unlikely_targets([25], nats), dtype=torch.float32)
     linear_cross_entropy(hidden, weight.requires_grad_(), targets)
     assert [flag.item() for flag in flags] == [0, int(trips)]

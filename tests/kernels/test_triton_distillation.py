@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checks import assert_close_everywhere, assert_equal_everywhere, loss_and_gradients, remember_calls
-from miniplm.kernels import distillation, linear_distillation_loss
+from miniplm.kernels import chunks, distillation, linear_distillation_loss
 from oracles import plain_distillation
 from random_inputs import on, random_student_and_teacher
 
@@ -73,7 +73,7 @@ def test_chunks_and_repeatability(device, monkeypatch):
     heads, targets = make(device, 50, 103, 101)
     whole = loss_and_gradients(linear_distillation_loss, heads, targets)
     assert_equal_everywhere(loss_and_gradients(linear_distillation_loss, heads, targets), whole)
-    monkeypatch.setattr(distillation, "chunk_tokens", lambda *_: 7)
+    monkeypatch.setattr(chunks, "choose", lambda *_: (7, 1))
     assert_close_everywhere(loss_and_gradients(linear_distillation_loss, heads, targets), whole)
 
 
