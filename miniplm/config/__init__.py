@@ -10,6 +10,7 @@ from .data import PrepareConfig, ScoreConfig, SelectConfig
 from .fields import shown
 from .publishing import DemoConfig, EvaluateConfig, ExportConfig, GenerateConfig, RunConfig
 from .training import (
+    MAX_STEPS,
     CheckpointConfig,
     DistillConfig,
     EvalConfig,
@@ -32,6 +33,7 @@ STAGES = {
 
 __all__ = [
     "BATCH_TOKENS",
+    "MAX_STEPS",
     "MICRO_BATCH_TOKENS",
     "SHARD_CHUNKS",
     "STAGES",

@@ -204,6 +204,10 @@ class TrainConfig:
     """Optimiser and schedule."""
     steps: Optional[int] = None
     """Optimiser steps; default: one pass over the corpus."""
+    flops: Optional[float] = None
+    """Instead: as many steps as cost nearest to so many FLOPs, forward, backward and a teacher's forward."""
+    match_flops_of: Optional[str] = None
+    """Instead: as many steps as cost what the finished run in this training output did."""
     batch_tokens: int = 524_288
     """Tokens per optimiser step (the global batch)."""
     micro_batch_tokens: Optional[int] = field(default=None, metadata={"default": MICRO_BATCH_TOKENS})
@@ -243,7 +247,13 @@ class TrainConfig:
         require_count(self, "micro_batch_tokens", high=MAX_BATCH_TOKENS)
         require_count(self, "steps", "log_interval", "max_skipped_steps", high=MAX_STEPS)
         require_count(self, "seed", low=0, high=MAX_SEED)
-        require_finite(self, "peak_tflops", positive=True)
+        require_finite(self, "peak_tflops", "flops", positive=True)
+        lengths = [name for name in ("steps", "flops", "match_flops_of") if getattr(self, name) is not None]
+        require(
+            len(lengths) <= 1,
+            f"give one of steps, flops and match_flops_of, got {' and '.join(lengths)} (--steps null takes "
+            f"back those of a file)",
+        )
         require(not (self.init_from and self.model_config), "give init_from or model_config, not both")
         require(
             self.model == StudentConfig() or not (self.init_from or self.model_config),

@@ -9,10 +9,13 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from .corpus import Corpus
 
 IGNORE_INDEX = -100
 Item = TypeVar("Item")
@@ -82,6 +85,19 @@ def pack(rows: Sequence[np.ndarray], eos_token_id: int, document_mask: bool = Fa
         longest,
         torch.from_numpy(row_bounds.astype(np.int32)),
     )
+
+
+def squared_lengths(corpus: "Corpus", document_mask: bool = False) -> np.ndarray:
+    """int64 [chunks]: Σ n² over the stretches of n positions that attention stays within, as `pack` has them.
+    With document_mask the corpus is read for it."""
+    if not document_mask:
+        return (corpus.num_tokens - 1) ** 2
+    squares = np.zeros(len(corpus), np.int64)
+    for chunk in range(len(corpus)):
+        ids = corpus.rows([chunk])[0][:-1]
+        starts = np.flatnonzero(ids == corpus.eos_token_id) + 1
+        squares[chunk] = (np.diff(starts, prepend=0, append=len(ids)) ** 2).sum()
+    return squares
 
 
 def split_by_tokens(num_tokens: Sequence[int] | np.ndarray, batch_tokens: int) -> list[slice]:

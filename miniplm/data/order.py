@@ -55,6 +55,13 @@ class DataOrder:
             parts.append(rows[first:last])
         return np.concatenate(parts)
 
+    def total(self, values: np.ndarray, steps: int) -> int:
+        """The sum of a value per row of the corpus (int64 [rows]) over the first `steps` steps."""
+        epochs, rest = divmod(steps * self.batch_tokens, self.epoch_tokens)
+        rows, starts = self._epoch(epochs)
+        last = rows[: np.searchsorted(starts, rest)]
+        return epochs * int(values[self.rows].sum()) + int(values[last].sum())
+
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(rows, the predictions before each) of an epoch; the latest one is kept, since steps come in
         order."""

@@ -5,7 +5,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -113,16 +113,22 @@ class TransformersLM(LanguageModel):
     def flops_per_token(self, context: int) -> int:
         """Forward FLOPs per token, estimated: 2 per parameter, embeddings only where they are the head, and
         causal attention if any."""
-        embedding = self.wrapped.get_input_embeddings().weight
-        looked_up = 0 if embedding is self.head_weight else embedding.numel()
-        weights, text = self.num_parameters() - looked_up, self.config.get_text_config()
-        if not hasattr(text, "num_attention_heads"):
-            return forward_flops(weights, context)
-        return forward_flops(weights, context, text.num_hidden_layers, text.hidden_size)
+        return estimated_flops(self.wrapped, context)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         with quiet_transformers():
             self.wrapped.save_pretrained(folder)
+
+
+def estimated_flops(model: Any, context: int) -> int:
+    """TransformersLM.flops_per_token of a PreTrainedModel, which may be on the meta device."""
+    embedding = model.get_input_embeddings().weight
+    looked_up = 0 if embedding is model.get_output_embeddings().weight else embedding.numel()
+    weights = sum(parameter.numel() for parameter in model.parameters()) - looked_up
+    text = model.config.get_text_config()
+    if not hasattr(text, "num_attention_heads"):
+        return forward_flops(weights, context)
+    return forward_flops(weights, context, text.num_hidden_layers, text.hidden_size)
 
 
 def _close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:

@@ -12,8 +12,9 @@ from ..runtime.devices import machine_bytes
 from ..runtime.errors import UserError, reason
 from ..runtime.files import read_json
 from ..runtime.schema import Record, read_record
-from .adapter import quiet_transformers
+from .adapter import estimated_flops, quiet_transformers
 from .decoder import ARCHITECTURES, Decoder, unsupported_reason
+from .flops import ForwardFlops, forward_cost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -171,6 +172,20 @@ def without_memory(config: "PreTrainedConfig", what: str, trust_remote_code: boo
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         except Exception as error:  # whatever the code of a model raises
             raise UserError(f"no model can be made by the config of {what}: {reason(error)}") from error
+
+
+def forward_cost_of(config: "PreTrainedConfig", what: str) -> ForwardFlops:
+    """What a forward pass of a model by this config costs; nothing is allocated. UserError where no model can
+    be made by it.
+
+    Args:
+        what: whose config it is, in messages.
+    """
+    model: Any = without_memory(config, what)
+    if isinstance(model, Decoder):
+        return forward_cost(model)
+    per_token = estimated_flops(model, 0)
+    return ForwardFlops(per_token, estimated_flops(model, 1) - per_token)
 
 
 def check_memory(

@@ -1,6 +1,20 @@
-"""FLOPs per token of a model's matrix products and attention."""
+"""FLOPs of a model's matrix products and attention."""
+
+from typing import NamedTuple
 
 from .base import LanguageModel
+
+
+class ForwardFlops(NamedTuple):
+    """What a model's forward pass costs: per_token for each token, and per_square · n² for each document of n
+    tokens."""
+
+    per_token: int
+    per_square: int
+
+    def of(self, tokens: int, squares: int) -> int:
+        """FLOPs of documents with so many tokens, whose squared lengths add up to `squares`."""
+        return self.per_token * tokens + self.per_square * squares
 
 
 def forward_flops(weights: int, context: int, num_layers: int = 0, attention_width: int = 0) -> int:
@@ -15,6 +29,12 @@ def forward_flops(weights: int, context: int, num_layers: int = 0, attention_wid
         attention_width: query heads · width of a head.
     """
     return 2 * weights + 2 * num_layers * attention_width * (context + 1)
+
+
+def forward_cost(model: LanguageModel) -> ForwardFlops:
+    """What the model's forward pass costs on documents of any length: flops_per_token is a straight line."""
+    per_token = model.flops_per_token(0)
+    return ForwardFlops(per_token, model.flops_per_token(1) - per_token)
 
 
 def training_flops(model: LanguageModel, context: int, teacher: LanguageModel | None = None) -> int:

@@ -22,9 +22,10 @@ from ..runtime.files import hash_files, read_json
 from ..runtime.gguf_header import read_gguf_header
 from ..runtime.schema import Record, read_record
 from .adapter import TransformersLM, quiet_transformers
-from .architecture import check_memory, check_settings, read_config, without_memory
+from .architecture import check_memory, check_settings, forward_cost_of, read_config, without_memory
 from .base import LanguageModel
 from .decoder import Decoder, unsupported_reason
+from .flops import ForwardFlops, forward_cost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -81,6 +82,15 @@ def load_model(
         wrapped = load_with_transformers(path, dtype, device, trust_remote_code)
         return TransformersLM(wrapped, str(name)).eval()
     return _fill_decoder(config, _read_tensors(files, dtype, device), path).to(device).eval()
+
+
+def forward_cost_of_model(name: str | os.PathLike[str]) -> ForwardFlops:
+    """What a forward pass of the model `name` costs, by its config.json alone where it has one. Arguments and
+    errors as in load_model."""
+    path = _locate(name)
+    if path.suffix == ".gguf":
+        return forward_cost(load_model(path))
+    return forward_cost_of(read_config(path), str(path))
 
 
 def model_hash(name: str | os.PathLike[str]) -> str:

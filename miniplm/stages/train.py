@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config import MICRO_BATCH_TOKENS, TrainConfig
-from ..data.batches import Batch
+from ..data.batches import Batch, squared_lengths
 from ..data.corpus import Corpus
 from ..data.order import DataOrder, global_batch
 from ..data.tokenizer import check_same_tokens, load_tokenizer
-from ..models.architecture import check_memory, read_config
+from ..models.architecture import check_memory, forward_cost_of, read_config
 from ..models.base import LanguageModel
 from ..models.decoder import Decoder, student_config, unsupported_reason
-from ..models.loading import TransformersLM, load_model, model_hash
+from ..models.flops import forward_cost
+from ..models.loading import TransformersLM, forward_cost_of_model, load_model, model_hash
 from ..runtime.artifacts import (
     complete_output,
     exclusive,
@@ -40,8 +41,9 @@ from ..training.checkpoints import (
     latest_checkpoint,
     load_optimizer,
 )
+from ..training.cost import RunCost, TrainingFlops, flops_of_run
 from ..training.loop import Setup, TrainingRun
-from ..training.metrics import Metrics
+from ..training.metrics import Metrics, read_lines
 from ..training.results import is_complete, run_results
 from ..training.state import TrainState
 from ..training.step import Teacher, learning_rate, make_optimizer, num_targets
@@ -80,6 +82,8 @@ def train(config: TrainConfig) -> None:
     first_model = None if checkpoint_folders(output) else _initial_model(config, setup, sources)
     teacher = _load_teacher(config, setup, sources.teacher) if sources.teacher else None
     open_output(output, "train", setup.identity)
+    if budget := setup.identity.get("flops"):
+        note(f"{setup.steps:,} steps cost nearest to {budget:.4g} FLOPs")
     _warn_of_long_warm_up(config, setup.steps)
     with exclusive(output), stop_signals() as raise_if_interrupted:
         checkpoint = find_checkpoint(output, fingerprint(setup.identity))
@@ -98,7 +102,13 @@ def train(config: TrainConfig) -> None:
         with contextlib.closing(Metrics(output, state)) as metrics, _memory_errors(config):
             run = TrainingRun(config, setup, model, teacher, optimizer, state, metrics, raise_if_interrupted)
             tokens_per_second = run.run()
-    _finish(config, setup, model, state, metrics.last, tokens_per_second)
+    cost = RunCost(
+        setup.order,
+        squared_lengths(setup.corpus, config.document_mask),
+        forward_cost(model),
+        forward_cost(teacher.model) if teacher else None,
+    )
+    _finish(config, setup, cost, model, state, metrics.last, tokens_per_second)
 
 
 @contextlib.contextmanager
@@ -126,12 +136,11 @@ def _set_up(config: TrainConfig) -> tuple[Setup, _Sources]:
     if not (manifest := corpus.manifest)["predictions"]:
         raise UserError(f"corpus {config.data} holds no token to predict: train on another one")
     order = DataOrder(corpus.num_tokens, config.batch_tokens, config.seed, config.shuffle)
-    steps = config.steps or order.steps_per_epoch
     identity = {
         "corpus": corpus.fingerprint,
         "tokenizer": manifest["tokenizer_fingerprint"],
         "optimizer": dataclasses.asdict(config.optimizer),
-        "steps": steps,
+        "steps": config.steps or order.steps_per_epoch,
         **{name: getattr(config, name) for name in ("batch_tokens", "shuffle", "seed", "document_mask")},
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
@@ -155,8 +164,21 @@ def _set_up(config: TrainConfig) -> tuple[Setup, _Sources]:
     if teacher:
         identity["teacher"] = model_hash(teacher)
         identity |= {"alpha": config.distill.alpha, "temperature": config.distill.temperature}
-    setup = Setup(device, dtype, corpus, order, steps, eval_batches, identity)
-    return setup, _Sources(architecture, init_from, teacher)
+    sources = _Sources(architecture, init_from, teacher)
+    if budget := config.flops or (config.match_flops_of and flops_of_run(config.match_flops_of)):
+        identity["steps"] = _cost(config, corpus, order, sources).steps_for(budget)
+        identity["flops"] = round(budget)
+    return Setup(device, dtype, corpus, order, identity["steps"], eval_batches, identity), sources
+
+
+def _cost(config: TrainConfig, corpus: Corpus, order: DataOrder, sources: _Sources) -> RunCost:
+    """What the steps of the run cost, without its weights."""
+    if sources.init_from:
+        student = forward_cost_of_model(sources.init_from)
+    else:
+        student = forward_cost_of(sources.architecture, config.model_config or "model.*")
+    teacher = forward_cost_of_model(sources.teacher) if sources.teacher else None
+    return RunCost(order, squared_lengths(corpus, config.document_mask), student, teacher)
 
 
 def _resolve(name: str, corpus: Corpus) -> str:
@@ -269,9 +291,20 @@ def _load_teacher(config: TrainConfig, setup: Setup, folder: str) -> Teacher:
 # ---- after the last step ----
 
 
+def _flops(config: TrainConfig, setup: Setup, cost: RunCost) -> TrainingFlops:
+    """What the run has cost, with an evaluation for each line of its metrics that has one."""
+    batches = setup.eval_batches
+    tokens = sum(len(batch.input_ids) for batch in batches)
+    squares = sum(int((batch.cu_seqlens.diff().long() ** 2).sum()) for batch in batches)
+    evaluations = sum("eval_loss" in line for _, line in read_lines(config.output)[0])
+    evaluation = evaluations * cost.student.of(tokens, squares)
+    return cost.flops(setup.steps).model_copy(update={"evaluation": evaluation})
+
+
 def _finish(
     config: TrainConfig,
     setup: Setup,
+    cost: RunCost,
     model: LanguageModel,
     state: TrainState,
     last_line: dict,
@@ -280,6 +313,9 @@ def _finish(
     """Mark the output complete, and print what came out."""
     results = run_results(setup, state, last_line)
     results["parameters"] = model.num_parameters()
+    results["flops"] = _flops(config, setup, cost).model_dump()
+    if config.match_flops_of:
+        results["match_flops_of"] = Path(config.match_flops_of).resolve().name
     if teacher := config.distill.teacher:
         results["teacher"] = Path(teacher).resolve().name if Path(teacher).exists() else teacher
     summary = setup.corpus.manifest.items()

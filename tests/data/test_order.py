@@ -66,3 +66,12 @@ def test_order_refuses_what_leaves_steps_empty():
     for nothing in ([], [1, 0, 1]):
         with pytest.raises(UserError, match="no token to predict"):
             DataOrder(np.array(nothing, np.int64), 10, 0)
+
+
+@pytest.mark.parametrize("lengths", [[11] * 7, [5, 1, 12, 20, 3, 7, 7, 1, 2, 16]])
+def test_totals_are_those_of_the_steps(lengths):
+    """Of any value per row, within an epoch and past it, where rows end with a step and where they do not."""
+    order, values = DataOrder(np.array(lengths), 20, seed=3), np.arange(len(lengths)) ** 2 + 1
+    for steps in range(12):
+        rows = np.concatenate([np.zeros(0, np.int64), *(order.step(step) for step in range(steps))])
+        assert order.total(values, steps) == values[rows].sum()
