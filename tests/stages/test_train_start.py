@@ -67,7 +67,7 @@ def test_bad_input_leaves_nothing_behind(config, tiny_tokenizer, tiny_model, tmp
         (dict(init_from=small), "predicts 400 ids"),
         (dict(model_config=str(tmp_path / "missing.json")), "does not exist"),
         (dict(model_config=str(tmp_path / "text.json")), "not valid JSON"),
-        (dict(model_config=str(unknown)), "transformers cannot read"),
+        (dict(model_config=str(unknown)), "is not known to transformers"),
         (dict(model_config=small), "vocab_size 400 in .* is below the corpus's 500"),
         (dict(device="cuda:77"), "cuda:77"),
         (dict(output=str(Path(model) / "config.json")), "is a file"),
