@@ -32,7 +32,7 @@ def ratio(report: dict, record: dict) -> Optional[float]:
 
 
 def table(report: dict) -> str:
-    heads = ("ms", "ratio", "TFLOP/s", "GB/s", "% ceiling", "extra MB", "error")
+    heads = ("ms", "host ms", "ratio", "TFLOP/s", "GB/s", "% ceiling", "extra MB", "error")
     lines = [f"{'pass':<10}{'contender':<26}" + "".join(f"{head:>10}" for head in heads)]
     shape = None
     for record in report["records"]:
@@ -47,6 +47,7 @@ def table(report: dict) -> str:
         error = max(map(float, record["error"].values()), default=None)
         cells = (
             (record["ms"], ".3f"),
+            (record["host_ms"], ".3f"),
             (ratio(report, record), ".3f"),
             (record["tflops"], ".1f"),
             (record["gb_per_s"], ".0f"),

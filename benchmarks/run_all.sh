@@ -63,6 +63,7 @@ for file in log_prob cross_entropy attention distillation $(cd "$root/benchmarks
     bench "$file" 90 "$file.py" --quick
 done
 bench tune 120 tune.py
+bench host-cost 60 host_cost.py
 bench loss-curve 90 pipeline.py train --loss-curve 200
 tests more-tests 120 "not gpu" "$root/tests/kernels" -k "triton or quantize_rows"
 

@@ -274,3 +274,16 @@ def test_the_host_is_not_timed(timing):
             x.add_(1)
 
     assert timing.measure(many)[0] < 3 * launches * one
+
+
+def test_the_table_shows_the_host_beside_the_gpu(module):
+    record = {"shape": {"T": 1}, "pass": "forward", "contender": "miniplm", "ms": 0.125, "host_ms": 0.25}
+    record |= dict.fromkeys(("tflops", "gb_per_s", "percent_of_ceiling", "extra_bytes", "accurate")) | {
+        "error": {}
+    }
+    heads, _, line = module("report").table({"baseline": "other", "records": [record]}).splitlines()
+    assert heads.split()[2:6] == ["ms", "host", "ms", "ratio"] and line.split()[2:5] == [
+        "0.125",
+        "0.250",
+        "-",
+    ]

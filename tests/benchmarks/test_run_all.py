@@ -60,7 +60,8 @@ def test_run_all_goes_on_after_a_failure(tmp_path):
     }
     assert (
         lines.keys()
-        == {"environment", "tests", "train", "score", "tune", "loss-curve", "more-tests"} | benchmarks
+        == {"environment", "tests", "train", "score", "tune", "host-cost", "loss-curve", "more-tests"}
+        | benchmarks
     )
     assert done.returncode == 1 and {name for name, line in lines.items() if not line.startswith("ok")} == {
         "score"
@@ -69,7 +70,7 @@ def test_run_all_goes_on_after_a_failure(tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "summary.txt",
         *(f"{name}.log" for name in lines),
-    } | {f"{name}.json" for name in {"train", "score", "tune", "loss-curve"} | benchmarks}
+    } | {f"{name}.json" for name in {"train", "score", "tune", "host-cost", "loss-curve"} | benchmarks}
     assert done.stdout.index("the tables") < done.stdout.rindex("environment")  # the summary is last
     assert "-m gpu" in (tmp_path / "out" / "tests.log").read_text()
 
