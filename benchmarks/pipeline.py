@@ -51,7 +51,7 @@ import workload
 from workload import Job
 
 from miniplm.config import OptimizerConfig
-from miniplm.stages import score as scoring
+from miniplm.data.selection import rank_agreement
 from miniplm.training import step as training
 
 SHAPES = {
@@ -261,7 +261,7 @@ def measure_all(report: dict, shape: dict, options):
         if name == harness.OURS:
             own_scores = scores
         elif own_scores is not None and scores is not None:
-            figures["agreement"] = scoring.rank_agreement(own_scores, scores)
+            figures["agreement"] = rank_agreement(own_scores, scores)
         dtype = str(job.dtype).removeprefix("torch.")
         report["records"].append(
             {"op": options.op, "shape": shape, "dtype": dtype, "contender": name, **figures}

@@ -6,6 +6,7 @@ to the earlier chunk, a score that is not finite is never kept, and the kept chu
 """
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -92,3 +93,19 @@ def why_nothing(config: SelectConfig, score: np.ndarray) -> str:
         f"ratio {config.ratio} of {len(score)} chunks is less than one chunk with a finite score{where}; "
         f"raise it"
     )
+
+
+def rank_agreement(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+    """How well two scorings [R] of the same rows agree, over the rows finite in both: their number,
+    Spearman's rank correlation, and the share that Difference Sampling at ratio 0.5 keeps or drops alike."""
+    both = np.isfinite(before) & np.isfinite(after)
+    ranks = [
+        np.argsort(np.argsort(-values[both], kind="stable"), kind="stable") for values in (before, after)
+    ]
+    rows = int(both.sum())
+    kept = [rank < int(0.5 * rows) for rank in ranks]
+    return {
+        "rows": rows,
+        "spearman": float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if rows > 1 else None,
+        "equal_selections": float((kept[0] == kept[1]).mean()) if rows else None,
+    }

@@ -8,6 +8,9 @@ import torch
 
 from .errors import UserError
 
+# Instructions that multiply numbers in bfloat16, as torch.cpu.get_capabilities names them: of x86, of ARM.
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
 
 def choose_device(device: str) -> torch.device:
     """ "auto" is the GPU if there is one; UserError for a device that is not there."""
@@ -30,6 +33,15 @@ def choose_dtype(dtype: str, device: torch.device | str) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     return getattr(torch, dtype)
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether torch sees instructions for products in bfloat16 in this CPU; torch 2.10 looks for x86's
+    alone."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.10
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in BF16_INSTRUCTIONS)
 
 
 def machine_bytes() -> int | None:

@@ -9,7 +9,7 @@ ends in the same bytes.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..config import BATCH_TOKENS, SHARD_CHUNKS, ScoreConfig
 from ..data.batches import IGNORE_INDEX, Batch, pack, pinned, prefetch, split_by_tokens
 from ..data.corpus import Corpus
 from ..data.scores import ROLES, columns_of, score_figures, shard_path, whole_hash, write_shard
+from ..data.selection import rank_agreement
 from ..data.tokenizer import check_same_tokens, load_tokenizer
 from ..kernels import difference_score, linear_log_prob
 from ..models.base import LanguageModel
@@ -36,14 +37,17 @@ from ..runtime.artifacts import (
     recorded,
     reopen_output,
 )
-from ..runtime.devices import choose_device, choose_dtype
+from ..runtime.devices import choose_device, choose_dtype, cpu_multiplies_bf16
 from ..runtime.errors import UserError
 from ..runtime.profiling import check_trace, trace
 from ..runtime.progress import Progress, note
 from ..runtime.text import printable
 from ..training.checkpoints import latest_checkpoint
 
-AGREEMENT_CHUNKS = 1024  # on which float8 is compared
+AGREEMENT_CHUNKS = 1024  # on which a lower precision is compared
+# On the CPU at most an eighth of the corpus, so that comparing costs less than bfloat16 saves; 64 at least.
+MIN_AGREEMENT_CHUNKS, MAX_AGREEMENT_SHARE = 64, 1 / 8
+MIN_EQUAL_SELECTIONS = 0.995  # beyond which bfloat16 is taken for float32
 
 Models = dict[str, LanguageModel]  # by role
 
@@ -52,8 +56,8 @@ Models = dict[str, LanguageModel]  # by role
 class _Plan:
     """What is to be scored, with what, and into which files.
 
-    tokenizer: the corpus's; models: the name of each, by role; folders: where they are, likewise; shards: the
-    chunks of each file; columns: the score columns; identity: of the output.
+    tokenizer: the corpus's; names: of the models, by role; folders: where they are, likewise; reason: why
+    auto is float32; shards: the chunks of each file; identity: of the output.
     """
 
     config: ScoreConfig
@@ -63,14 +67,18 @@ class _Plan:
     folders: dict[str, str]
     device: torch.device
     dtype: torch.dtype
+    reason: str | None
     batch_tokens: int
     shards: list[range]
-    columns: list[str]
     identity: dict[str, Any]
 
     @property
     def output(self) -> Path:
         return Path(self.config.output)
+
+    @property
+    def columns(self) -> list[str]:
+        return columns_of(self.names)
 
 
 def score(config: ScoreConfig) -> None:
@@ -87,8 +95,9 @@ def score(config: ScoreConfig) -> None:
     if complete and not todo:
         print(printable(f"The scores in {plan.output} are complete, nothing to do."))
         return
-    models, vocab_size = _load(plan)
-    agreement = _to_float8(models, plan, vocab_size) if config.precision else None
+    plan, models, vocab_size, agreement = _load(plan)
+    if plan.reason:
+        note(f"scoring in float32: {plan.reason}")
     open_output(plan.output, "score", plan.identity)  # claimed only now: a bad model leaves no folder behind
     with exclusive(plan.output):
         if damaged := [path for number in todo if (path := shard_path(plan.output, number)).exists()]:
@@ -122,7 +131,7 @@ def _plan(config: ScoreConfig) -> _Plan:
     for role, name in names.items():
         check_same_tokens(tokenizer, load_tokenizer(folders[role], config.trust_remote_code), name)
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
+    dtype, reason = _choose_dtype(config, device)
     batch_tokens = config.batch_tokens or BATCH_TOKENS.on(device.type)
     shard_chunks = config.shard_chunks or SHARD_CHUNKS.on(device.type)
     identity = {
@@ -139,17 +148,59 @@ def _plan(config: ScoreConfig) -> _Plan:
         identity["precision"] = config.precision
     starts = range(0, len(corpus), shard_chunks)
     shards = [range(start, min(start + shard_chunks, len(corpus))) for start in starts]
-    columns = columns_of(names)
     return _Plan(
-        config, corpus, tokenizer, names, folders, device, dtype, batch_tokens, shards, columns, identity
+        config, corpus, tokenizer, names, folders, device, dtype, reason, batch_tokens, shards, identity
     )
 
 
-def _load(plan: _Plan) -> tuple[Models, int]:
+def _choose_dtype(config: ScoreConfig, device: torch.device) -> tuple[torch.dtype, str | None]:
+    """(the dtype, why auto is float32). What auto has begun goes on in its dtype, on another CPU too."""
+    dtype = choose_dtype(config.dtype, device)
+    if config.dtype != "auto" or device.type != "cpu" or config.precision:
+        return dtype, None
+    begun = recorded(config.output).get("identity", {}).get("dtype")
+    if begun in ("float32", "bfloat16"):
+        return getattr(torch, begun), None
+    if not cpu_multiplies_bf16():
+        return dtype, "torch sees no instructions for bfloat16 in this CPU"
+    if not (config.teacher and config.reference):
+        return dtype, "whether bfloat16 selects alike shows only with both models at once"
+    return torch.bfloat16, None
+
+
+def _load(plan: _Plan) -> tuple[_Plan, Models, int, dict[str, Any] | None]:
+    """(the plan, the models by role, the number of ids that the softmax covers, how well a lower precision
+    agrees with the higher one). Where bfloat16 does not agree well enough for auto, all is float32, and there
+    is no agreement to tell."""
+    fp8 = plan.config.precision is not None
+    if not fp8 and not (plan.device.type == "cpu" and plan.dtype == torch.bfloat16):
+        return plan, *_load_models(plan, plan.dtype), None
+    models, vocab_size = _load_models(plan, plan.dtype if fp8 else torch.float32)
+    before = _sample_scores(models, vocab_size, plan)
+    if fp8:
+        for model in models.values():
+            to_float8(model)
+    else:
+        del models
+        models, _ = _load_models(plan, torch.bfloat16)
+    agreement = rank_agreement(before, _sample_scores(models, vocab_size, plan))
+    equal = agreement["equal_selections"] or 0.0
+    if fp8 or plan.config.dtype != "auto" or recorded(plan.output) or equal > MIN_EQUAL_SELECTIONS:
+        return plan, models, vocab_size, agreement
+    reason = (
+        f"bfloat16 selects or drops {equal:.1%} of {agreement['rows']:,} chunks alike, more than "
+        f"{MIN_EQUAL_SELECTIONS:.1%} are needed"
+    )
+    identity = {**plan.identity, "dtype": "float32"}
+    plan = replace(plan, dtype=torch.float32, identity=identity, reason=reason)
+    return plan, *_load_models(plan, plan.dtype), None
+
+
+def _load_models(plan: _Plan, dtype: torch.dtype) -> tuple[Models, int]:
     """(the models by role, the number of ids that the softmax covers)."""
     config = plan.config
     models = {
-        role: load_model(name, plan.dtype, plan.device, config.trust_remote_code)
+        role: load_model(name, dtype, plan.device, config.trust_remote_code)
         for role, name in plan.folders.items()
     }
     heads = [len(model.head_weight) for model in models.values()]
@@ -244,43 +295,17 @@ def score_batch(models: Models, batch: Batch, vocab_size: int) -> dict[str, torc
     return {"num_tokens": count, f"{role}_log_prob": total / count}
 
 
-# ---- float8 ----
-
-
-def _to_float8(models: Models, plan: _Plan, vocab_size: int) -> dict[str, Any]:
-    """Turn the models to float8, and tell how the ranks by the last column of AGREEMENT_CHUNKS chunks, spread
-    over the corpus, agree before and after."""
-    corpus, document_mask = plan.corpus, plan.config.document_mask
-    chunks = np.unique(np.linspace(0, len(corpus) - 1, AGREEMENT_CHUNKS).astype(np.int64))
-
-    @torch.inference_mode()
-    def ranked() -> np.ndarray:
-        parts = []
-        for group in split_by_tokens(corpus.num_tokens[chunks], plan.batch_tokens):
-            batch = pack(corpus.rows(chunks[group]), corpus.eos_token_id, document_mask)
-            parts.append(score_batch(models, batch.to(plan.device), vocab_size)[plan.columns[-1]])
-        return torch.cat(parts).double().cpu().numpy()
-
-    before = ranked()
-    for model in models.values():
-        to_float8(model)
-    return rank_agreement(before, ranked())
-
-
-def rank_agreement(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
-    """How well two scorings [R] of the same rows agree, over the rows finite in both: their number,
-    Spearman's rank correlation, and the share that Difference Sampling at ratio 0.5 keeps or drops alike."""
-    both = np.isfinite(before) & np.isfinite(after)
-    ranks = [
-        np.argsort(np.argsort(-values[both], kind="stable"), kind="stable") for values in (before, after)
-    ]
-    rows = int(both.sum())
-    kept = [rank < int(0.5 * rows) for rank in ranks]
-    return {
-        "rows": rows,
-        "spearman": float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if rows > 1 else None,
-        "equal_selections": float((kept[0] == kept[1]).mean()) if rows else None,
-    }
+@torch.inference_mode()
+def _sample_scores(models: Models, vocab_size: int, plan: _Plan) -> np.ndarray:
+    """The last column of a sample of chunks that are spread over the corpus: float64."""
+    corpus, parts, size = plan.corpus, [], AGREEMENT_CHUNKS
+    if not plan.config.precision:
+        size = max(MIN_AGREEMENT_CHUNKS, min(size, int(MAX_AGREEMENT_SHARE * len(corpus))))
+    chunks = np.unique(np.linspace(0, len(corpus) - 1, size).astype(np.int64))
+    for group in split_by_tokens(corpus.num_tokens[chunks], plan.batch_tokens):
+        batch = pack(corpus.rows(chunks[group]), corpus.eos_token_id, plan.config.document_mask)
+        parts.append(score_batch(models, batch.to(plan.device), vocab_size)[plan.columns[-1]])
+    return torch.cat(parts).double().cpu().numpy()
 
 
 # ---- the end ----
@@ -291,13 +316,15 @@ def _finish(plan: _Plan, vocab_size: int, agreement: dict[str, Any] | None) -> N
     figures = score_figures(plan.output, len(plan.shards), plan.columns[-1])
     results: dict[str, Any] = {role: _display_name(plan.names.get(role)) for role in ROLES}
     results |= {"vocab_size": vocab_size, **figures}
+    dtype = plan.identity["dtype"]
+    lower, higher = (plan.config.precision, dtype) if plan.config.precision else (dtype, "float32")
     if agreement:
-        results["fp8_agreement"] = agreement
+        results[f"{lower}_agreement"] = agreement
     complete_output(plan.output, {**results, "torch": torch.__version__})
     _print_summary(figures, plan.columns[-1], plan.output)
     if agreement and agreement["spearman"] is not None:
         print(
-            f"fp8 against {plan.identity['dtype']} on {agreement['rows']:,} chunks: "
+            f"{lower} against {higher} on {agreement['rows']:,} chunks: "
             f"{agreement['equal_selections']:.1%} selected or dropped alike at ratio 0.5, "
             f"Spearman's rank correlation {agreement['spearman']:.4f}"
         )

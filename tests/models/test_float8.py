@@ -12,11 +12,12 @@ from torch import nn
 
 from miniplm.cli import main
 from miniplm.config import ScoreConfig
+from miniplm.data.selection import rank_agreement
 from miniplm.models import float8
 from miniplm.models.float8 import Float8Linear, fused_linear, to_float8
 from miniplm.models.loading import load_model
 from miniplm.runtime.errors import UserError
-from miniplm.stages.score import rank_agreement, score
+from miniplm.stages.score import score
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 needs_scaled_rows = pytest.mark.skipif(
@@ -135,8 +136,7 @@ def test_scoring(both, tiny_corpus, tiny_model, tmp_path, capsys):
         "--teacher",
         teacher,
         *(["--reference", reference] if both else []),
-        "--device",
-        "cpu",
+        *("--device", "cpu", "--dtype", "float32"),
     ]
     assert main([*arguments, "--output", str(tmp_path / "plain")]) == 0
     capsys.readouterr()

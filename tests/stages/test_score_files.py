@@ -61,7 +61,8 @@ def test_complete_run_is_left_alone_and_damage_is_repaired(
 
 @pytest.mark.slow
 def test_kill_at_random_moments_ends_in_the_same_bytes(tiny_corpus, teacher, reference, tmp_path):
-    options = dict(data=tiny_corpus, teacher=teacher, reference=reference, shard_chunks=1, device="cpu")
+    on_cpu = dict(device="cpu", dtype="float32")
+    options = dict(data=tiny_corpus, teacher=teacher, reference=reference, shard_chunks=1, **on_cpu)
     score(ScoreConfig(output=str(tmp_path / "whole"), **options))
     folder = tmp_path / "killed"
     targets = [0, *sorted(random.Random(1).sample(range(1, 36), 5))]

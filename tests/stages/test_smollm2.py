@@ -65,7 +65,8 @@ def scored(gguf, tmp_path_factory):
         "--model.num_attention_heads",
         4,
     )
-    miniplm("score", "--data", corpus, "--teacher", gguf, "--reference", reference, "--output", scores)
+    models = ("--teacher", gguf, "--reference", reference)
+    miniplm("score", "--data", corpus, *models, "--dtype", "float32", "--output", scores)
     return corpus, reference, scores
 
 
