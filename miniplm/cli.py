@@ -25,6 +25,7 @@ from .runtime.text import printable
 # its command runs
 COMMANDS = {
     **{name: (settings, f"stages.{name}") for name, settings in config.STAGES.items()},
+    "ledger": (config.LedgerConfig, "analysis.ledger"),
     "run": (config.RunConfig, "pipeline"),
     "demo": (config.DemoConfig, "demo.command"),
 }

@@ -13,8 +13,8 @@ from miniplm.cli import COMMANDS, main
 from miniplm.runtime.errors import RunError, UserError
 
 
-def test_the_table_of_commands_is_the_table_of_stages_and_two_more():
-    assert [*COMMANDS] == [*config.STAGES, "run", "demo"]
+def test_the_table_of_commands_is_the_table_of_stages_and_three_more():
+    assert [*COMMANDS] == [*config.STAGES, "ledger", "run", "demo"]
     for name, (settings, module) in COMMANDS.items():
         function = getattr(importlib.import_module(f"miniplm.{module}"), name)
         assert next(iter(inspect.get_annotations(function, eval_str=True).values())) is settings
@@ -33,7 +33,8 @@ def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
     assert ended.value.code == 0
-    assert ("--prompt" if command == "generate" else "--output") in capsys.readouterr().out
+    own = {"generate": "--prompt", "ledger": "--runs"}
+    assert own.get(command, "--output") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,8 @@ def test_every_command_has_help(command, capsys):
         (["generate", "--model", "./nowhere", "--prompt", "x"], "nowhere"),
         (["export", "--checkpoint", "nowhere", "--output", "o"], "nowhere"),
         (["run", "--config", "nowhere.yaml", "--output", "o"], "nowhere.yaml"),
+        (["ledger", "nowhere"], "run nowhere does not exist"),
+        (["ledger", "--json", "a", "b"], "json takes one value, got 2"),
         (
             ["select", "--data", "d", "--scores", "s", "--output", "o", "--ratio", "2"],
             "ratio must be above 0",

@@ -38,6 +38,7 @@ OWNERS = {
     "dataset_info.json": "data/corpus.py",
     "state.json": "data/corpus.py",
     "scores-": "data/scores.py",
+    "wall_time.json": "runtime/wall_time.py",
     "progress.json": "stages/prepare.py",
     "metrics.jsonl": "training/checkpoints.py",
     "trainer_state.json": "training/checkpoints.py",

@@ -6,11 +6,14 @@ import random
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from corpora import chunks_of
 from transformers import GPT2Config
 
 from miniplm.config import CheckpointConfig, EvalConfig, OptimizerConfig, StudentConfig, TrainConfig
+from miniplm.data.order import DataOrder
 from miniplm.runtime.files import fingerprint, hash_files, read_json, write_json
 from miniplm.runtime.interrupts import Interrupted
 from miniplm.stages.train import train
@@ -51,11 +54,14 @@ def metrics(output) -> list[dict]:
 
 
 def files(folder) -> dict[str, bytes]:
-    """All files under a folder, but for tensorboard's (their names carry the time) and the metrics."""
+    """All files under a folder, but for tensorboard's (their names carry the time), the metrics, and how long
+    it took."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in Path(folder).rglob("*")
-        if path.is_file() and "tensorboard" not in path.parts and path.name != "metrics.jsonl"
+        if path.is_file()
+        and "tensorboard" not in path.parts
+        and path.name not in ("metrics.jsonl", "wall_time.json")
     }
 
 
@@ -131,3 +137,14 @@ def plain_loss(model, rows):
         log_prob = model(input_ids=ids[None]).logits[0, :-1].float().log_softmax(-1)
         losses.append(-log_prob.gather(1, ids[1:, None])[ids[:-1] != EOS, 0])
     return torch.cat(losses).mean()
+
+
+def scores_again(config) -> int:
+    """FLOPs of attention's scores that the backward pass of a run with STUDENT computes anew."""
+    chunks, pairs = chunks_of(config.data), 0
+    order = DataOrder(np.array([len(ids) for ids in chunks]), config.batch_tokens, config.seed)
+    for row in np.concatenate([order.step(step) for step in range(config.steps)]):
+        inputs = chunks[row][:-1]
+        ends = [place + 1 for place, token in enumerate(inputs) if token == EOS and config.document_mask]
+        pairs += sum(int(n) * (int(n) + 1) // 2 for n in np.diff([0, *ends, len(inputs)]))
+    return 2 * STUDENT.num_hidden_layers * STUDENT.hidden_size * pairs

@@ -8,7 +8,14 @@ from .arguments import from_arguments, from_dict
 from .checks import BATCH_TOKENS, MICRO_BATCH_TOKENS, SHARD_CHUNKS
 from .data import PrepareConfig, ScoreConfig, SelectConfig
 from .fields import shown
-from .publishing import DemoConfig, EvaluateConfig, ExportConfig, GenerateConfig, RunConfig
+from .publishing import (
+    DemoConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    LedgerConfig,
+    RunConfig,
+)
 from .training import (
     MAX_STEPS,
     CheckpointConfig,
@@ -44,6 +51,7 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "GenerateConfig",
+    "LedgerConfig",
     "OptimizerConfig",
     "PrepareConfig",
     "RunConfig",

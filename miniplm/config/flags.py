@@ -28,7 +28,7 @@ def read_flags(schema: Schema, arguments: Sequence[str]) -> Given:
     """
     given = Given()
     spelled: dict[str, str] = {}  # present name → the flag that was used
-    for flag, values in _flags(arguments):
+    for flag, values in _flags(schema, arguments):
         if flag == "help":
             given.help = True
         elif flag == "config" and "config" not in schema.kinds:
@@ -40,10 +40,14 @@ def read_flags(schema: Schema, arguments: Sequence[str]) -> Given:
     return given
 
 
-def _flags(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """(flag, with underscores and without the dashes before it; the values after it) in their order."""
+def _flags(schema: Schema, arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """(flag, with underscores and without the dashes before it; the values after it) in their order. Values
+    before all flags are those of the setting that a class names as POSITIONAL, if it does."""
     found: list[tuple[str, list[str]]] = []
+    positional = getattr(schema.config_class, "POSITIONAL", None)
     takes_more = False
+    if positional and arguments and not arguments[0].startswith("-"):
+        found, takes_more = [(positional, [])], True
     for argument in arguments:
         if argument.startswith("--"):
             flag, equals, value = argument[2:].partition("=")

@@ -1,7 +1,7 @@
-"""Settings of evaluate, generate and export, and of run and demo, which chain the stages."""
+"""Settings of evaluate, generate, export and ledger, and of run and demo, which chain the stages."""
 
 from dataclasses import dataclass, field
-from typing import Literal, Optional, Tuple
+from typing import ClassVar, List, Literal, Optional, Tuple
 
 from .checks import (
     BATCH_TOKENS,
@@ -112,6 +112,25 @@ class ExportConfig:
     def __post_init__(self) -> None:
         require_texts(self)
         require_output(self.output)
+
+
+@dataclass(frozen=True)
+class LedgerConfig:
+    """Compare what runs have cost, alone and with all that was made for them."""
+
+    POSITIONAL: ClassVar[str] = "runs"
+
+    runs: List[str]
+    """Training outputs; they may stand first, without --runs. The others are compared with the first."""
+    inputs: Tuple[str, ...] = ()
+    """Folders that hold what the runs were made from (corpora, scores, the reference model), or that are it;
+    what lies beside the runs is found without."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.runs), "give at least one training output")
+        require_texts(self)
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,9 @@ class Decoder(LanguageModel):
         """Forward FLOPs per token in documents of `context` tokens: forward_flops of the layers' matrices and
         the head; training takes three times as many."""
         matrices = sum(
-            module.weight.numel() for module in self.model.layers.modules() if isinstance(module, nn.Linear)
+            module.weight.numel()
+            for module in self.model.layers.modules()
+            if isinstance(module, nn.Linear | float8.Float8Linear)
         )
         return forward_flops(
             matrices + self.head_weight.numel(),

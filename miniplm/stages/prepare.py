@@ -32,6 +32,7 @@ from ..runtime.errors import UserError
 from ..runtime.files import fingerprint, read_json, write_json
 from ..runtime.progress import Progress, note
 from ..runtime.text import printable
+from ..runtime.wall_time import WALL_TIME, timed
 from ..runtime.workers import cores, ordered_map
 
 PROGRESS = "progress.json"
@@ -67,9 +68,10 @@ def prepare(config: PrepareConfig) -> None:
             write_tokenizer(tokenizer, folder, identity)
             if complete and _is_whole(folder, source):
                 return
-            reopen_output(folder, {"files": tokenizer_hashes(folder / TOKENIZER)})
-            run = _write_corpus(config, source, tokenizer, folder)
-            _finish(config, source, tokenizer, folder, run)
+            with timed(folder):
+                reopen_output(folder, {"files": tokenizer_hashes(folder / TOKENIZER)})
+                run = _write_corpus(config, source, tokenizer, folder)
+                _finish(config, source, tokenizer, folder, run)
     except UserError:
         if ours and not complete and not (folder / PROGRESS).exists():
             _discard(folder)
@@ -119,7 +121,7 @@ def _identity(config: PrepareConfig, source: Source, tokenizer: Any) -> dict[str
 def _discard(folder: Path) -> None:
     """Remove a run that has nothing to continue from, so that a corrected command can have the name; never
     anything else."""
-    for path in [folder / MANIFEST, *shard_paths(folder)]:
+    for path in [folder / MANIFEST, folder / WALL_TIME, *shard_paths(folder)]:
         path.unlink(missing_ok=True)
     shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
     with contextlib.suppress(OSError):

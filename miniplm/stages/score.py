@@ -42,7 +42,9 @@ from ..runtime.errors import UserError
 from ..runtime.profiling import check_trace, trace
 from ..runtime.progress import Progress, note
 from ..runtime.text import printable
+from ..runtime.wall_time import timed
 from ..training.checkpoints import latest_checkpoint
+from ..training.cost import corpus_flops
 
 AGREEMENT_CHUNKS = 1024  # on which a lower precision is compared
 # On the CPU at most an eighth of the corpus, so that comparing costs less than bfloat16 saves; 64 at least.
@@ -99,14 +101,14 @@ def score(config: ScoreConfig) -> None:
     if plan.reason:
         note(f"scoring in float32: {plan.reason}")
     open_output(plan.output, "score", plan.identity)  # claimed only now: a bad model leaves no folder behind
-    with exclusive(plan.output):
+    with exclusive(plan.output), timed(plan.output):
         if damaged := [path for number in todo if (path := shard_path(plan.output, number)).exists()]:
             note(f"score file {damaged[0]} is damaged: its chunks are scored anew")
         elif complete:
             note(f"score file {shard_path(plan.output, todo[0])} is missing: its chunks are scored anew")
         reopen_output(plan.output, {"files": _files(plan, whole)})
         _score_shards(plan, whole, models, vocab_size)
-        _finish(plan, vocab_size, agreement)
+        _finish(plan, models, vocab_size, agreement)
 
 
 def _whole_shards(plan: _Plan) -> dict[int, str]:
@@ -311,11 +313,12 @@ def _sample_scores(models: Models, vocab_size: int, plan: _Plan) -> np.ndarray:
 # ---- the end ----
 
 
-def _finish(plan: _Plan, vocab_size: int, agreement: dict[str, Any] | None) -> None:
+def _finish(plan: _Plan, models: Models, vocab_size: int, agreement: dict[str, Any] | None) -> None:
     """Mark the output complete, and print what came out."""
     figures = score_figures(plan.output, len(plan.shards), plan.columns[-1])
     results: dict[str, Any] = {role: _display_name(plan.names.get(role)) for role in ROLES}
-    results |= {"vocab_size": vocab_size, **figures}
+    flops = corpus_flops(models, plan.corpus, plan.config.document_mask)
+    results |= {"vocab_size": vocab_size, **figures, "flops": flops}
     dtype = plan.identity["dtype"]
     lower, higher = (plan.config.precision, dtype) if plan.config.precision else (dtype, "float32")
     if agreement:

@@ -25,6 +25,7 @@ from ..runtime.errors import UserError
 from ..runtime.files import atomic_folder
 from ..runtime.progress import Progress, note
 from ..runtime.text import printable
+from ..runtime.wall_time import timed
 
 SHARD_BYTES = 128 * 2**20  # of a file of the refined corpus; bounds the memory of the writing
 QUANTILES_PERCENT = (1, 5, 25, 50, 75, 95, 99)  # of the summary
@@ -71,7 +72,7 @@ def select(config: SelectConfig) -> None:
     columns = {name: values[keep] for name, values in columns.items()}
 
     open_output(output, "select", identity)  # claimed only now: a rule that keeps nothing leaves no folder
-    with exclusive(output):
+    with exclusive(output), timed(output):
         reopen_output(output)  # a complete one gets here where a part of it is lost
         hashes = _write_kept(corpus, keep, columns, output)
         _copy_tokenizer(corpus, output)

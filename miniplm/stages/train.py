@@ -34,6 +34,7 @@ from ..runtime.interrupts import stop_signals
 from ..runtime.profiling import check_trace
 from ..runtime.progress import note
 from ..runtime.text import printable
+from ..runtime.wall_time import timed
 from ..training.checkpoints import (
     checkpoint_folder,
     checkpoint_folders,
@@ -85,7 +86,7 @@ def train(config: TrainConfig) -> None:
     if budget := setup.identity.get("flops"):
         note(f"{setup.steps:,} steps cost nearest to {budget:.4g} FLOPs")
     _warn_of_long_warm_up(config, setup.steps)
-    with exclusive(output), stop_signals() as raise_if_interrupted:
+    with exclusive(output), timed(output), stop_signals() as raise_if_interrupted:
         checkpoint = find_checkpoint(output, fingerprint(setup.identity))
         reopen_output(output)  # a complete one gets here where a part of it is lost
         if checkpoint:

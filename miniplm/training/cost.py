@@ -7,15 +7,19 @@ through: the model's FLOPs, as the paper counts them. What is computed a second 
 count.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
 from ..config import MAX_STEPS
+from ..data.batches import squared_lengths
+from ..data.corpus import Corpus
 from ..data.order import DataOrder
-from ..models.flops import ForwardFlops
+from ..models.base import LanguageModel
+from ..models.flops import ForwardFlops, forward_cost
 from ..runtime.artifacts import MANIFEST, read_manifest
 from ..runtime.errors import UserError
 from ..runtime.schema import Record, read_record
@@ -76,17 +80,36 @@ class RunCost(NamedTuple):
         return round(steps)
 
 
+def corpus_flops(models: Mapping[str, LanguageModel], corpus: Corpus, document_mask: bool) -> dict[str, int]:
+    """What forward passes over all chunks of a corpus cost, by the models' names."""
+    tokens = int((corpus.num_tokens - 1).sum())
+    squares = int(squared_lengths(corpus, document_mask).sum())
+    return {name: forward_cost(model).of(tokens, squares) for name, model in models.items()}
+
+
+def training_flops_of(manifest: Mapping[str, Any], path: str | Path = MANIFEST) -> TrainingFlops | None:
+    """What a finished run has cost by its manifest; None of runs from before costs were counted. UserError
+    where it is no manifest.
+
+    Args:
+        path: of the manifest, in messages.
+    """
+    if (found := manifest.get("flops")) is None:
+        return None
+    what = f"{path} is not a manifest of miniplm"
+    return read_record(TrainingFlops, found, what, "restore it, or make its folder again")
+
+
 def flops_of_run(output: str | Path) -> int:
     """What the finished run in `output` cost to train.
 
     Raises:
         UserError: it holds no finished run, or the run does not say.
     """
-    found = read_manifest(output, "train", what="run").get("flops")
-    if found is None:
+    manifest = read_manifest(output, "train", what="run")
+    if (found := training_flops_of(manifest, Path(output) / MANIFEST)) is None:
         raise UserError(
             f"run {output} does not say what it cost, it was trained before costs were counted: give the "
             f"FLOPs themselves with --flops"
         )
-    what = f"{Path(output) / MANIFEST} is not a manifest of miniplm"
-    return read_record(TrainingFlops, found, what, "restore it, or make its folder again").training
+    return found.training

@@ -79,7 +79,8 @@ def digest(path: Path | None, log: Path) -> str:
         return log.read_text(errors="replace")
     total = sha256()
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
-        if file.is_file() and "tensorboard" not in file.parts and not file.name.endswith(".tmp"):
+        timed = "tensorboard" in file.parts or file.name == "wall_time.json"
+        if file.is_file() and not timed and not file.name.endswith(".tmp"):
             total.update(str(file.relative_to(path)).encode() + b"\0" + figures(file))
     return total.hexdigest()
 

@@ -17,7 +17,7 @@ from miniplm.runtime.artifacts import complete_output, open_output, read_manifes
 from miniplm.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-STAGES = [*config.STAGES.values(), config.RunConfig, config.DemoConfig]
+STAGES = [*config.STAGES.values(), config.LedgerConfig, config.RunConfig, config.DemoConfig]
 PIPELINES = [path.read_text() for path in (ROOT / "miniplm/demo/demo.yaml", ROOT / "configs/quickstart.yaml")]
 
 # The same examples in every run, a second or two of each.
