@@ -29,7 +29,7 @@ else.
 A record: op, shape, dtype, pass, contender, and either skipped or
     ms, ms_low, ms_high  median, 20% and 80% quantile of the timed calls
     host_ms              time in which the host queues a call: where it is above ms, the host is the slower
-                         one; null on the CPU
+                         one in a run ("host-bound" in the table); null on the CPU
     tflops, gb_per_s     FLOPs and bytes of the case over ms: what the operation needs, not what the contender
                          does
     percent_of_ceiling   of the bf16 GEMM's rate where the case has FLOPs, else of the copy's, both measured
@@ -72,6 +72,7 @@ LIMITS = {
     torch.bfloat16: 1e-2,
 }  # largest relative error of a right result
 PACKAGES = ("triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn")
+PACKAGES += ("flash-attn-3", "nvidia-cutlass-dsl")
 
 
 class Skip(Exception):
@@ -107,6 +108,7 @@ def environment() -> dict:
             "device": torch.cuda.get_device_name(),
             "capability": list(torch.cuda.get_device_capability()),
             "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
         }
     else:
         found |= {"device": "cpu", "threads": torch.get_num_threads()}

@@ -52,7 +52,7 @@ def machine(report: dict) -> str:
     where, ceilings = report["environment"], report["ceilings"]
     parts = [
         f"torch {where['torch']}",
-        *(f"{name} {where[name]}" for name in harness.PACKAGES if where[name]),
+        *(f"{name} {where[name]}" for name in harness.PACKAGES if where.get(name)),
         f"CUDA {where.get('cuda')}",
         f"bf16 GEMM {number(ceilings['gemm_tflops'], '.0f')} TFLOP/s",
         f"copy {number(ceilings['copy_gb_per_s'], ',.0f')} GB/s",

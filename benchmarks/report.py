@@ -59,6 +59,7 @@ def table(report: dict) -> str:
             line
             + "".join(f"{'-' if value is None else format(value, form):>10}" for value, form in cells)
             + "  inaccurate" * (record["accurate"] is False)
+            + "  host-bound" * ((record["host_ms"] or 0) > record["ms"])
         )
     return "\n".join(lines)
 

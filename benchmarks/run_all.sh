@@ -7,8 +7,20 @@
 # as it comes, its figures to OUT/STEP.json after each contender, and one line on it to OUT/summary.txt: nothing is lost if the run is cut. A step that
 # fails, or is cut at its limit, stops no other. STEP...: these alone. Exit status 1 if one failed, was cut, or was left out for want of time.
 # Where a machine is lent for minutes, two runs see everything: environment tests train score, then the others.
-# It runs from a checkout that is not installed, and needs torch, triton, transformers, pyarrow, tqdm and pytest. OUT, or its JSON files, go into
-# benchmarks/results/NAME/ for render.py. Without a GPU the tests skip themselves and the benchmarks run their toys.
+# It runs from a checkout that is not installed, and needs torch, triton, transformers, pyarrow, pydantic, tqdm and pytest. OUT, or its JSON files, go
+# into benchmarks/results/NAME/ for render.py. Without a GPU the tests skip themselves and the benchmarks run their toys.
+#
+# Wheels to bring along for the contenders that PyTorch does not have (of 2026-11-24, in MiB; P: pure Python). Those that are not there are skipped, with
+# the reason. For a machine without a network: pip download --no-deps here, pip install --no-deps --target DIR *.whl there, and PYTHONPATH=DIR.
+#     liger-kernel 0.8.5          0.87  P   norms, rotary, SwiGLU, both losses, train and score
+#     cut-cross-entropy 25.1.1    0.02  P   log_prob, cross_entropy
+#     pytest-xdist 3.8, execnet   0.08  P   the tests side by side
+# Together 1. With NVIDIA's CuTe DSL, which is too large to bring along in 64 (nvidia-cutlass-dsl 4.8.1: libs-cu12 87.45, libs-base 2.91, libs-core 1.56 P,
+# cuda-bindings 8.00), also
+#     quack-kernels 0.6.5         0.70  P   rms_norm, cross_entropy; needs apache-tvm-ffi 3.19, torch-c-dlpack-ext 0.86, einops 0.06 P
+#     liger-cutedsl                         in liger-kernel
+# flash-attn (FlashAttention-2) and its folder hopper (FlashAttention-3) have no wheels on PyPI: they are built where a CUDA compiler is. In PyTorch itself
+# are cuDNN's attention and FlashAttention-2 behind SDPA, FlexAttention, and from 2.13 on linear_cross_entropy.
 set -u
 if [ $# -lt 1 ]; then sed -n '2,4p' "$0" >&2; exit 2; fi
 root=$(cd "$(dirname "$0")/.." && pwd)

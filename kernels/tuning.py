@@ -4,7 +4,8 @@ A launcher asks `launch(name, run, **bucket)`, which calls run(config) with one 
 first of CANDIDATES[name](target, **bucket). A bucket holds only what changes the choice (widths, element
 size, head dimension), never a packed length, so nothing is tuned anew when that changes. MINIPLM_AUTOTUNE=1
 times all candidates at a bucket's first launch and keeps the fastest; which one it is may differ from run to
-run, and with it the last bits of results.
+run, and with it the last bits of results. Where a CUDA graph is being captured, or memory does not suffice to
+time them, it is the first.
 
 benchmarks/compile_report.py compiles every candidate without a GPU: a new kernel gets there by its entry here
 and by the examples that its launcher is registered with (see dispatch.triton).
@@ -12,6 +13,7 @@ and by the examples that its launcher is registered with (see dispatch.triton).
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional, TypeVar, Union
 
@@ -90,12 +92,24 @@ def launch(name: str, run: Callable[[Config], Result], device: torch.device, **b
         return run(candidates[0])
     key = (name, where, *sorted(bucket.items()))
     if key not in _FASTEST:
-        from triton.testing import do_bench
-
-        _FASTEST[key] = min(
-            candidates, key=lambda config: do_bench(lambda: run(config), return_mode="median")
-        )
+        if torch.cuda.is_current_stream_capturing():  # timing would wait, which capturing forbids
+            return run(candidates[0])
+        _FASTEST[key] = _time(candidates, run)
     return run(_FASTEST[key])
+
+
+def _time(candidates: list[Config], run: Callable[[Config], Any]) -> Config:
+    """The fastest; the first where there is no memory to time them in."""
+    from triton.testing import do_bench
+
+    try:
+        return min(candidates, key=lambda config: do_bench(lambda: run(config), return_mode="median"))
+    except torch.OutOfMemoryError:
+        warnings.warn(
+            "MINIPLM_AUTOTUNE: no GPU memory left to time configurations in, the stated ones are used",
+            stacklevel=2,
+        )
+        return candidates[0]
 
 
 def _logits(where: Target, itemsize: int, descriptors: bool, conditional: bool = False) -> list[Config]:

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import docstring_parser
-
 from .yaml_files import read_mapping
 
 
@@ -52,6 +50,8 @@ class Schema:
 
     @functools.cached_property
     def docs(self) -> dict[str, str]:
+        import docstring_parser  # only for help: benchmarks on a borrowed machine do without
+
         docs = {}
         for prefix, config_class in {"": self.config_class, **self.groups}.items():
             for found in docstring_parser.parse_from_object(config_class).params:

@@ -287,3 +287,6 @@ def test_the_table_shows_the_host_beside_the_gpu(module):
         "0.250",
         "-",
     ]
+    assert line.endswith("host-bound")
+    quick = module("report").table({"baseline": "other", "records": [record | {"host_ms": 0.1}]})
+    assert "host-bound" not in quick

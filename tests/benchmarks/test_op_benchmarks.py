@@ -78,6 +78,19 @@ def test_a_benchmark_runs_at_toy_size(name, tmp_path):
         assert set(contenders) == CONTENDERS.get((benchmark, name_of_pass), set(contenders))
 
 
+def test_what_run_all_does_not_ask_for_is_not_needed():
+    """On a borrowed machine there is what the head of run_all.sh names, and what that brings along."""
+    head = (ROOT / "benchmarks/run_all.sh").read_text().partition("set -u")[0]
+    absent = ("datasets", "docstring_parser", "jsonargparse", "rich", "tensorboard", "dill")
+    assert not [name for name in absent if name in head]
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent!r})); sys.path.insert(0, 'benchmarks'); "
+        "import pipeline; print(sorted(pipeline.CONTENDERS))"
+    )
+    done = command_line("-c", program)
+    assert done.returncode == 0 and "miniplm" in done.stdout, done.stderr
+
+
 @WITHOUT_GPU
 def test_a_checkout_need_not_be_installed(tmp_path):
     """-S: the packages that are installed are found, links to checkouts (editable installs) are not."""

@@ -1,5 +1,7 @@
 """Which configuration a kernel is launched with."""
 
+import warnings
+
 import pytest
 import torch
 from miniplm.kernels import tuning
@@ -24,6 +26,7 @@ def candidates(monkeypatch):
     monkeypatch.setattr(testing, "do_bench", do_bench)
     monkeypatch.setattr(tuning, "CANDIDATES", {"toy": lambda where, width: [FIRST, SECOND]})
     monkeypatch.setattr(tuning, "target", lambda device: GPU)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tuning, "_FASTEST", {})
     return timed
 
@@ -41,6 +44,64 @@ def test_the_fastest_once_per_bucket(candidates, monkeypatch):
     monkeypatch.setenv("MINIPLM_AUTOTUNE", "1")
     assert [launch(64), launch(64), launch(1000), launch(64)] == [SECOND, SECOND, FIRST, SECOND]
     assert candidates == [(FIRST, 64), (SECOND, 64), (FIRST, 1000), (SECOND, 1000)]
+
+
+def test_no_memory_to_time_in(candidates, monkeypatch):
+    """The first, with one warning for all buckets; a bucket is not timed again."""
+    monkeypatch.setenv("MINIPLM_AUTOTUNE", "1")
+    tried = []
+
+    def full(function, return_mode):
+        tried.append(function()[0])
+        if tried[-1] is SECOND:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 1.0
+
+    monkeypatch.setattr(pytest.importorskip("triton.testing"), "do_bench", full)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("default")
+        assert [launch(64), launch(64), launch(1000)] == [FIRST, FIRST, FIRST]
+    assert [str(warning.message) for warning in warned] == [
+        "MINIPLM_AUTOTUNE: no GPU memory left to time configurations in, the stated ones are used"
+    ]
+    assert tried == [FIRST, SECOND, FIRST, SECOND]
+
+
+def test_other_errors_of_a_configuration_are_raised(candidates, monkeypatch):
+    monkeypatch.setenv("MINIPLM_AUTOTUNE", "1")
+
+    def broken(function, return_mode):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(pytest.importorskip("triton.testing"), "do_bench", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        launch(64)
+
+
+def test_nothing_is_timed_while_a_graph_is_captured(candidates, monkeypatch):
+    monkeypatch.setenv("MINIPLM_AUTOTUNE", "1")
+    capturing = [True]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    assert launch(64) is FIRST and not candidates
+    capturing[0] = False
+    assert launch(64) is SECOND and candidates == [(FIRST, 64), (SECOND, 64)]
+    capturing[0] = True
+    assert launch(64) is SECOND  # what is known by now is used
+
+
+@pytest.mark.gpu
+def test_autotuning_under_capture_on_a_gpu(monkeypatch):
+    from miniplm.kernels import swiglu
+
+    monkeypatch.setenv("MINIPLM_AUTOTUNE", "1")
+    monkeypatch.setattr(tuning, "_FASTEST", {})
+    both = torch.randn(64, 512, device="cuda", dtype=torch.bfloat16)
+    expected, graph = swiglu(both), torch.cuda.CUDAGraph()
+    monkeypatch.setattr(tuning, "_FASTEST", {})
+    with torch.cuda.graph(graph):
+        captured = swiglu(both)
+    graph.replay()
+    assert torch.equal(captured, expected) and not tuning._FASTEST
 
 
 def test_offline_all_are_compiled(candidates, monkeypatch):
