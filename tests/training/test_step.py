@@ -1,5 +1,6 @@
 """The step against plain PyTorch, the schedule against its definition."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -144,6 +145,31 @@ def test_targets_after_eos_are_ignored(rows):
     batch = global_batch(rows, EOS, 10_000)[0]
     assert ((batch.targets == IGNORE_INDEX) == (batch.input_ids == EOS)).all()
     assert num_targets([batch]) == sum(int((row[:-1] != EOS).sum()) for row in rows)
+
+
+def test_static_shapes_change_nothing(folder, rows):
+    """What a graph would need: tokens without targets in a document at the end, and empty documents."""
+    (batch,) = global_batch(rows, EOS, 10_000)
+    fill, tokens = 320 - len(batch.targets), 320
+    assert fill > 0
+    bounds = torch.cat([batch.cu_seqlens, torch.full((5,), tokens, dtype=torch.int32)])
+    padded = dataclasses.replace(
+        batch,
+        input_ids=torch.cat([batch.input_ids, torch.full((fill,), EOS)]),
+        targets=torch.cat([batch.targets, torch.full((fill,), IGNORE_INDEX)]),
+        cu_seqlens=bounds,
+        max_seqlen=max(batch.max_seqlen, fill),
+    )
+    losses, gradients = [], []
+    for one in (batch, padded):
+        model = load_model(folder)
+        loss = training_step.summed_loss(model, one, torch.float32)
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert num_targets([padded]) == num_targets([batch])
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
 
 
 def test_core_needs_no_corpus_on_disk(monkeypatch):
