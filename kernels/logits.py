@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tuning
+from . import gluon_logits, tuning
 from .tiles import (
     BATCH_SIZES,
     LOWEST,
@@ -263,7 +263,7 @@ def _walk(x, w, offset, e, flag, temperature):
     where = tuning.target(x.device)
     descriptors = use_descriptors(where, *(matrix for matrix in (x, w, e) if matrix is not None))
 
-    def run(config):
+    def run(config, gluon=False):
         block_t, block_v, block_d = (config.blocks[name] for name in ("BLOCK_T", "BLOCK_V", "BLOCK_D"))
         blocks_t, tiles = triton.cdiv(T, block_t), V // block_v
         programs = where.processors * config.per_processor
@@ -271,7 +271,13 @@ def _walk(x, w, offset, e, flag, temperature):
         items = blocks_t * triton.cdiv(tiles, size)
         total = x.new_empty(triton.cdiv(tiles, size) + (V % block_v > 0), T, dtype=torch.float32)
         largest = torch.empty_like(total) if e is None else None
-        _logits_kernel[(min(max(items, blocks_t), programs),)](
+        grid = (min(max(items, blocks_t), programs),)
+        order = blocks_t, tiles, size, token_group(block_t * d * x.itemsize)
+        exp_scale = 1 / math.log(2) / temperature
+        if gluon:
+            gluon_logits.launch(grid, config, x, w, offset, e, largest, total, order, exp_scale)
+            return largest, total
+        _logits_kernel[grid](
             matrix(x, block_t, block_d, descriptors),
             matrix(w, block_v, block_d, descriptors),
             offset,
@@ -285,11 +291,8 @@ def _walk(x, w, offset, e, flag, temperature):
             x.stride(0),
             w.stride(0),
             0 if e is None else e.stride(0),
-            blocks_t,
-            tiles,
-            size,
-            token_group(block_t * d * x.itemsize),
-            1 / math.log(2) / temperature,
+            *order,
+            exp_scale,
             EXP=e is not None,
             FLAG=flag is not None,
             DESCRIPTORS=descriptors,
@@ -297,13 +300,14 @@ def _walk(x, w, offset, e, flag, temperature):
         )
         return largest, total
 
+    name = "logsumexp" if e is None else "exponentials"
+    fit = descriptors and flag is None and x.itemsize == 2
+    if fit and tuning.OFFLINE and gluon_logits.possible(where):  # there every kernel is compiled
+        tuning.launch(f"gluon_{name}", functools.partial(run, gluon=True), x.device)
+    if gluon_logits.wanted(where) and fit:
+        return tuning.launch(f"gluon_{name}", functools.partial(run, gluon=True), x.device)
     return tuning.launch(
-        "logsumexp" if e is None else "exponentials",
-        run,
-        x.device,
-        itemsize=x.itemsize,
-        descriptors=descriptors,
-        conditional=flag is not None,
+        name, run, x.device, itemsize=x.itemsize, descriptors=descriptors, conditional=flag is not None
     )
 
 
