@@ -8,6 +8,7 @@ what gradients cost.
                        buffers that exist: the floor
     liger-fp32         Liger with the weight's gradient accumulated in float32 (its default: in the weight's
                        dtype)
+    gluon              ours with MINIPLM_GLUON=1 (Hopper)
     others             as in log_prob.py; cut-cross-entropy without its gradient filter
 
 All targets count. The loss and both gradients are compared over the whole shape with float64, computed 512
@@ -17,6 +18,7 @@ tokens at a time.
 from functools import partial
 
 import torch
+from gluon import with_gluon
 from harness import Case, need_memory, relative_error, run
 from log_prob import PEERS, head, prepare_liger
 from miniplm.kernels import linear_cross_entropy
@@ -108,6 +110,7 @@ def cases(shape, device, dtype):
     for name, gradients, products in (("forward", False, 1), ("both", True, 3)):
         contenders = {"miniplm": partial(contender, miniplm, gradients), "GEMMs": partial(gemms, gradients)}
         contenders |= {peer: partial(contender, prepare, gradients) for peer, prepare in CONTENDERS.items()}
+        contenders["gluon"] = with_gluon(contenders["miniplm"])
         yield Case(name, contenders, flops=2 * products * T * V * shape["d"], errors=errors)
 
 

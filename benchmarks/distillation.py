@@ -6,6 +6,7 @@ student's two gradients.
     eager, compile     logits of both, 0.5 · cross_entropy(float32) + 0.5 · kl_div(float32)
     liger              0.5 · liger_fused_linear_cross_entropy + 0.5 · liger_fused_linear_jsd with jsd_beta=0,
                        which is KL(teacher ‖ student) (Triton, written for Liger Kernel 0.8.5)
+    gluon              ours with MINIPLM_GLUON=1 (Hopper)
     liger-chunked      liger_kernel.chunked_loss.LigerFusedLinearJSDLoss with beta=0 and equal weights
                        (compiled PyTorch, 0.8.5)
 
@@ -18,6 +19,7 @@ from functools import partial
 
 import torch
 from cross_entropy import compare, exact, with_gradients
+from gluon import with_gluon
 from harness import Case, need_memory, run
 from log_prob import head
 from miniplm.kernels import linear_distillation_loss
@@ -109,7 +111,7 @@ def cases(shape, device, dtype):
     errors = compare(exact(hidden, weight, targets, teacher, ALPHA))
     for name, gradients, products in (("forward", False, 1), ("both", True, 3)):
         contenders = {key: partial(contender, prepare, gradients) for key, prepare in CONTENDERS.items()}
-        contenders["GEMMs"] = partial(gemms, gradients)
+        contenders |= {"GEMMs": partial(gemms, gradients), "gluon": with_gluon(contenders["miniplm"])}
         yield Case(
             name, contenders, flops=2 * T * V * (products * shape["d"] + shape["d_teacher"]), errors=errors
         )

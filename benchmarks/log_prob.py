@@ -9,8 +9,9 @@
     liger              liger_fused_linear_cross_entropy, reduction="none" (written for Liger Kernel 0.8.5)
     liger-cutedsl      its per-token kernel for Hopper (needs nvidia-cutlass-dsl)
     cut-cross-entropy  linear_cross_entropy, filter_eps=None, reduction="none" (written for 25.1.1; the newer
-    source has the same arguments) quack              no loss per token (0.6.5): listed so that its absence is
-    seen
+    source has the same arguments)
+    quack              no loss per token (0.6.5): listed so that its absence is seen
+    gluon              ours with MINIPLM_GLUON=1 (Hopper)
 
 For difference_score each of them runs on both heads, and the mean difference of each document of 1,024 tokens
 is taken. All targets count. Hidden states are standard normal, weights such that logits have standard
@@ -19,6 +20,7 @@ against float64.
 """
 
 import torch
+from gluon import with_gluon
 from harness import Case, Skip, need_memory, relative_error, run
 from miniplm.kernels import difference_score, linear_log_prob
 
@@ -162,6 +164,7 @@ def cases(shape, device, dtype):
     compared = slice(2) if len(heads) == 2 else checked
     name = "score" if len(heads) == 2 else "log_prob"
     contenders = {"miniplm": miniplm, "GEMM": gemm} | {name: peer(prepare) for name, prepare in PEERS.items()}
+    contenders["gluon"] = with_gluon(miniplm)
     yield Case(
         "forward",
         contenders,

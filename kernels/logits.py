@@ -302,10 +302,10 @@ def _walk(x, w, offset, e, flag, temperature):
 
     name = "logsumexp" if e is None else "exponentials"
     fit = descriptors and flag is None and x.itemsize == 2
-    if fit and tuning.OFFLINE and gluon_logits.possible(where):  # there every kernel is compiled
-        tuning.launch(f"gluon_{name}", functools.partial(run, gluon=True), x.device)
     if gluon_logits.wanted(where) and fit:
-        return tuning.launch(f"gluon_{name}", functools.partial(run, gluon=True), x.device)
+        return run(tuning.GLUON[name], gluon=True)
+    if fit and tuning.OFFLINE and gluon_logits.possible(where):  # there every kernel is compiled
+        run(tuning.GLUON[name], gluon=True)
     return tuning.launch(
         name, run, x.device, itemsize=x.itemsize, descriptors=descriptors, conditional=flag is not None
     )

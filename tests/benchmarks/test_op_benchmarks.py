@@ -19,11 +19,11 @@ BENCHMARKS = sorted(
 )
 PEERS = {"eager", "compile", "torch", "liger", "liger-cutedsl", "cut-cross-entropy", "quack"}
 CONTENDERS = {  # (benchmark, pass) → who must be there
-    ("log_prob", "forward"): {"miniplm", "GEMM"} | PEERS,
-    ("cross_entropy", "forward"): {"miniplm", "GEMMs", "liger-fp32"} | PEERS,
-    ("cross_entropy", "both"): {"miniplm", "GEMMs", "liger-fp32"} | PEERS,
-    ("distillation", "forward"): {"miniplm", "GEMMs", "eager", "compile", "liger", "liger-chunked"},
-    ("distillation", "both"): {"miniplm", "GEMMs", "eager", "compile", "liger", "liger-chunked"},
+    ("log_prob", "forward"): {"miniplm", "gluon", "GEMM"} | PEERS,
+    ("cross_entropy", "forward"): {"miniplm", "gluon", "GEMMs", "liger-fp32"} | PEERS,
+    ("cross_entropy", "both"): {"miniplm", "gluon", "GEMMs", "liger-fp32"} | PEERS,
+    ("distillation", "forward"): {"miniplm", "gluon", "GEMMs", "eager", "compile", "liger", "liger-chunked"},
+    ("distillation", "both"): {"miniplm", "gluon", "GEMMs", "eager", "compile", "liger", "liger-chunked"},
 }
 WITHOUT_GPU = pytest.mark.skipif(
     torch.cuda.is_available(), reason="with a GPU the benchmarks run at full size"

@@ -12,7 +12,7 @@ import torch
 from random_inputs import on, random_head
 
 pytest.importorskip("triton")
-from miniplm.kernels import gluon_logits, linear_log_prob, tuning
+from miniplm.kernels import gluon_logits, linear_log_prob, logits, tuning
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 HOPPER = tuning.Target("cuda", 90, 132)
@@ -81,6 +81,27 @@ def test_the_op_says_so(monkeypatch):
         linear_log_prob(*head)
 
 
+@has_gluon
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_what_goes_to_it(value, monkeypatch):
+    """With MINIPLM_GLUON=1 both uses of the logits in 16 bits, whose rows TMA reads, do; what is launched on
+    condition, and all else, does not."""
+    monkeypatch.setenv("MINIPLM_GLUON", value)
+    monkeypatch.setattr(tuning, "target", lambda device: HOPPER)
+    taken = []
+    monkeypatch.setattr(gluon_logits, "launch", lambda grid, config, *_: taken.append(config.num_stages))
+    monkeypatch.setattr(tuning, "launch", lambda name, *_, **__: taken.append(name) or (None, None))
+    x, w, e = (torch.zeros(rows, 64, dtype=torch.bfloat16) for rows in (9, 64, 9))
+    logits.logsumexp_partials(x, w)
+    logits.exponentials(x, w, torch.zeros(9), e)
+    assert taken == [["logsumexp", "exponentials"], [4, 3]][int(value)]
+    taken.clear()
+    logits.logsumexp_partials(x, w, torch.ones(1, dtype=torch.int32))
+    logits.logsumexp_partials(x.float(), w.float())
+    logits.logsumexp_partials(x[:, :63], w[:, :63].contiguous())
+    assert taken == ["logsumexp"] * 3
+
+
 WITHOUT = """
 import sys
 sys.modules["triton.experimental.gluon.language.nvidia.hopper"] = None
@@ -138,12 +159,8 @@ sys.path.insert(0, {str(BENCHMARKS)!r})
 import compile_report, json, torch
 from miniplm.kernels import dispatch, tuning
 
-launch = tuning.launch
-def gluon_alone(name, *rest, **bucket):
-    if name.startswith("gluon_"):
-        return launch(name, *rest, **bucket)
-    return [compile_report.make(9, 300, dtype=torch.float32) for _ in range(2)]
-tuning.launch = gluon_alone
+# Nothing but the Gluon kernel: the others' results are made up.
+tuning.launch = lambda *_, **__: [compile_report.make(9, 300, dtype=torch.float32) for _ in range(2)]
 resources = compile_report.resources
 def with_registers(name, kernel):
     return {{**resources(name, kernel), "setmaxnreg": kernel.asm["ptx"].count("setmaxnreg")}}
