@@ -34,7 +34,7 @@ PANIC = "PanicException"  # of a library in Rust (tokenizers, safetensors); it i
 
 
 def _overview() -> str:
-    lines = [f"  {name:9} {settings.__doc__}" for name, (settings, _) in COMMANDS.items()]
+    lines = [f"  {name:10} {settings.__doc__}" for name, (settings, _) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: miniplm COMMAND [--flags]",

@@ -39,7 +39,7 @@ OWNERS = {
     "state.json": "data/corpus.py",
     "scores-": "data/scores.py",
     "wall_time.json": "runtime/wall_time.py",
-    "progress.json": "stages/prepare.py",
+    "progress.json": "data/progress_file.py",
     "metrics.jsonl": "training/checkpoints.py",
     "trainer_state.json": "training/checkpoints.py",
     "optimizer.safetensors": "training/checkpoints.py",

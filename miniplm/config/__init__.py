@@ -6,7 +6,7 @@ field.
 
 from .arguments import from_arguments, from_dict
 from .checks import BATCH_TOKENS, MICRO_BATCH_TOKENS, SHARD_CHUNKS
-from .data import PrepareConfig, ScoreConfig, SelectConfig
+from .data import PrepareConfig, RetokenizeConfig, ScoreConfig, SelectConfig
 from .fields import shown
 from .publishing import (
     DemoConfig,
@@ -32,6 +32,7 @@ STAGES = {
     "prepare": PrepareConfig,
     "score": ScoreConfig,
     "select": SelectConfig,
+    "retokenize": RetokenizeConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
@@ -54,6 +55,7 @@ __all__ = [
     "LedgerConfig",
     "OptimizerConfig",
     "PrepareConfig",
+    "RetokenizeConfig",
     "RunConfig",
     "ScoreConfig",
     "SelectConfig",

@@ -20,6 +20,7 @@ from .checks import (
 )
 
 MAX_CHUNK_LENGTH = 2**20
+SHARD_TOKENS = 2**25
 MAX_SHARD_TOKENS = 2**30  # an Arrow file's offsets are int32
 MAX_SHARD_CHUNKS = 2**24
 MAX_WORKERS = 1_024
@@ -58,7 +59,7 @@ class PrepareConfig:
     """The split of a Hugging Face dataset."""
     workers: Optional[int] = None
     """Worker processes; default: one per CPU core. 1: no extra process."""
-    shard_tokens: int = 33_554_432
+    shard_tokens: int = SHARD_TOKENS
     """Tokens per file of the corpus; a killed run continues after the last whole file."""
 
     def __post_init__(self) -> None:
@@ -73,6 +74,35 @@ class PrepareConfig:
             0 <= self.max_bad_fraction <= 1,
             f"max_bad_fraction must be between 0 and 1, got {self.max_bad_fraction}",
         )
+        require_count(self, "workers", high=MAX_WORKERS)
+        require_count(self, "shard_tokens", high=MAX_SHARD_TOKENS)
+
+
+@dataclass(frozen=True)
+class RetokenizeConfig:
+    """Turn a corpus into the ids of another tokenizer, for students of another family."""
+
+    data: str
+    """The corpus folder that prepare or select wrote."""
+    tokenizer: str
+    """The other tokenizer: Hugging Face id, local folder, or .gguf file."""
+    output: str
+    """The corpus folder to write."""
+    max_length: Optional[int] = None
+    """Predictions per chunk; default: as in the corpus."""
+    add_bos: Optional[bool] = None
+    """Begin every document with the tokenizer's BOS; default: where the tokenizer begins any text with it."""
+    eos_token: Optional[str] = None
+    """The token that ends a document, where the tokenizer names none."""
+    workers: Optional[int] = None
+    """Worker processes; default: one per CPU core. 1: no extra process."""
+    shard_tokens: int = SHARD_TOKENS
+    """Tokens per file of the corpus; a killed run continues after the last whole file."""
+
+    def __post_init__(self) -> None:
+        require_texts(self)
+        require_output(self.output)
+        require_count(self, "max_length", high=MAX_CHUNK_LENGTH)
         require_count(self, "workers", high=MAX_WORKERS)
         require_count(self, "shard_tokens", high=MAX_SHARD_TOKENS)
 

@@ -180,6 +180,12 @@ class Chunker:
             for number, start, end in zip(by.tolist(), starts[:-1], ends, strict=True)
         ]
 
+    def alone(self, ids: np.ndarray, boundary: np.ndarray, domain: str) -> list[Chunk]:
+        """The chunks of ids [n] with these boundaries [n] that share a chunk with no others."""
+        self.domains.setdefault(domain, {"rows": 0, "tokens": 0})
+        parts = np.split(ids, chunk_ends(boundary, self.size))
+        return [self._count(domain, part) for part in parts if len(part)]
+
     def finish(self) -> list[Chunk]:
         """The last chunk of each domain."""
         return [self._count(domain, ids) for domain, (ids, _) in self._rest.items()]

@@ -34,6 +34,7 @@ from .verify import (
 
 TOKENIZER = "tokenizer"  # the folder in a corpus
 STATE, INFO = "state.json", "dataset_info.json"  # what `datasets` reads first
+WRITERS = ("prepare", "select", "retokenize")  # the stages that write a corpus
 ROWS_PER_RECORD_BATCH = 1_000  # as datasets writes them
 
 
@@ -67,7 +68,7 @@ class Corpus:
 
     def __init__(self, folder: str | PathLike[str]):
         self.folder = Path(folder)
-        self.manifest = read_manifest(folder, "prepare", "select", what="corpus", schema=CorpusManifest)
+        self.manifest = read_manifest(folder, *WRITERS, what="corpus", schema=CorpusManifest)
         self.tokenizer = str(self.folder / TOKENIZER)
         self.eos_token_id: int = self.manifest["eos_token_id"]
         self.fingerprint: str = self.manifest["fingerprint"]
@@ -87,6 +88,11 @@ class Corpus:
 
     def __len__(self) -> int:
         return self.table.num_rows
+
+    @property
+    def has_scores(self) -> bool:
+        """Is it a refined corpus?"""
+        return "score" in self.table.column_names
 
     @cached_property
     def num_tokens(self) -> np.ndarray:
@@ -219,9 +225,11 @@ def changed_shard(folder: str | PathLike[str], hashes: list[str]) -> str | None:
 # ---- writing ----
 
 
-def write_chunks(folder: str | PathLike[str], number: int, chunks: list[Chunk]) -> str:
-    """Write one Arrow file of a corpus from chunks (domain, ids) atomically and return the hash of its
-    bytes."""
+def write_chunks(
+    folder: str | PathLike[str], number: int, chunks: list[Chunk], scores: dict[str, Any] | None = None
+) -> str:
+    """Write one Arrow file of a corpus from chunks (domain, ids) and, for a refined one, their score columns
+    atomically and return the hash of its bytes."""
     import pyarrow as pa
 
     ids, domains = [], []
@@ -232,7 +240,7 @@ def write_chunks(folder: str | PathLike[str], number: int, chunks: list[Chunk]) 
         domains.append(pa.array([domain for domain, _ in part], pa.string()))
     lengths = pa.array([len(chunk) for _, chunk in chunks], pa.int32())
     columns = {"input_ids": pa.chunked_array(ids), "domain": pa.chunked_array(domains), "num_tokens": lengths}
-    return write_shard(folder, number, columns)
+    return write_shard(folder, number, columns | (scores or {}))
 
 
 def _features(with_scores: bool) -> Any:

@@ -84,6 +84,35 @@ def _refuse_without_files(path: Path, name: str) -> None:
         raise UserError(f"folder {name} holds no tokenizer files: {NO_FILES_REMEDY}, or {REMEDY}")
 
 
+def set_eos(tokenizer: Any, name: str, token: str | None) -> None:
+    """Make `token` the one that ends a document (None: the tokenizer's own); UserError where it has none.
+
+    Args:
+        name: of the tokenizer, in messages.
+    """
+    if token is not None:
+        if token not in tokenizer.get_vocab():
+            raise UserError(f"tokenizer {name} has no token {token!r}: give --eos-token one that it has")
+        tokenizer.eos_token = token
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {name} names no token that ends a document: give one with --eos-token")
+
+
+def bos_of(tokenizer: Any, name: str, wanted: bool | None) -> int | None:
+    """The id that is to begin a document: BOS, where it is wanted, or where the tokenizer begins any text
+    with it (wanted is None); else None.
+
+    Args:
+        name: of the tokenizer, in messages.
+    """
+    bos: int | None = tokenizer.bos_token_id
+    if wanted is None:
+        wanted = bos is not None and encode(tokenizer, "a", name)[:1] == [bos]
+    if wanted and bos is None:
+        raise UserError(f"tokenizer {name} has no token that begins a document: leave --add-bos out")
+    return bos if wanted else None
+
+
 def save_tokenizer(tokenizer: Any, folder: str | os.PathLike[str]) -> None:
     """Write the tokenizer's files into `folder`. A disk that is full is an OSError here too; the tokenizers
     library has its own kind."""

@@ -262,7 +262,7 @@ def verify_tokenizer(folder: Path, manifest: Mapping[str, Any], memory: FileFact
         facts = _read_tokenizer(path, place, eos)
         if signature(path) == found:
             memory.put(path, found, facts.model_dump())
-    content = manifest["identity"].get("tokenizer") if manifest["stage"] == "prepare" else None
+    content = manifest["identity"].get("tokenizer") if manifest["stage"] != "select" else None
     if facts.vocabulary != manifest["tokenizer_fingerprint"] or facts.content != (content or facts.content):
         raise Damaged(f"{place} is not as written")
     settings = folder / "tokenizer_config.json"

@@ -17,25 +17,23 @@ from ..data.chunking import Chunk, Chunker
 from ..data.corpus import (
     TOKENIZER,
     Corpus,
-    changed_shard,
     file_hashes,
     shard_paths,
     write_chunks,
     write_dataset_files,
 )
 from ..data.encoding import Documents, Encoder, EncoderSettings
+from ..data.progress_file import PROGRESS, read_progress, save_progress
 from ..data.sources import START, Position, Source, open_source
-from ..data.tokenizer import content_fingerprint, load_tokenizer, tokenizer_fingerprint
+from ..data.tokenizer import content_fingerprint, load_tokenizer, set_eos, tokenizer_fingerprint
 from ..data.verify import Damaged, tokenizer_hashes, write_tokenizer
 from ..runtime.artifacts import MANIFEST, complete_output, exclusive, open_output, reopen_output
 from ..runtime.errors import UserError
-from ..runtime.files import fingerprint, read_json, write_json
 from ..runtime.progress import Progress, note
 from ..runtime.text import printable
 from ..runtime.wall_time import WALL_TIME, timed
 from ..runtime.workers import cores, ordered_map
 
-PROGRESS = "progress.json"
 MAX_BAD_RECORDS_REPORTED = 5
 MAX_LEFT_OUT_REPORTED = 5  # files
 MAX_DOMAINS_SHOWN = 30  # the largest
@@ -58,7 +56,7 @@ def prepare(config: PrepareConfig) -> None:
         columns.append(config.domain_column)
     source = open_source(config.data, columns, config.subset, config.split)
     tokenizer = load_tokenizer(config.tokenizer)
-    _set_eos(tokenizer, config)
+    set_eos(tokenizer, config.tokenizer, config.eos_token)
     folder = Path(config.output)
     identity = _identity(config, source, tokenizer)
     complete, ours = open_output(folder, "prepare", identity), False
@@ -93,20 +91,6 @@ def _is_whole(folder: Path, source: Source) -> bool:
             f"it into another --output"
         )
     return True
-
-
-def _set_eos(tokenizer: Any, config: PrepareConfig) -> None:
-    if config.eos_token is not None:
-        if config.eos_token not in tokenizer.get_vocab():
-            raise UserError(
-                f"tokenizer {config.tokenizer} has no token {config.eos_token!r}: give --eos-token one that "
-                f"it has"
-            )
-        tokenizer.eos_token = config.eos_token
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"tokenizer {config.tokenizer} names no token that ends a document: give one with --eos-token"
-        )
 
 
 def _identity(config: PrepareConfig, source: Source, tokenizer: Any) -> dict[str, Any]:
@@ -179,7 +163,7 @@ class _Run:
     read: int = 0
     hashes: list[str] = field(default_factory=list)
 
-    def save(self, path: Path, source: Source) -> None:
+    def save(self, folder: Path, source: Source) -> None:
         state = {
             "position": self.position,
             "read": self.read,
@@ -188,7 +172,7 @@ class _Run:
             "bad": self.bad.state(),
             "source": source.state,
         }
-        write_json(path, {**state, "checksum": fingerprint(state)})
+        save_progress(folder, state)
 
     def load(self, state: dict[str, Any]) -> None:
         self.position, self.read, self.hashes = state["position"], state["read"], state["hashes"]
@@ -196,35 +180,12 @@ class _Run:
         self.bad.load(state["bad"])
 
 
-def _read_progress(folder: Path, source: Source) -> dict[str, Any] | None:
-    """What a stopped run of this source had saved; None to start from the beginning: there is nothing, or not
-    all of what it is about."""
-    path = folder / PROGRESS
-    if not path.exists():
-        return None
-    try:
-        state = read_json(path)
-        checksum = state.pop("checksum")
-        lost = f"{PROGRESS} is not as written" if checksum != fingerprint(state) else None
-    except (UserError, AttributeError, KeyError, TypeError):
-        lost = f"{PROGRESS} cannot be read"
-    if not lost and state["source"] != source.state:
-        lost = f"data {source.name} was written to since the run was stopped"
-    if not lost and (changed := changed_shard(folder, state["hashes"])):
-        lost = f"{changed} is missing or not as written"
-    if lost:
-        note(f"corpus {folder}: {lost}: starting over")
-        path.unlink()
-        return None
-    return state
-
-
 def _write_corpus(config: PrepareConfig, source: Source, tokenizer: Any, folder: Path) -> _Run:
     """Write the corpus files, from the start or from where a stopped run was."""
     _report_left_out(config.data, source)
     eos = tokenizer.eos_token_id
     run = _Run(Chunker(config.max_length + 1, eos), BadRecords(config.max_bad_fraction))
-    if state := _read_progress(folder, source):
+    if state := read_progress(folder, source.state, source.name):
         run.load(state)
     settings = EncoderSettings(
         str(folder / TOKENIZER / "tokenizer.json"), eos, config.text_column, config.domain_column, config.take
@@ -244,7 +205,7 @@ def _write_corpus(config: PrepareConfig, source: Source, tokenizer: Any, folder:
             run.position, run.read = documents.next, run.read + documents.size
             if tokens >= config.shard_tokens:
                 run.hashes.append(write_chunks(folder, len(run.hashes), chunks))
-                run.save(folder / PROGRESS, source)
+                run.save(folder, source)
                 chunks, tokens = [], 0
     run.bad.finish()
     if not run.chunker.domains:
