@@ -28,7 +28,7 @@ from ..training.cost import training_flops_of
 from ..training.metrics import read_metrics
 
 NOT_RECORDED = "not recorded"
-CORPUS_STAGES = ("prepare", "select", "synthesize")
+CORPUS_STAGES = ("prepare", "select", "retokenize", "synthesize")
 
 Folders = dict[Path, dict[str, Any]]  # complete outputs with their manifests
 
@@ -166,14 +166,15 @@ class _Offline:
         if folder is None or folder in self.entries:
             return
         manifest = self.folders[folder]
-        # prepare and select compute no model.
+        # The others compute no model.
         flops = _recorded_flops(manifest) if manifest["stage"] == "synthesize" else 0
         self.entries[folder] = Entry(manifest["stage"], folder.name, flops, wall_time(folder))
         scores = manifest["identity"].get("scores")
         for identity in scores.values() if isinstance(scores, dict) else ():
             self.add_scores(identity)
-        if manifest.get("parent"):
-            self.add_corpus(manifest["parent"])
+        retokenized = manifest["stage"] == "retokenize"
+        if before := manifest["identity"].get("corpus") if retokenized else manifest.get("parent"):
+            self.add_corpus(before)
 
     def add_scores(self, identity: Any) -> None:
         """Of scores with a reference model also its training."""

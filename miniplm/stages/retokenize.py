@@ -25,6 +25,7 @@ from ..data.verify import Damaged, tokenizer_hashes, write_tokenizer
 from ..runtime.artifacts import complete_output, exclusive, open_output, reopen_output
 from ..runtime.progress import Progress, note
 from ..runtime.text import printable
+from ..runtime.wall_time import timed
 from ..runtime.workers import cores, ordered_map
 
 BATCH_TOKENS = 1 << 16  # what a worker gets at a time
@@ -58,7 +59,6 @@ def retokenize(config: RetokenizeConfig) -> None:
         write_tokenizer(tokenizer, folder, identity)
         if complete and _is_whole(folder):
             return
-        reopen_output(folder, {"files": tokenizer_hashes(folder / TOKENIZER)})
         settings = RetokenizerSettings(
             str(Path(corpus.tokenizer) / "tokenizer.json"),
             corpus.eos_token_id,
@@ -68,25 +68,10 @@ def retokenize(config: RetokenizeConfig) -> None:
             bos,
         )
         run = _Run(Chunker(max_length + 1, tokenizer.eos_token_id))
-        _write_corpus(config, corpus, settings, run)
-        results = {
-            "fingerprint": write_dataset_files(folder, run.hashes, with_scores=corpus.has_scores),
-            "rows": sum(counts["rows"] for counts in run.chunker.domains.values()),
-            "tokens": sum(counts["tokens"] for counts in run.chunker.domains.values()),
-            "predictions": run.chunker.predictions,
-            "domains": run.chunker.domains,
-            "bad_records": corpus.manifest["bad_records"],
-            "eos_token_id": tokenizer.eos_token_id,
-            "vocab_size": len(tokenizer),
-            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-            "max_length": max_length,
-            "source": corpus.manifest["source"],
-            "lost": {"pieces": run.lost, "first_chunk": run.first_lost},
-            **{key: corpus.manifest[key] for key in CARRIED if key in corpus.manifest},
-            "files": file_hashes(folder, run.hashes),
-        }
-        complete_output(folder, results)
-        (folder / PROGRESS).unlink(missing_ok=True)
+        with timed(folder):
+            reopen_output(folder, {"files": tokenizer_hashes(folder / TOKENIZER)})
+            _write_corpus(config, corpus, settings, run)
+            results = _finish(folder, corpus, tokenizer, max_length, run)
     _print_summary(config, corpus, results)
 
 
@@ -237,6 +222,30 @@ def _write_file(corpus: Corpus, folder: Path, number: int, rows: list[tuple[Chun
         old = corpus.table.select(list(SCORE_COLUMNS)).take([source for _, source in rows])
         scores = {name: old.column(name) for name in SCORE_COLUMNS}
     return write_chunks(folder, number, [chunk for chunk, _ in rows], scores)
+
+
+def _finish(folder: Path, corpus: Corpus, tokenizer: Any, max_length: int, run: _Run) -> dict[str, Any]:
+    """Complete the corpus; what its manifest says beside its identity."""
+    domains = run.chunker.domains
+    results = {
+        "fingerprint": write_dataset_files(folder, run.hashes, with_scores=corpus.has_scores),
+        "rows": sum(counts["rows"] for counts in domains.values()),
+        "tokens": sum(counts["tokens"] for counts in domains.values()),
+        "predictions": run.chunker.predictions,
+        "domains": domains,
+        "bad_records": corpus.manifest["bad_records"],
+        "eos_token_id": tokenizer.eos_token_id,
+        "vocab_size": len(tokenizer),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "max_length": max_length,
+        "source": corpus.manifest["source"],
+        "lost": {"pieces": run.lost, "first_chunk": run.first_lost},
+        **{key: corpus.manifest[key] for key in CARRIED if key in corpus.manifest},
+        "files": file_hashes(folder, run.hashes),
+    }
+    complete_output(folder, results)
+    (folder / PROGRESS).unlink(missing_ok=True)
+    return results
 
 
 def _print_summary(config: RetokenizeConfig, corpus: Corpus, results: dict[str, Any]) -> None:

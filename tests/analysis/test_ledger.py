@@ -13,9 +13,10 @@ from training_runs import make_config, metrics, scores_again
 import miniplm
 from miniplm.analysis.ledger import Evaluation, Run, compare, evaluations, reached, students
 from miniplm.cli import main
-from miniplm.config import DistillConfig, EvalConfig, ScoreConfig, SelectConfig
+from miniplm.config import DistillConfig, EvalConfig, RetokenizeConfig, ScoreConfig, SelectConfig
 from miniplm.runtime.files import read_json, write_json
 from miniplm.runtime.wall_time import wall_time
+from miniplm.stages.retokenize import retokenize
 from miniplm.stages.score import score
 from miniplm.stages.select import select
 from miniplm.stages.train import train
@@ -237,3 +238,13 @@ def test_float8_costs_as_much(house, tiny_corpus, tmp_path):
         score(config)
         flops.append(read_json(Path(config.output) / "manifest.json")["flops"])
     assert flops[0] == flops[1]
+
+
+def test_behind_a_retokenized_corpus_stands_the_selection(house, tiny_tokenizer):
+    corpus = str(house.runs / "other-ids")
+    settings = dict(data=str(house.runs / "refined"), tokenizer=tiny_tokenizer, max_length=20, workers=1)
+    retokenize(RetokenizeConfig(output=corpus, **settings))
+    run = replace(house.student, data=corpus, output=str(house.runs / "other-student"), steps=2)
+    train(run)
+    entries = miniplm.ledger(runs=[run.output])["runs"][0]["offline"]
+    assert {each["name"] for each in entries} == {"other-ids", "refined", "scores", "reference", "pool"}
