@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from miniplm.config import OptimizerConfig, TrainConfig, from_arguments
+from miniplm.config import OptimizerConfig, StudentConfig, TrainConfig, from_arguments
 from miniplm.models.decoder import Decoder, student_config
 
 ROOT = Path(__file__).parents[1]
@@ -126,3 +126,31 @@ def test_hyper_parameters_are_the_published_ones(name):
 def test_every_preset_is_tested():
     presets = {path.stem for path in (ROOT / "configs").glob("*.yaml")} - {"quickstart"}
     assert presets == PEAK_LR.keys() == SHAPES.keys() | {"mamba_130m"}
+
+
+def test_the_costs_in_reproducing_md_are_the_counted_ones():
+    page = (ROOT / "docs" / "reproducing.md").read_text()
+
+    def cost(name: str) -> int:
+        with torch.device("meta"):
+            return Decoder(
+                student_config(settings(name).model, vocab_size=QWEN, eos_token_id=0)
+            ).flops_per_token(1024)
+
+    teacher = StudentConfig(
+        hidden_size=2048,
+        intermediate_size=5504,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        of_teacher = Decoder(student_config(teacher, vocab_size=QWEN, eos_token_id=0)).flops_per_token(1024)
+    reference, student = cost("qwen_104m_reference"), cost("qwen_200m")
+    for flops in (3 * reference * 5e9, of_teacher * 1e11, reference * 1e11, 3 * student * 512 * 1024 * 1e5):
+        hours = [flops / (share * 989e12) / 3600 for share in (0.4, 0.6)]
+        shown = [f"{value:.1f}" if value < 10 else f"{value:.0f}" for value in hours]
+        assert f"| {flops:.2e} | {shown[0]} | {shown[1]} |".replace("e+", "e") in page
+    assert f"{3 * student + of_teacher:.2e} FLOPs a token".replace("e+0", "e") in page
+    assert f"alone costs {3 * student:.2e}".replace("e+0", "e") in page
+    assert f"it has {round(1e2 * 3 * student / (3 * student + of_teacher))}k\nsteps" in page
