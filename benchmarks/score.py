@@ -6,10 +6,12 @@ in one run.
               of a batch
     miniplm   packed batches, both bodies on the same batch, both heads in difference_score; no [tokens,
               vocabulary] tensor
+    bfloat16  the same, as --dtype bfloat16 has it, where the CPU has instructions for it: how much faster,
+              and how well do the ranks agree?
 
 Each runs in a process of its own: load, one small batch, then passes over all chunks. Memory is the highest
 resident size during the passes beyond that before, sampled every 2 ms. Speed is that of the fastest pass:
-other work on the machine only slows a pass. The scores of both must agree.
+other work on the machine only slows a pass. The scores of the first two must agree.
 Chunk lengths are as prepare makes them: full, less the way back to the last sentence end (here geometric,
 mean 20 tokens).
 
@@ -30,9 +32,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from miniplm.data.selection import rank_agreement
+from miniplm.runtime.devices import cpu_multiplies_bf16
+
 EOS = 0
 PAGE = resource.getpagesize()
-CONTENDERS = ("padded", "miniplm")
+CONTENDERS = ("padded", "miniplm", "bfloat16")
 
 
 def main():
@@ -41,9 +46,10 @@ def main():
         return contend(options)
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(options, Path(folder))
-        results = {name: run(name, folder) for name in CONTENDERS}
-        scores = [np.load(Path(folder) / f"{name}.npy") for name in CONTENDERS]
-    padded, ours = (results[name] for name in CONTENDERS)
+        names = CONTENDERS if cpu_multiplies_bf16() else CONTENDERS[:2]
+        results = {name: run(name, folder) for name in names}
+        scores = [np.load(Path(folder) / f"{name}.npy") for name in names]
+    padded, ours = results["padded"], results["miniplm"]
     report = {
         "benchmark": "score",
         "device": "cpu",
@@ -55,6 +61,8 @@ def main():
         "memory_ratio": ours["extra_bytes"] / padded["extra_bytes"],
         "largest_difference": float(np.abs(scores[0] - scores[1]).max()),
     }
+    if len(names) > 2:
+        report["bfloat16_agreement"] = rank_agreement(*scores[1:])
     show(report)
     print(json.dumps(report))
     if options.json:
@@ -131,7 +139,7 @@ def contend(options):
     settings = argparse.Namespace(**json.loads((folder / "options.json").read_text()))
     stored = np.load(folder / "chunks.npz")
     chunks = np.split(stored["ids"], np.cumsum(stored["lengths"])[:-1])
-    start = {"padded": padded, "miniplm": packed}[options.contender]
+    start = {"padded": padded, "miniplm": packed, "bfloat16": in_bfloat16}[options.contender]
     with torch.inference_mode():
         score = start(folder, settings)
         score([chunk[:9] for chunk in chunks[:2]])  # loads the code that the passes run
@@ -183,13 +191,17 @@ def padded(folder: Path, settings):
     return score
 
 
-def packed(folder: Path, settings):
+def in_bfloat16(folder: Path, settings):
+    return packed(folder, settings, torch.bfloat16)
+
+
+def packed(folder: Path, settings, dtype=torch.float32):
     """What `miniplm score` does between reading the corpus and writing the files."""
     from miniplm.data.batches import pack, prefetch, split_by_tokens
     from miniplm.models.loading import load_model
     from miniplm.stages.score import score_batch
 
-    models = {role: load_model(folder / role) for role in ("teacher", "reference")}
+    models = {role: load_model(folder / role, dtype) for role in ("teacher", "reference")}
     touch(models.values())
 
     def score(chunks):
@@ -242,12 +254,17 @@ def show(report: dict):
     for heading in ("tokens/s", "ratio", "extra memory, MB", "ratio"):
         table.add_column(heading, justify="right")
     first = report[CONTENDERS[0]]
-    for name in CONTENDERS:
+    for name in [name for name in CONTENDERS if name in report]:
         speed, memory = report[name]["tokens_per_second"], report[name]["extra_bytes"]
         ratios = speed / first["tokens_per_second"], memory / first["extra_bytes"]
         table.add_row(name, f"{speed:,.0f}", f"{ratios[0]:.2f}", f"{memory / 1e6:,.0f}", f"{ratios[1]:.3f}")
     Console().print(table)
     print(f"largest difference of a score: {report['largest_difference']:.1e}")
+    if agreement := report.get("bfloat16_agreement"):
+        print(
+            f"bfloat16: {agreement['equal_selections']:.1%} of {agreement['rows']} chunks selected or "
+            f"dropped alike, Spearman's rank correlation {agreement['spearman']:.4f}"
+        )
 
 
 if __name__ == "__main__":
