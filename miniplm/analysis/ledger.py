@@ -193,7 +193,7 @@ class _Offline:
         for folder, manifest in self.folders.items():
             if manifest["stage"] == "train" and _last_hash(folder) == weights:
                 flops = training_flops_of(manifest, folder / MANIFEST)
-                total = flops and flops.training + flops.evaluation
+                total = None if flops is None else flops.training + flops.evaluation
                 self.entries[folder] = Entry("train", folder.name, total, wall_time(folder))
                 self.add_corpus(manifest["identity"].get("corpus"))
                 return
