@@ -14,7 +14,7 @@ from miniplm.pipeline import plan_stages, read_stages, run_stages
 from miniplm.runtime.files import read_json
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RUNS = ["conventional", "miniplm", "vanilla_kd", "miniplm_vanilla_kd", "data_limited"]
+RUNS = ["conventional", "miniplm", "vanilla_kd", "seqkd", "miniplm_vanilla_kd", "data_limited"]
 TOKENS = 105e9  # of the text that the shares are made for
 
 
@@ -30,7 +30,7 @@ def test_every_run_is_tested():
 def test_models_are_trained_as_their_presets_say(run):
     planned = plan_stages(stages(run), "out")
     trained = [(name, settings) for name, kind, settings in planned if kind == "train"]
-    assert len(trained) == (1 if run in ("conventional", "vanilla_kd") else 2)
+    assert len(trained) == (1 if run in ("conventional", "vanilla_kd", "seqkd") else 2)
     for name, settings in trained:
         preset = "qwen_104m_reference" if name == "reference" else "qwen_200m"
         arguments = ["--config", str(CONFIGS / f"{preset}.yaml"), "--data", "corpus", "--output", "run"]
@@ -88,6 +88,7 @@ TOY_TAKES = {
     "half_pool": [0.3, 0.65],
 }
 TOY_STEPS = 6
+TOY_PROMPT = 960  # of up to 1,025: few tokens to write
 TOY_MODEL = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -104,6 +105,8 @@ def toy(name: str, values: dict, text: str, tokenizer: str, teacher: str) -> dic
         small = {"data": text, "tokenizer": tokenizer, "take": TOY_TAKES[name]}
     elif values["stage"] == "score":
         small = {"teacher": teacher}
+    elif values["stage"] == "synthesize":
+        small = {"teacher": teacher, "prompt_tokens": TOY_PROMPT}
     elif values["stage"] == "train":
         small = {
             "model": values["model"] | TOY_MODEL,
@@ -119,7 +122,7 @@ def toy(name: str, values: dict, text: str, tokenizer: str, teacher: str) -> dic
 
 @pytest.fixture(scope="module")
 def trained(tiny_tokenizer, tiny_model, tmp_path_factory):
-    """All five runs in one output folder, and the teacher."""
+    """All six runs in one output folder, and the teacher."""
     folder = tmp_path_factory.mktemp("published")
     rng = random.Random(3)
     text = folder / "text.jsonl"
@@ -185,3 +188,17 @@ def test_miniplm_trains_on_what_the_teacher_prefers(trained, run, pool, refined,
     assert (scores["teacher"], scores["reference"]) == ("teacher", "reference")
     if run == "data_limited":
         assert manifest["tokens"] > kept["predictions"]  # more than one pass
+
+
+@pytest.mark.slow
+def test_seqkd_trains_on_the_teachers_text(trained):
+    output, teacher = trained
+    manifest, text = student_of(output, "seqkd"), corpus(output, "teacher_text")
+    assert manifest["identity"]["corpus"] == text["fingerprint"]
+    assert text["parent"] == corpus(output, "half_pool")["fingerprint"]
+    assert text["identity"]["teacher"] == model_hash(teacher)
+    assert stages("seqkd")["teacher_text"]["prompt_tokens"] == 768
+    assert text["synthesis"]["prompt_tokens"] == TOY_PROMPT and text["synthesis"]["new_tokens"] > 100
+    card = (output / "seqkd_200m_model" / "README.md").read_text()
+    assert f"the first {TOY_PROMPT} tokens of each chunk, continued by teacher at temperature 1" in card
+    assert "- knowledge-distillation" in card

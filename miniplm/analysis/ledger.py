@@ -17,6 +17,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from ..config import LedgerConfig
+from ..data.corpus import WRITERS
 from ..models.loading import model_hash
 from ..runtime.artifacts import MANIFEST, is_as_written, read_manifest, recorded
 from ..runtime.errors import UserError
@@ -28,7 +29,6 @@ from ..training.cost import training_flops_of
 from ..training.metrics import read_metrics
 
 NOT_RECORDED = "not recorded"
-CORPUS_STAGES = ("prepare", "select", "retokenize", "synthesize")
 
 Folders = dict[Path, dict[str, Any]]  # complete outputs with their manifests
 
@@ -158,9 +158,7 @@ class _Offline:
 
     def add_corpus(self, fingerprint: Any) -> None:
         """Of a corpus that was selected also the scores and what it was selected from."""
-        folder = self.find(
-            lambda each: each["stage"] in CORPUS_STAGES and each.get("fingerprint") == fingerprint
-        )
+        folder = self.find(lambda each: each["stage"] in WRITERS and each.get("fingerprint") == fingerprint)
         if folder is None:
             self.lost[f"corpus {fingerprint}"] = None
         if folder is None or folder in self.entries:

@@ -88,7 +88,7 @@ def _front_matter(settings: ExportConfig, run: Provenance) -> _FrontMatter:
     tags = ["pretraining"]
     if run.corpus and run.corpus.by_score:
         tags += ["miniplm", "knowledge-distillation", "data-selection"]
-    elif run.identity.teacher:
+    elif run.identity.teacher or (run.corpus and run.corpus.synthesis):
         tags += ["knowledge-distillation"]
     source = run.corpus.source if run.corpus else ""
     return _FrontMatter(
@@ -149,6 +149,15 @@ def _corpus_rows(corpus: TrainingCorpus) -> list[Row]:
                 "mean log-probability per token under the teacher minus that under the reference model",
             ),
         ]
+    if synthesis := corpus.synthesis:
+        rows.append(
+            (
+                "Text",
+                f"the first {synthesis.prompt_tokens:,} tokens of each chunk, continued by "
+                f"{_model(synthesis.teacher)} at temperature {synthesis.temperature:g} and top_p "
+                f"{synthesis.top_p:g}",
+            )
+        )
     if selection := corpus.selection:
         chunks, tokens = selection.kept + selection.dropped, selection.kept_tokens + selection.dropped_tokens
         kept = f"{selection.kept:,} of {chunks:,} chunks, {selection.kept_tokens:,} of {tokens:,} tokens"

@@ -45,6 +45,15 @@ class Scores(Record):
     reference: str | None = None
 
 
+class Synthesis(Record):
+    """How a teacher wrote a corpus (SeqKD)."""
+
+    teacher: str  # name
+    prompt_tokens: Count
+    temperature: Figure
+    top_p: Figure
+
+
 class TrainingCorpus(Record):
     """What a run was trained on."""
 
@@ -56,6 +65,7 @@ class TrainingCorpus(Record):
     max_length: Count  # predictions per chunk
     domains: dict[str, object]
     selection: Selection | None = None
+    synthesis: Synthesis | None = None
     scores: list[Scores] = Field(default_factory=list)
 
     @model_validator(mode="after")

@@ -5,8 +5,8 @@ field.
 """
 
 from .arguments import from_arguments, from_dict
-from .checks import BATCH_TOKENS, MICRO_BATCH_TOKENS, SHARD_CHUNKS
-from .data import PrepareConfig, RetokenizeConfig, ScoreConfig, SelectConfig
+from .checks import BATCH_CHUNKS, BATCH_TOKENS, MICRO_BATCH_TOKENS, SHARD_CHUNKS
+from .data import PrepareConfig, RetokenizeConfig, ScoreConfig, SelectConfig, SynthesizeConfig
 from .fields import shown
 from .publishing import (
     DemoConfig,
@@ -33,6 +33,7 @@ STAGES = {
     "score": ScoreConfig,
     "select": SelectConfig,
     "retokenize": RetokenizeConfig,
+    "synthesize": SynthesizeConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
@@ -40,6 +41,7 @@ STAGES = {
 }
 
 __all__ = [
+    "BATCH_CHUNKS",
     "BATCH_TOKENS",
     "MAX_STEPS",
     "MICRO_BATCH_TOKENS",
@@ -60,6 +62,7 @@ __all__ = [
     "ScoreConfig",
     "SelectConfig",
     "StudentConfig",
+    "SynthesizeConfig",
     "TrainConfig",
     "from_arguments",
     "from_dict",

@@ -33,6 +33,7 @@ class ByDevice:
 
 BATCH_TOKENS = ByDevice(2_048, 65_536)
 MICRO_BATCH_TOKENS = ByDevice(4_096, 65_536)
+BATCH_CHUNKS = ByDevice(8, 64)
 SHARD_CHUNKS = ByDevice(256, 16_384)
 
 

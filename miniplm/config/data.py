@@ -1,10 +1,11 @@
-"""Settings of prepare, score and select: text → corpus → scores → refined corpus."""
+"""Settings of prepare, score and select: text → corpus → scores → refined corpus; and of synthesize."""
 
 import math
 from dataclasses import dataclass, field
 from typing import ClassVar, List, Literal, Optional, Tuple
 
 from .checks import (
+    BATCH_CHUNKS,
     BATCH_TOKENS,
     MAX_BATCH_TOKENS,
     MAX_SEED,
@@ -14,6 +15,7 @@ from .checks import (
     require,
     require_count,
     require_device,
+    require_finite,
     require_output,
     require_texts,
     require_trace,
@@ -154,6 +156,48 @@ class ScoreConfig:
         require_count(self, "batch_tokens", high=MAX_BATCH_TOKENS)
         require_count(self, "shard_chunks", high=MAX_SHARD_CHUNKS)
         require_count(self, "vocab_size", high=MAX_VOCABULARY)
+
+
+@dataclass(frozen=True)
+class SynthesizeConfig:
+    """Let a teacher continue the beginnings of a corpus's chunks (SeqKD)."""
+
+    data: str
+    """The corpus folder whose chunks begin the text."""
+    teacher: str
+    """The teacher: Hugging Face id, local folder (a training output too), or .gguf file."""
+    output: str
+    """The corpus folder to write."""
+    prompt_tokens: int = 768
+    """Tokens of a chunk that the teacher continues to the chunk's length; shorter chunks stay as they are."""
+    temperature: float = 1.0
+    """0: always the likeliest token."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that hold this share of the probability."""
+    seed: int = 10
+    """Seed of the sampling; each chunk has its own, from this and its number."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What generates; vllm where that is installed."""
+    dtype: Dtype = "auto"
+    """The teacher's dtype; auto: bfloat16 on a GPU, float32 on the CPU."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …"""
+    batch_chunks: Optional[int] = field(default=None, metadata={"default": BATCH_CHUNKS})
+    """Chunks continued at once, by transformers."""
+    shard_chunks: Optional[int] = field(default=None, metadata={"default": SHARD_CHUNKS})
+    """Chunks per file; a killed run continues after the last whole file."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model. Only for models that you trust."""
+
+    def __post_init__(self) -> None:
+        require_texts(self)
+        require_output(self.output)
+        require_device(self.device)
+        require_count(self, "prompt_tokens", high=MAX_CHUNK_LENGTH)
+        require_finite(self, "temperature")
+        require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
+        require_count(self, "seed", low=0, high=MAX_SEED)
+        require_count(self, "batch_chunks", "shard_chunks", high=MAX_SHARD_CHUNKS)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Corpus folders on disk: what prepare and select write, and what every other stage reads.
+"""Corpus folders on disk: what prepare, select, retokenize and synthesize write, and all others read.
 
 A corpus is a folder that `datasets.load_from_disk` opens: Arrow files `data-00000.arrow`, … with the columns
 `input_ids` (int32 list), `domain` (string), `num_tokens` (int32, the length of input_ids) and, once selected,
@@ -34,7 +34,7 @@ from .verify import (
 
 TOKENIZER = "tokenizer"  # the folder in a corpus
 STATE, INFO = "state.json", "dataset_info.json"  # what `datasets` reads first
-WRITERS = ("prepare", "select", "retokenize")  # the stages that write a corpus
+WRITERS = ("prepare", "select", "retokenize", "synthesize")  # the stages that write a corpus
 ROWS_PER_RECORD_BATCH = 1_000  # as datasets writes them
 
 
@@ -93,6 +93,11 @@ class Corpus:
     def has_scores(self) -> bool:
         """Is it a refined corpus?"""
         return "score" in self.table.column_names
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether each chunk stands for itself: others were dropped between them, or their ends rewritten."""
+        return self.has_scores or "synthesis" in self.manifest
 
     @cached_property
     def num_tokens(self) -> np.ndarray:

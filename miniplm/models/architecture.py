@@ -174,18 +174,19 @@ def without_memory(config: "PreTrainedConfig", what: str, trust_remote_code: boo
             raise UserError(f"no model can be made by the config of {what}: {reason(error)}") from error
 
 
-def forward_cost_of(config: "PreTrainedConfig", what: str) -> ForwardFlops:
+def forward_cost_of(config: "PreTrainedConfig", what: str, trust_remote_code: bool = False) -> ForwardFlops:
     """What a forward pass of a model by this config costs; nothing is allocated. UserError where no model can
     be made by it.
 
     Args:
         what: whose config it is, in messages.
     """
-    model: Any = without_memory(config, what)
+    model: Any = without_memory(config, what, trust_remote_code)
     if isinstance(model, Decoder):
         return forward_cost(model)
     per_token = estimated_flops(model, 0)
-    return ForwardFlops(per_token, estimated_flops(model, 1) - per_token)
+    head = 2 * model.get_output_embeddings().weight.numel()
+    return ForwardFlops(per_token, estimated_flops(model, 1) - per_token, head)
 
 
 def check_memory(

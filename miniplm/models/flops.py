@@ -7,10 +7,11 @@ from .base import LanguageModel
 
 class ForwardFlops(NamedTuple):
     """What a model's forward pass costs: per_token for each token, and per_square · n² for each document of n
-    tokens."""
+    tokens. Of per_token, `head` is that of the head."""
 
     per_token: int
     per_square: int
+    head: int = 0
 
     def of(self, tokens: int, squares: int) -> int:
         """FLOPs of documents with so many tokens, whose squared lengths add up to `squares`."""
@@ -34,7 +35,7 @@ def forward_flops(weights: int, context: int, num_layers: int = 0, attention_wid
 def forward_cost(model: LanguageModel) -> ForwardFlops:
     """What the model's forward pass costs on documents of any length: flops_per_token is a straight line."""
     per_token = model.flops_per_token(0)
-    return ForwardFlops(per_token, model.flops_per_token(1) - per_token)
+    return ForwardFlops(per_token, model.flops_per_token(1) - per_token, 2 * model.head_weight.numel())
 
 
 def training_flops(model: LanguageModel, context: int, teacher: LanguageModel | None = None) -> int:

@@ -84,13 +84,18 @@ def load_model(
     return _fill_decoder(config, _read_tensors(files, dtype, device), path).to(device).eval()
 
 
-def forward_cost_of_model(name: str | os.PathLike[str]) -> ForwardFlops:
+def model_config(name: str | os.PathLike[str], trust_remote_code: bool = False) -> "PreTrainedConfig":
+    """transformers' config of the model `name`, which is no .gguf file. Errors as in load_model."""
+    return read_config(_locate(name), trust_remote_code)
+
+
+def forward_cost_of_model(name: str | os.PathLike[str], trust_remote_code: bool = False) -> ForwardFlops:
     """What a forward pass of the model `name` costs, by its config.json alone where it has one. Arguments and
     errors as in load_model."""
     path = _locate(name)
     if path.suffix == ".gguf":
         return forward_cost(load_model(path))
-    return forward_cost_of(read_config(path), str(path))
+    return forward_cost_of(read_config(path, trust_remote_code), str(path), trust_remote_code)
 
 
 def model_hash(name: str | os.PathLike[str]) -> str:

@@ -8,15 +8,13 @@ import torch
 
 from ..config import GenerateConfig
 from ..data.tokenizer import encode, load_tokenizer
+from ..models.generation import MIN_TEMPERATURE, refuse_non_finite
 from ..models.loading import load_with_transformers, weight_files
 from ..runtime.devices import choose_device, choose_dtype
 from ..runtime.errors import UserError
 from ..runtime.progress import note
 from ..runtime.text import IN_PROSE, printable
 from ..training.checkpoints import latest_checkpoint
-
-# Below it the likeliest token is taken, which would be drawn anyway; logits divided by less can be infinite.
-MIN_TEMPERATURE = 1e-6
 
 
 def generate(config: GenerateConfig) -> str:
@@ -57,7 +55,7 @@ def generate(config: GenerateConfig) -> str:
         inputs,
         attention_mask=torch.ones_like(inputs),
         max_new_tokens=new_tokens,
-        logits_processor=[_refuse_non_finite],
+        logits_processor=[refuse_non_finite],
         streamer=_streamer(tokenizer),
         **sampling,
     )
@@ -107,13 +105,3 @@ def _streamer(tokenizer: Any) -> Any:
             super().on_finalized_text(printable(text, keep=IN_PROSE), stream_end)
 
     return PrintableStreamer(tokenizer, skip_special_tokens=True)
-
-
-def _refuse_non_finite(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """A logits processor: −inf stands for a token that is ruled out, nan and +inf for a broken model."""
-    if (scores.isnan() | scores.isposinf()).any():
-        raise UserError(
-            "the model's output is not finite: its training went wrong, or --dtype float16 is too narrow "
-            "for it"
-        )
-    return scores

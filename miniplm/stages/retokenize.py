@@ -2,7 +2,8 @@
 
 The chunks are decoded, split at EOS and encoded anew by worker processes (data/retokenizing.py). The
 documents of what prepare wrote are joined first and cut into chunks as prepare cuts them. Each chunk of a
-refined corpus stands for itself: what was cut apart stays so, and its new chunks have its score.
+refined or a synthesized corpus stands for itself: what was cut apart stays so, and its new chunks have its
+score.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ from ..runtime.wall_time import timed
 from ..runtime.workers import cores, ordered_map
 
 BATCH_TOKENS = 1 << 16  # what a worker gets at a time
-CARRIED = ("parent", "selection", "scores")  # what a refined corpus says of its selection
+CARRIED = ("parent", "selection", "scores", "synthesis")  # what a corpus says of where its chunks are from
 
 
 def retokenize(config: RetokenizeConfig) -> None:
@@ -161,7 +162,7 @@ def _write_corpus(config: RetokenizeConfig, corpus: Corpus, settings: Retokenize
                 run.hashes.append(_write_file(corpus, folder, len(run.hashes), rows))
                 run.save(folder, corpus)
                 rows = []
-    if not corpus.has_scores:
+    if not corpus.is_cut:
         rows += [(chunk, 0) for chunk in run.chunker.finish()]
     if rows or not run.hashes:
         run.hashes.append(_write_file(corpus, folder, len(run.hashes), rows))
@@ -170,7 +171,7 @@ def _write_corpus(config: RetokenizeConfig, corpus: Corpus, settings: Retokenize
 def _batches(
     corpus: Corpus, bos: int | None, start: int, still_open: dict[str, list[np.ndarray]]
 ) -> Iterator[_Batch]:
-    """The documents of a corpus, or the chunks of a refined one, from chunk `start` on.
+    """The documents of a corpus, or the chunks of one that is cut, from chunk `start` on.
 
     Args:
         bos: what its documents begin with.
@@ -181,7 +182,7 @@ def _batches(
     tokens = 0
     for chunk in range(start, len(corpus)):
         ids, domain = corpus.rows([chunk])[0], names[codes[chunk]]
-        if corpus.has_scores:
+        if corpus.is_cut:
             pieces = pieces_of(ids, corpus.eos_token_id, begins=ids[0] == bos)
             units.append(Unit(list(pieces), domain, chunk))
         else:
@@ -203,7 +204,7 @@ def _batches(
 
 def _cut(corpus: Corpus, chunker: Chunker, units: list[Encoded]) -> list[tuple[Chunk, int]]:
     """The new chunks that the units complete, with the old chunk that each comes from (0 without scores)."""
-    if corpus.has_scores:
+    if corpus.is_cut:
         return [
             (chunk, unit.chunk)
             for unit in units

@@ -1,7 +1,5 @@
 """Stage 3, select: Difference Sampling. Scores → refined corpus. The rule itself is in data/selection.py."""
 
-import filecmp
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from ..config import SelectConfig
-from ..data.corpus import TOKENIZER, Corpus, file_hashes, write_dataset_files, write_shard
+from ..data.corpus import Corpus, file_hashes, write_dataset_files, write_shard
+from ..data.derived import CARRIED, copy_tokenizer, what_is_lost
 from ..data.scores import ROLES, SCORE_COLUMNS, ScoreManifest, read_scores
 from ..data.selection import choose, why_nothing
-from ..data.verify import Damaged
 from ..runtime.artifacts import (
     MANIFEST,
     complete_output,
@@ -22,7 +20,6 @@ from ..runtime.artifacts import (
     reopen_output,
 )
 from ..runtime.errors import UserError
-from ..runtime.files import atomic_folder
 from ..runtime.progress import Progress, note
 from ..runtime.text import printable
 from ..runtime.wall_time import timed
@@ -58,7 +55,7 @@ def select(config: SelectConfig) -> None:
     }
     output = Path(config.output)
     if (output / MANIFEST).exists() and open_output(output, "select", identity):
-        lost = _what_is_lost(output, corpus)
+        lost = what_is_lost(output, corpus)
         if not lost:
             print(printable(f"The refined corpus {output} is complete, nothing to do."))
             return
@@ -75,36 +72,12 @@ def select(config: SelectConfig) -> None:
     with exclusive(output), timed(output):
         reopen_output(output)  # a complete one gets here where a part of it is lost
         hashes = _write_kept(corpus, keep, columns, output)
-        _copy_tokenizer(corpus, output)
+        copy_tokenizer(corpus, output)
         content = write_dataset_files(output, hashes, with_scores=True)
         predictions = int(columns["num_tokens"].sum(dtype=np.int64))
         results = _results(corpus, content, predictions, selection, sources)
         complete_output(output, results | {"files": file_hashes(output, hashes)})
     _print_summary(selection, output)
-
-
-def _what_is_lost(output: Path, corpus: Corpus) -> str | None:
-    """What of a complete refined corpus is lost or changed; None where all is as it was written."""
-    try:
-        Corpus(output)
-    except Damaged as error:
-        return error.reason
-    return (
-        None if _same_tokenizer(corpus, output) else f"the files in {TOKENIZER} are not those of the corpus"
-    )
-
-
-def _same_tokenizer(corpus: Corpus, output: Path) -> bool:
-    names = sorted(path.name for path in Path(corpus.tokenizer).iterdir())
-    _, different, unreadable = filecmp.cmpfiles(corpus.tokenizer, output / TOKENIZER, names, shallow=False)
-    return not different and not unreadable
-
-
-def _copy_tokenizer(corpus: Corpus, output: Path) -> None:
-    if not _same_tokenizer(corpus, output):
-        shutil.rmtree(output / TOKENIZER, ignore_errors=True)
-        with atomic_folder(output / TOKENIZER) as folder:
-            shutil.copytree(corpus.tokenizer, folder, dirs_exist_ok=True)
 
 
 def _rule(config: SelectConfig) -> dict[str, Any]:
@@ -120,7 +93,6 @@ def _results(
     corpus: Corpus, fingerprint: str, predictions: int, selection: dict[str, Any], sources: Sources
 ) -> dict[str, Any]:
     """What the manifest of the refined corpus says beside its identity."""
-    carried = ("bad_records", "eos_token_id", "vocab_size", "tokenizer_fingerprint", "max_length", "source")
     return {
         "fingerprint": fingerprint,
         "rows": selection["kept"],
@@ -131,7 +103,7 @@ def _results(
             for name, part in selection["domains"].items()
             if part["kept"]
         },
-        **{key: corpus.manifest[key] for key in carried},
+        **{key: corpus.manifest[key] for key in CARRIED},
         "parent": corpus.fingerprint,
         "selection": selection,
         "scores": _score_summaries(sources),
