@@ -155,6 +155,15 @@ def add_product(total, a, b):
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
+def guard(flag, sums, targets, ignore_index, factor):
+    """Set the flag (int32 on the device) where a target has an nll · factor above GUARD, or NaN; sums: of
+    exponentials whose offset is the target's logit, float32 [splits, T]."""
+    splits, T = sums.shape
+    _guard_kernel[(triton.cdiv(T, 128),)](
+        sums, targets, flag, T, splits, targets.stride(0), ignore_index, factor, BLOCK_T=128
+    )
+
+
 def guarded_exponentials(x, w, targets, ignore_index, e, log_unit, temperature=1.0, maximum=False):
     """Write E = exp((z − offset) / temperature) [T, V] to e.
 
@@ -168,17 +177,7 @@ def guarded_exponentials(x, w, targets, ignore_index, e, log_unit, temperature=1
     flag = x.new_full((1,), int(x.dtype == torch.float16), dtype=torch.int32)
     if x.dtype != torch.float16:
         first = exponentials(x, w, logit, e, temperature=temperature)
-        _guard_kernel[grid](
-            first,
-            targets,
-            flag,
-            T,
-            len(first),
-            targets.stride(0),
-            ignore_index,
-            max(1.0, temperature),
-            BLOCK_T=128,
-        )
+        guard(flag, first, targets, ignore_index, max(1.0, temperature))
     # From here on nothing happens where the flag is 0.
     largest, sums = logsumexp_partials(x, w, flag)
     _offset_kernel[grid](

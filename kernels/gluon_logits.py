@@ -1,9 +1,10 @@
 """The tile loop of logits.py for Hopper, in Gluon: one warp loads, two groups of warps multiply. Opt-in:
 MINIPLM_GLUON=1.
 
-T tokens, V vocabulary, d hidden width. Results, splits and the order of the items are those of
-logits._logits_kernel; what differs is who does what. There the matrix units are idle while a tile is finished
-(its exponentials and sums). Here a program has
+T tokens, V vocabulary, d hidden width. Σ E, and if wanted E = exp((z − c) / temperature), for a given offset
+c per token. Results, splits and the order of the items are those of logits._logits_kernel; what differs is
+who does what. There the matrix units are idle while a tile is finished (its exponentials and sums). Here a
+program has
 
     a producer, one warp: loads x [BLOCK_T, BLOCK_D] and W [BLOCK_V, BLOCK_D] by TMA, step along d by step,
         into a ring of STAGES buffers, as soon as one is free
@@ -71,7 +72,7 @@ def wanted(where: tuning.Target) -> bool:
 
 
 if MISSING is None:
-    from .tiles import BATCH_SIZES, LOG2_E, LOWEST
+    from .tiles import BATCH_SIZES
 
     # Triton 3.9 has other names for them.
     async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -159,54 +160,30 @@ if MISSING is None:
         return z, used
 
     @gluon.jit
-    def _finish_tile(z, e, e_tile, offset, t, v, exp_scale, largest, total, EXP: gl.constexpr):
-        """(maximum, sum) of the rows after the logits z; E too where EXP."""
-        if EXP:
-            exponential = gl.exp2(z * exp_scale - offset[:, None])
-            total += gl.sum(exponential, 1)
+    def _finish_tile(z, e, e_tile, offset, t, v, exp_scale, total, STORE: gl.constexpr):
+        """The sum of the rows after the logits z; E too where STORE."""
+        exponential = gl.exp2(z * exp_scale - offset[:, None])
+        if STORE:
             tma.store_wait(0)  # the tile before has been read
             e_tile.store(exponential.to(e.dtype))
             fence_async_shared()
             async_store(e, [t, v], e_tile)
-        else:
-            new = gl.maximum(largest, gl.max(z, 1))
-            # The difference first, as in tiles.add_to_logsumexp.
-            exponential = gl.exp2(z * LOG2_E - (new * LOG2_E)[:, None])
-            total = total * gl.exp2((largest - new) * LOG2_E) + gl.sum(exponential, 1)
-            largest = new
-        return largest, total
+        return total + gl.sum(exponential, 1)
 
     @gluon.jit
     def _begin_rows(
-        block,
-        HALF: gl.constexpr,
-        T,
-        offset_ptr,
-        exp_scale,
-        EXP: gl.constexpr,
-        ROWS: gl.constexpr,
-        OF: gl.constexpr,
+        block, HALF: gl.constexpr, T, offset_ptr, exp_scale, ROWS: gl.constexpr, OF_ROWS: gl.constexpr
     ):
-        """(first row of half a block, its rows, their offsets, maximum and sum to begin with)."""
+        """(first row of half a block, its rows, their offsets, a sum to begin with)."""
         t = (2 * block + HALF) * ROWS
-        r = t + gl.arange(0, ROWS, layout=OF)
-        offset = gl.zeros([ROWS], gl.float32, layout=OF)
-        if EXP:
-            offset = gl.load(offset_ptr + r, mask=r < T, other=0.0) * exp_scale
-        largest = gl.full([ROWS], LOWEST, gl.float32, layout=OF)
-        return t, r, offset, largest, gl.zeros([ROWS], gl.float32, layout=OF)
+        r = t + gl.arange(0, ROWS, layout=OF_ROWS)
+        offset = gl.load(offset_ptr + r, mask=r < T, other=0.0) * exp_scale
+        return t, r, offset, gl.zeros([ROWS], gl.float32, layout=OF_ROWS)
 
     @gluon.jit
-    def _store_rows(max_ptr, sum_ptr, split, r, T, largest, total, EXP: gl.constexpr):
-        row = split.to(gl.int64) * T + r
-        gl.store(sum_ptr + row, total, mask=r < T)
-        if not EXP:
-            gl.store(max_ptr + row, largest, mask=r < T)
-
-    @gluon.jit
-    def _consumer(HALF: gl.constexpr, EXP: gl.constexpr, shared, results, order):
+    def _consumer(HALF: gl.constexpr, STORE: gl.constexpr, shared, results, order):
         xs, ws, full, empty = shared
-        turn, e, e_tiles, offset_ptr, max_ptr, sum_ptr, T, exp_scale = results
+        turn, e, e_tiles, offset_ptr, sum_ptr, T, exp_scale = results
         V, steps, blocks_t, tiles, tiles_per_split, group = order
         ROWS: gl.constexpr = xs.shape[1]
         BLOCK_V: gl.constexpr = ws.shape[1]
@@ -224,34 +201,28 @@ if MISSING is None:
             width = min(group, blocks_t - first)
             for item in range(position, width * splits, programs):
                 block, split, begin, end = _item(item, first, width, tiles_per_split, tiles)
-                t, r, offset, largest, total = _begin_rows(
-                    block, HALF, T, offset_ptr, exp_scale, EXP, ROWS, OF_ROWS
-                )
+                t, r, offset, total = _begin_rows(block, HALF, T, offset_ptr, exp_scale, ROWS, OF_ROWS)
                 for tile in range(begin, end):
                     z, used = _multiply_tile(HALF, xs, ws, full, empty, steps, used, LAYOUT)
                     mbarrier.wait(turn.index(1 - HALF), (finished & 1) ^ (1 - HALF))
-                    largest, total = _finish_tile(
-                        z, e, e_tile, offset, t, tile * BLOCK_V, exp_scale, largest, total, EXP
-                    )
+                    total = _finish_tile(z, e, e_tile, offset, t, tile * BLOCK_V, exp_scale, total, STORE)
                     mbarrier.arrive(turn.index(HALF), count=1)
                     finished += 1
-                _store_rows(max_ptr, sum_ptr, split, r, T, largest, total, EXP)
+                gl.store(sum_ptr + split.to(gl.int64) * T + r, total, mask=r < T)
             position = _next_position(position, width * splits, programs)
-        if tiles * BLOCK_V < V:  # the tile that reaches beyond the vocabulary: a split of its own, the last
+        v = tiles * BLOCK_V
+        if v < V:  # the tile that reaches beyond the vocabulary: a split of its own, the last
+            inside = v + gl.arange(0, BLOCK_V, layout=gl.SliceLayout(0, LAYOUT)) < V
             for block in range(gl.program_id(0), blocks_t, programs):
-                t, r, offset, largest, total = _begin_rows(
-                    block, HALF, T, offset_ptr, exp_scale, EXP, ROWS, OF_ROWS
-                )
+                t, r, offset, total = _begin_rows(block, HALF, T, offset_ptr, exp_scale, ROWS, OF_ROWS)
                 z, used = _multiply_tile(HALF, xs, ws, full, empty, steps, used, LAYOUT)
-                v = tiles * BLOCK_V
-                inside = v + gl.arange(0, BLOCK_V, layout=gl.SliceLayout(0, LAYOUT)) < V
                 z = gl.where(inside[None, :], z, -float("inf"))
                 mbarrier.wait(turn.index(1 - HALF), (finished & 1) ^ (1 - HALF))
-                largest, total = _finish_tile(z, e, e_tile, offset, t, v, exp_scale, largest, total, EXP)
+                total = _finish_tile(z, e, e_tile, offset, t, v, exp_scale, total, STORE)
                 mbarrier.arrive(turn.index(HALF), count=1)
                 finished += 1
-                _store_rows(max_ptr, sum_ptr, splits, r, T, largest, total, EXP)
-        if EXP:
+                gl.store(sum_ptr + splits.to(gl.int64) * T + r, total, mask=r < T)
+        if STORE:
             tma.store_wait(0)
 
     @gluon.jit(do_not_specialize=BATCH_SIZES)
@@ -260,7 +231,6 @@ if MISSING is None:
         w,
         e,
         offset_ptr,
-        max_ptr,
         sum_ptr,
         T,
         V,
@@ -270,7 +240,7 @@ if MISSING is None:
         tiles_per_split,
         group,
         exp_scale,
-        EXP: gl.constexpr,
+        STORE: gl.constexpr,
         STAGES: gl.constexpr,
     ):
         ROWS: gl.constexpr = x.block_shape[0]
@@ -279,7 +249,7 @@ if MISSING is None:
         xs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, ROWS, BLOCK_D], x.layout)
         ws = gl.allocate_shared_memory(w.dtype, [STAGES, BLOCK_V, BLOCK_D], w.layout)
         e_tiles = xs
-        if EXP:
+        if STORE:
             e_tiles = gl.allocate_shared_memory(e.dtype, [2, ROWS, BLOCK_V], e.layout)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -293,11 +263,11 @@ if MISSING is None:
         steps = (d + BLOCK_D - 1) // BLOCK_D
         order = (V, steps, blocks_t, tiles, tiles_per_split, group)
         shared = (xs, ws, full, empty)
-        results = (turn, e, e_tiles, offset_ptr, max_ptr, sum_ptr, T, exp_scale)
+        results = (turn, e, e_tiles, offset_ptr, sum_ptr, T, exp_scale)
         gl.warp_specialize(
             [
-                (_consumer, (0, EXP, shared, results, order)),
-                (_consumer, (1, EXP, shared, results, order)),
+                (_consumer, (0, STORE, shared, results, order)),
+                (_consumer, (1, STORE, shared, results, order)),
                 (_producer, (x, w, shared, order)),
             ],
             [4, 1],
@@ -311,9 +281,9 @@ def _descriptor(x, block_rows, block_columns):
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
 
 
-def launch(grid, config, x, w, offset, e, largest, total, order, exp_scale):
-    """Launch the kernel; arguments as those of logits._logits_kernel, in 16 bits, every matrix fit for a
-    descriptor.
+def launch(grid, config, x, w, offset, e, total, order, exp_scale):
+    """Launch the kernel; arguments as those of logits._logits_kernel with EXP, in 16 bits, every matrix fit
+    for a descriptor.
 
     Args:
         order: (blocks of tokens, tiles, tiles of a split, blocks of a group).
@@ -325,14 +295,13 @@ def launch(grid, config, x, w, offset, e, largest, total, order, exp_scale):
         w_tiles,
         w_tiles if e is None else _descriptor(e, half, block_v),
         offset,
-        largest,
         total,
         len(x),
         len(w),
         x.shape[1],
         *order,
         exp_scale,
-        EXP=e is not None,
+        STORE=e is not None,
         STAGES=config.num_stages,
         num_warps=config.num_warps,
         maxnreg=168,  # of 65,536 for 12 warps, until the producer's go to the consumers

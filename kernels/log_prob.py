@@ -1,17 +1,22 @@
 """linear_log_prob and difference_score in Triton: log-probabilities of one model or two, without logits in
 memory.
 
-    z = x Wᵀ        log p = z[target] − log Σ_v exp z_v
+    z = x Wᵀ        log p = −log Σ_v exp (z_v − z[target])
     score_b = mean_b log p_teacher − mean_b log p_reference
 
 T tokens, V vocabulary, d hidden width, B documents. x [T, d], W [V, d].
 
-1. logits.py: the log-sum-exp of every token, in splits of the vocabulary, [splits, T] float32; and the logit
-   of its target.
-2. _log_prob_kernel or _difference_kernel joins the splits in a fixed order, a program per block of tokens or
-   per document; for the score it subtracts the models and takes the mean.
+1. logits.py: the logit of every token's target, a gather and a dot; then, with that as the offset, Σ exp of
+   every token, in splits of the vocabulary, [splits, T] float32. No maximum is needed, which would come
+   before all exponentials of a tile.
+2. That overflows for an nll above 88 nats. Where one is above LARGEST (or NaN), a flag on the device is set,
+   and the log-sum-exp is computed with the maximum of every token, one product more; it is launched always,
+   and returns at once where the flag is 0.
+3. _log_prob_kernel joins the splits in a fixed order. A token whose nll is below LARGEST takes the first way
+   whatever the others do: its bits do not depend on them.
+4. For the score _mean_kernel takes the means, a program per document, and subtracts the models.
 
-FLOPs 2·T·V·d a model, all in step 1; step 2 reads 8·T·splits bytes a model.
+FLOPs 2·T·V·d a model, all in step 1. Bytes beside the product's: 12·T·splits.
 A target outside the vocabulary that is not ignore_index gives NaN: the host does not wait to look.
 """
 
@@ -20,48 +25,51 @@ import triton
 import triton.language as tl
 
 from . import dispatch
-from .logits import logsumexp_partials, target_logits
+from .cross_entropy import GUARD, guard
+from .logits import exponentials, logsumexp_partials, target_logits
 from .reference_head import IGNORE_INDEX
-from .tiles import BATCH_SIZES, at_most_zero, combine_logsumexp
+from .tiles import BATCH_SIZES, LN_2, at_most_zero, combine_logsumexp, contiguous_rows, sum_splits
+
+LARGEST = tl.constexpr(85.0)  # nats: the sum stays below the largest float32
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def _log_prob_kernel(
+    first_ptr,
     max_ptr,
-    sum_ptr,
+    again_ptr,
+    flag_ptr,
     logit_ptr,
     targets_ptr,
     out_ptr,
     T,
-    splits,
+    first_splits,
+    again_splits,
     stride_target,
     ignore_index,
     BLOCK_T: tl.constexpr,
 ):
     r = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     target = tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < T, other=ignore_index)
-    logit = tl.load(logit_ptr + r, mask=r < T, other=0.0)
-    log_prob = at_most_zero(logit - combine_logsumexp(max_ptr, sum_ptr, r, T, splits))
-    tl.store(out_ptr + r, tl.where(target != ignore_index, log_prob, 0.0), mask=r < T)
+    nll = tl.log2(sum_splits(first_ptr, r, T, first_splits)) * LN_2
+    log_prob = -nll
+    if tl.load(flag_ptr) != 0:
+        logit = tl.load(logit_ptr + r, mask=r < T, other=0.0)
+        with_maximum = logit - combine_logsumexp(max_ptr, again_ptr, r, T, again_splits)
+        log_prob = tl.where(nll < LARGEST, log_prob, with_maximum)
+    tl.store(out_ptr + r, tl.where(target != ignore_index, at_most_zero(log_prob), 0.0), mask=r < T)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def _difference_kernel(
-    teacher_max,
-    teacher_sum,
-    teacher_logit,
-    reference_max,
-    reference_sum,
-    reference_logit,
+def _mean_kernel(
+    teacher_log_prob_ptr,
+    reference_log_prob_ptr,
     targets_ptr,
     cu_seqlens_ptr,
     score_ptr,
     teacher_ptr,
     reference_ptr,
     count_ptr,
-    T,
-    teacher_splits,
-    reference_splits,
     stride_target,
     stride_cu,
     ignore_index,
@@ -76,12 +84,8 @@ def _difference_kernel(
         r = t + tl.arange(0, BLOCK_T)
         target = tl.load(targets_ptr + r.to(tl.int64) * stride_target, mask=r < end, other=ignore_index)
         counts = target != ignore_index
-        logit = tl.load(teacher_logit + r, mask=counts, other=0.0)
-        log_prob = logit - combine_logsumexp(teacher_max, teacher_sum, r, T, teacher_splits)
-        teacher += tl.where(counts, at_most_zero(log_prob), 0.0)
-        logit = tl.load(reference_logit + r, mask=counts, other=0.0)
-        log_prob = logit - combine_logsumexp(reference_max, reference_sum, r, T, reference_splits)
-        reference += tl.where(counts, at_most_zero(log_prob), 0.0)
+        teacher += tl.load(teacher_log_prob_ptr + r, mask=counts, other=0.0)
+        reference += tl.load(reference_log_prob_ptr + r, mask=counts, other=0.0)
         count += counts.to(tl.int32)
     n = tl.sum(count)
     divisor = tl.where(n > 0, n.to(tl.float32), float("nan"))
@@ -115,15 +119,23 @@ def linear_log_prob(hidden, weight, targets, ignore_index, max_logits_bytes=None
     T = len(hidden)
     out = hidden.new_empty(T, dtype=torch.float32)
     if T:
-        largest, total = logsumexp_partials(hidden, weight)
+        x, w = contiguous_rows(hidden), contiguous_rows(weight)
+        logit = target_logits(x, w, targets, ignore_index)
+        first = exponentials(x, w, logit, None)
+        flag = targets.new_zeros(1, dtype=torch.int32)
+        guard(flag, first, targets, ignore_index, GUARD.value / LARGEST.value)
+        largest, again = logsumexp_partials(x, w, flag)
         _log_prob_kernel[(triton.cdiv(T, 128),)](
+            first,
             largest,
-            total,
-            target_logits(hidden, weight, targets, ignore_index),
+            again,
+            flag,
+            logit,
             targets,
             out,
             T,
-            len(largest),
+            len(first),
+            len(again),
             targets.stride(0),
             ignore_index,
             BLOCK_T=128,
@@ -146,30 +158,21 @@ def _difference_examples(make):
 
 @dispatch.triton("difference_score", _difference_examples)
 def difference_score(teacher_hidden, teacher_weight, reference_hidden, reference_weight, targets, cu_seqlens):
-    T, B = len(targets), len(cu_seqlens) - 1
+    B = len(cu_seqlens) - 1
     score, teacher, reference = (teacher_hidden.new_empty(B, dtype=torch.float32) for _ in range(3))
     count = cu_seqlens.new_empty(B)
     if B:
         V = min(len(teacher_weight), len(reference_weight))
-        heads = [(teacher_hidden, teacher_weight[:V]), (reference_hidden, reference_weight[:V])]
-        partials = [
-            (*logsumexp_partials(*head), target_logits(*head, targets, IGNORE_INDEX))
-            if T
-            else [score.new_empty(0)] * 3
-            for head in heads
-        ]
-        _difference_kernel[(B,)](
-            *partials[0],
-            *partials[1],
+        heads = (teacher_hidden, teacher_weight[:V]), (reference_hidden, reference_weight[:V])
+        log_probs = [linear_log_prob(*head, targets, IGNORE_INDEX) for head in heads]
+        _mean_kernel[(B,)](
+            *log_probs,
             targets,
             cu_seqlens,
             score,
             teacher,
             reference,
             count,
-            T,
-            len(partials[0][0]),
-            len(partials[1][0]),
             targets.stride(0),
             cu_seqlens.stride(0),
             IGNORE_INDEX,

@@ -5,8 +5,8 @@ T tokens, V vocabulary, d hidden width. x [T, d], W [V, d].
 
 _logits_kernel walks over all tiles [BLOCK_T, BLOCK_V] of z and keeps, per token and split of the vocabulary,
     its maximum m and Σ exp(z − m): the online log-sum-exp (Milakov & Gimelshein 2018, arXiv 1805.02867), or
-    given an offset c per token, Σ E with E = exp((z − c) / temperature), and E itself, written in the dtype
-    of x.
+    given an offset c per token, Σ E with E = exp((z − c) / temperature), and if wanted E itself, written in
+    the dtype of x.
 A grid that just fills the GPU takes the items (block of tokens, split of the vocabulary) in turn: group by
 group of blocks, whose part of x, read again for every tile of the vocabulary, stays in the L2 cache
 (GROUP_BYTES); within a group split by split, so that all programs read the same part of W at a time. Tiles,
@@ -194,7 +194,8 @@ def _finish_tile(
         offset = tl.load(offset_ptr + r, mask=r < T, other=0.0) * exp_scale
         exponential = tl.exp2(logits * exp_scale - offset[:, None])
         total += tl.sum(exponential, 1)
-        store_tile(e, exponential, t, v, T, V, stride_et, BLOCK_T, BLOCK_V, DESCRIPTORS)
+        if e is not None:
+            store_tile(e, exponential, t, v, T, V, stride_et, BLOCK_T, BLOCK_V, DESCRIPTORS)
     else:
         largest, total = add_to_logsumexp(logits, largest, total)
     return largest, total
@@ -270,12 +271,12 @@ def _walk(x, w, offset, e, flag, temperature):
         size = tiles_per_split(tiles, blocks_t, programs)
         items = blocks_t * triton.cdiv(tiles, size)
         total = x.new_empty(triton.cdiv(tiles, size) + (V % block_v > 0), T, dtype=torch.float32)
-        largest = torch.empty_like(total) if e is None else None
+        largest = torch.empty_like(total) if offset is None else None
         grid = (min(max(items, blocks_t), programs),)
         order = blocks_t, tiles, size, token_group(block_t * d * x.itemsize)
         exp_scale = 1 / math.log(2) / temperature
         if gluon:
-            gluon_logits.launch(grid, config, x, w, offset, e, largest, total, order, exp_scale)
+            gluon_logits.launch(grid, config, x, w, offset, e, total, order, exp_scale)
             return largest, total
         _logits_kernel[grid](
             matrix(x, block_t, block_d, descriptors),
@@ -293,7 +294,7 @@ def _walk(x, w, offset, e, flag, temperature):
             0 if e is None else e.stride(0),
             *order,
             exp_scale,
-            EXP=e is not None,
+            EXP=offset is not None,
             FLAG=flag is not None,
             DESCRIPTORS=descriptors,
             **config.options,
@@ -301,7 +302,7 @@ def _walk(x, w, offset, e, flag, temperature):
         return largest, total
 
     name = "logsumexp" if e is None else "exponentials"
-    fit = descriptors and flag is None and x.itemsize == 2
+    fit = descriptors and flag is None and offset is not None and x.itemsize == 2
     if gluon_logits.wanted(where) and fit:
         return run(tuning.GLUON[name], gluon=True)
     if fit and tuning.OFFLINE and gluon_logits.possible(where):  # there every kernel is compiled
@@ -318,9 +319,9 @@ def logsumexp_partials(x, w, flag=None):
 
 
 def exponentials(x, w, offset, e, flag=None, temperature=1.0):
-    """Write E = exp((z − offset) / temperature) [T, V] to e, offset [T] float32, and return Σ E per split of
-    the vocabulary, float32 [splits, T]. x, w and e have contiguous rows. With a flag nothing is computed
-    where it is 0."""
+    """Write E = exp((z − offset) / temperature) [T, V] to e unless it is None, offset [T] float32, and return
+    Σ E per split of the vocabulary, float32 [splits, T]. x, w and e have contiguous rows. With a flag nothing
+    is computed where it is 0."""
     return _walk(x, w, offset, e, flag, temperature)[1]
 
 

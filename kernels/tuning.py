@@ -297,7 +297,8 @@ CANDIDATES: dict[str, Callable[..., list[Config]]] = {
     "swiglu_backward": _swiglu,
 }
 
-# gluon_logits.py: the warps are a consumer's; a stage of the ring takes 48 KiB of 227, and E's tile 64.
+# gluon_logits.py, without and with E: the warps are a consumer's; a stage of the ring takes 48 KiB of 227,
+# E's tile 64.
 _GLUON_BLOCKS = {"BLOCK_T": 128, "BLOCK_V": 256, "BLOCK_D": 64}
 GLUON: dict[str, Config] = {
     "logsumexp": Config(_GLUON_BLOCKS, 4, 4),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checks import assert_accurate
-from miniplm.kernels import linear_log_prob, logits, tuning
+from miniplm.kernels import linear_log_prob, log_prob, logits, tuning
 from oracles import plain_log_prob
 from random_inputs import on, random_head
 
@@ -69,3 +69,70 @@ def test_splits_divide_the_work_evenly():
             items = blocks * -(-tiles // size)
             assert -(-items // 132) * size <= 1.03 * blocks * tiles / 132 + 1
             assert -(-tiles // size) * tokens * 8 < 200e6
+
+
+# --- the maximum that is not looked for ---
+
+
+def head_with_logits(logits, width=16):
+    """hidden, weight whose product is `logits` [T, V], T ≤ width."""
+    hidden = torch.eye(width, dtype=torch.float64)[: len(logits)]
+    weight = torch.zeros(logits.shape[1], width, dtype=torch.float64)
+    weight[:, : len(logits)] = logits.T
+    return hidden, weight
+
+
+def check(hidden, weight, targets, device):
+    hidden, weight, targets = on(device, hidden, weight, targets, dtype=torch.float32)
+    result = linear_log_prob(hidden, weight, targets)
+    truth = plain_log_prob(hidden.double(), weight.double(), targets)
+    assert_accurate(result, plain_log_prob(hidden, weight, targets), truth)
+    return result
+
+
+@pytest.mark.parametrize("nats", [0.0, 60.0, 84.0, 87.0, 95.0, 300.0, 1e4])
+@pytest.mark.parametrize("step", [0.0, 0.01, 1.0])
+def test_unlikely_targets(nats, step, device):
+    """Others `nats` above some targets, and logits that grow all along the vocabulary: every tile has a new
+    maximum."""
+    z = step * torch.arange(300, dtype=torch.float64).expand(9, 300).clone()
+    targets = torch.tensor([299, 0, 150, -100, 7, 299, 0, 1, 298])
+    z[[1, 4, 5], 200] += nats
+    check(*head_with_logits(z), targets, device)
+
+
+def test_impossible_ids(device):
+    """Logits of −∞: some, and all but the target's."""
+    hidden, weight, targets = random_head(9, 300, 16)
+    hidden[:, 0] = 1
+    weight[[3, 7, 100, 255, 256]] = 0
+    weight[[3, 7, 100, 255, 256], 0] = -torch.inf
+    targets = torch.where(targets >= 0, targets.clamp(min=10, max=90), targets)
+    check(hidden, weight, targets, device)
+    weight[:], weight[:, 0] = 0, -torch.inf
+    weight[5, 0] = 2.0
+    result = linear_log_prob(*on(device, hidden, weight, torch.full((9,), 5), dtype=torch.float32))
+    assert torch.equal(result, torch.zeros_like(result))
+
+
+def test_a_token_does_not_depend_on_others(device):
+    """An unlikely target makes its batch pay for another product, and changes no bit of the other tokens."""
+    hidden, weight, targets = random_head(40, 300, 16)
+    weight[:, 0], hidden[:, 0] = 0, 0
+    weight[17, 0] = 1
+    calm = check(hidden, weight, targets, device)
+    hidden[7, 0], targets[7] = 500, 20
+    result = check(hidden, weight, targets, device)
+    others = torch.arange(40, device=device) != 7
+    assert result[7] < -400 and torch.equal(result[others], calm[others])
+
+
+@pytest.mark.parametrize("nats, trips", [(80.0, 0), (87.0, 1)])
+def test_who_pays_for_the_maximum(nats, trips, device, monkeypatch):
+    flags = []
+    real = log_prob.logsumexp_partials
+    monkeypatch.setattr(log_prob, "logsumexp_partials", lambda *a: (flags.append(a[2]), real(*a))[1])
+    z = torch.zeros(3, 50, dtype=torch.float64)
+    z[1, 9], z[2, 9] = nats, 1e4
+    check(*head_with_logits(z), torch.tensor([4, 4, -100]), device)
+    assert [flag.item() for flag in flags] == [trips]
