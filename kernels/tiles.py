@@ -19,8 +19,6 @@ BATCH_SIZES = (
     "splits",
     "first_splits",
     "again_splits",
-    "teacher_splits",
-    "reference_splits",
     "blocks_t",
     "tiles_per_split",
     "group",
