@@ -8,6 +8,7 @@ import pytest
 import yaml
 from texts import make_text
 
+import miniplm
 from miniplm.config import TrainConfig, from_arguments
 from miniplm.models.loading import model_hash
 from miniplm.pipeline import plan_stages, read_stages, run_stages
@@ -202,3 +203,35 @@ def test_seqkd_trains_on_the_teachers_text(trained):
     card = (output / "seqkd_200m_model" / "README.md").read_text()
     assert f"the first {TOY_PROMPT} tokens of each chunk, continued by teacher at temperature 1" in card
     assert "- knowledge-distillation" in card
+
+
+@pytest.mark.slow
+def test_the_ledger_finds_all_that_was_done_for_the_runs(trained):
+    output, _ = trained
+    names = ["conventional", "miniplm", "vanilla_kd", "seqkd", "data_limited"]
+    result = miniplm.ledger(runs=[str(output / f"{name}_200m") for name in names], json=True)
+    offline = {
+        run["name"].removesuffix("_200m"): [entry["name"] for entry in run["offline"]]
+        for run in result["runs"]
+    }
+    assert offline == {
+        "conventional": ["half_pool"],
+        "miniplm": ["refined", "scores", "reference", "reference_split", "pool"],
+        "vanilla_kd": ["half_pool"],
+        "seqkd": ["teacher_text", "half_pool"],
+        "data_limited": ["refined_quarter", "half_scores", "reference", "reference_split", "half_pool"],
+    }
+    for run in result["runs"]:
+        assert run["missing"] == [] and run["all_in_seconds"] > run["training_seconds"] > 0
+        written = corpus(output, "teacher_text")["flops"]["teacher"] if run["name"] == "seqkd_200m" else 0
+        scored = [
+            sum(corpus(output, entry["name"])["flops"].values())
+            for entry in run["offline"]
+            if entry["stage"] in ("score", "train")
+        ]
+        assert run["offline_flops"] == written + sum(scored)
+        assert (
+            run["training_flops"] + run["flops"]["evaluation"] + run["offline_flops"] == run["all_in_flops"]
+        )
+    assert [each["run"] for each in result["comparisons"]] == [f"{name}_200m" for name in names[1:]]
+    assert all(each["saving"] > 0 for each in result["comparisons"])
