@@ -2,7 +2,7 @@
 
     python tests/attacks/attack.py --seed 1 --attacks 300 --only train --verbose
 
-A small pipeline is run once, every stage of it complete, and three of them stopped halfway too. An attack
+A small pipeline is run once, every stage of it complete, and four of them stopped halfway too. An attack
 damages one file and runs one command that reads it, in a forked process. It is held when the command ends
 with exit code 2 and one line that names the file or its folder, or with the result of the undamaged run;
 `told` counts commands on their own complete output that left it as it was and said what is damaged.

@@ -22,6 +22,9 @@ STUDENT = (
     + MODEL
     + "--output "
 )
+SYNTHESIZE = (
+    "synthesize --data {t}/corpus --teacher {t}/teacher --prompt-tokens 40 --shard-chunks 40 --output "
+)
 EVALUATE = "evaluate --data {t}/refined --model "
 BUILD = [
     PREPARE + "corpus",
@@ -34,12 +37,14 @@ BUILD = [
     STUDENT + "{t}/student",
     EVALUATE + "{t}/student --output {t}/loss.json",
     "export --checkpoint {t}/student --evaluation {t}/loss.json --output {t}/model",
+    SYNTHESIZE + "{t}/text",
 ]
 # Stopped: the command, the module and its function that ends the process at the call with this number.
 STOPPED = [
     (PREPARE + "corpus-half", "stages.prepare", "write_chunks", 3),
     (SCORE + "{t}/scores-half", "stages.score", "write_shard", 3),
     (STUDENT + "{t}/student-half", "training.loop", "train_step", 7),
+    (SYNTHESIZE + "{t}/text-half", "stages.synthesize", "write_chunks", 3),
 ]
 # name: (command, what it writes, the folders and files that are attacked for it). {t}: the tree; what a
 # command writes is there already where it is among what is attacked.
@@ -57,6 +62,9 @@ COMMANDS = {
         "scores-teacher scores-reference",
     ),
     "select again": (BUILD[6], "refined", "refined"),
+    "synthesize": (SYNTHESIZE + "{t}/new", "new", "corpus teacher"),
+    "synthesize again": (SYNTHESIZE + "{t}/text", "text", "text"),
+    "synthesize resumed": (SYNTHESIZE + "{t}/text-half", "text-half", "text-half"),
     "train": (STUDENT + "{t}/new", "new", "refined teacher corpus"),
     "train from": (
         "train --data {t}/refined --steps 3 --init-from {t}/model --batch-tokens 500 --output {t}/new",
