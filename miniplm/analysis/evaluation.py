@@ -2,6 +2,7 @@
 
 {"model", "weights", "corpus", "source", "document_mask", "dtype",  what was evaluated on what
  "rows", "non_finite_rows", "tokens", "loss", "perplexity",         the figures of the whole
+ "flops": {"forward": what they cost},
  "domains": {name: the same five figures},
  "checksum": fingerprint of all that}
 

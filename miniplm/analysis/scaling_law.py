@@ -6,7 +6,7 @@ several lengths, each with a learning rate that has decayed. The losses on the w
 it, for the learning rate is still high there, and a curve through them bends too late. `run_point` therefore
 takes the last step of a run, and nothing before it.
 
-    points = [run_point("runs/1b", 1.2e18), run_point("runs/2b", 2.4e18), …]
+    points = [run_point("runs/1b"), run_point("runs/2b"), …]
     law = fit_scaling_law(points)
     law.predict(1e21), law.loss_interval(1e21), law.flops_for(3.3)
 """
@@ -20,7 +20,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from ..runtime.errors import UserError
-from ..training.checkpoints import read_training_output
+from ..training.checkpoints import read_training_output, training_output
+from ..training.cost import flops_of_run
 
 MIN_POINTS = 4  # one more than the law has constants: what is left over measures the noise
 MAX_FINAL_LR_RATIO = 0.1  # of the peak: a schedule that ends higher has not decayed
@@ -139,12 +140,12 @@ def fit_scaling_law(
     )
 
 
-def run_point(output: str | Path, flops: float, step: int | None = None) -> Point:
+def run_point(output: str | Path, flops: float | None = None, step: int | None = None) -> Point:
     """The point of a run that ended: its held-out loss at the last step.
 
     Args:
         output: a training output, or the checkpoint of its last step.
-        flops: what the run's training cost.
+        flops: what the run's training cost; default: what its manifest says.
         step: the line of metrics.jsonl to take; default, and all that is taken, is the last one.
     Raises:
         UserError: the run was stopped, `output` or `step` is a place on its way, its learning rate does not
@@ -172,6 +173,7 @@ def run_point(output: str | Path, flops: float, step: int | None = None) -> Poin
         )
     if manifest.get("eval_loss") is None:
         raise UserError(f"{output} has no finite held-out loss at its last step: train it with eval.data")
+    flops = flops_of_run(training_output(checkpoint.folder)) if flops is None else flops
     return Point(flops, manifest["eval_loss"], str(output), identity.get("eval_corpus", ""))
 
 

@@ -28,6 +28,7 @@ from ..runtime.files import lock, read_json, write_json
 from ..runtime.progress import Progress
 from ..runtime.text import printable
 from ..training.checkpoints import latest_checkpoint
+from ..training.cost import corpus_flops
 
 
 def evaluate(config: EvaluateConfig) -> dict:
@@ -152,14 +153,15 @@ def _load_model(
 def _all_figures(
     config: EvaluateConfig, model: LanguageModel, corpus: Corpus, device: torch.device
 ) -> dict[str, Any]:
-    """The figures of the whole corpus, and under "domains" those of each, by name."""
+    """The figures of the whole corpus, what they cost, and under "domains" the figures of each, by name."""
     batch_tokens = config.batch_tokens or BATCH_TOKENS.on(device.type)
     losses, tokens = _chunk_losses(model, corpus, config.document_mask, batch_tokens, device)
     codes, names = corpus.domains
     domains = {
         name: _figures(losses[codes == code], tokens[codes == code]) for code, name in enumerate(names)
     }
-    return {**_figures(losses, tokens), "domains": dict(sorted(domains.items()))}
+    flops = corpus_flops({"forward": model}, corpus, config.document_mask)
+    return {**_figures(losses, tokens), "flops": flops, "domains": dict(sorted(domains.items()))}
 
 
 @torch.inference_mode()

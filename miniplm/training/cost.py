@@ -109,7 +109,7 @@ def flops_of_run(output: str | Path) -> int:
     manifest = read_manifest(output, "train", what="run")
     if (found := training_flops_of(manifest, Path(output) / MANIFEST)) is None:
         raise UserError(
-            f"run {output} does not say what it cost, it was trained before costs were counted: give the "
-            f"FLOPs themselves with --flops"
+            f"run {output} does not say what it cost, it was trained before costs were counted: give flops "
+            f"instead"
         )
     return found.training

@@ -6,6 +6,7 @@ from training_runs import make_config, metrics, stop_after
 
 from miniplm.analysis.scaling_law import Point, fit_scaling_law, run_point
 from miniplm.runtime.errors import UserError
+from miniplm.runtime.files import read_json
 from miniplm.stages.train import train
 from miniplm.training.checkpoints import checkpoint_folders
 
@@ -107,6 +108,8 @@ def test_the_point_of_a_run_is_its_end(tiny_corpus, tmp_path):
     point = run_point(config.output, 1e18)
     assert point.loss == metrics(config.output)[-1]["eval_loss"] and point.flops == 1e18
     *earlier, last = checkpoint_folders(config.output)
+    flops = read_json(f"{config.output}/manifest.json")["flops"]  # where none are given
+    assert run_point(config.output).flops == run_point(last).flops == 3 * flops["forward"]
     assert earlier and run_point(last, 1e18) == point._replace(run=str(last))
     with pytest.raises(UserError, match="at step 24 of 26 is a point on the way"):
         run_point(earlier[-1], 1e18)

@@ -256,3 +256,18 @@ def test_bad_input(tiny_model, tiny_corpus, tiny_tokenizer, tmp_path):
     )
     with pytest.raises(UserError, match=r"model\.safetensors"):
         run(tmp_path / "small", tiny_corpus)
+
+
+def test_what_it_costs(tiny_corpus, teacher, tmp_path):
+    """As torch counts it: each chunk's attention spans it, or stays within documents."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    found = []
+    for document_mask in (False, True):
+        output = str(tmp_path / f"{document_mask}.json")
+        settings = dict(model=teacher, data=tiny_corpus, output=output, dtype="float32", device="cpu")
+        with FlopCounterMode(display=False) as counter:
+            result = evaluate(EvaluateConfig(**settings, document_mask=document_mask))
+        assert result["flops"] == {"forward": counter.get_total_flops()}
+        found.append(result["flops"]["forward"])
+    assert found[1] < found[0]
