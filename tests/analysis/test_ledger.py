@@ -57,6 +57,7 @@ def house(tiny_corpus, tiny_model, tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_sums_are_what_torch_counts(house, capsys):
     result = miniplm.ledger(runs=[house.base.output, house.student.output])
     control, student = result["runs"]
@@ -87,6 +88,7 @@ def test_sums_are_what_torch_counts(house, capsys):
     assert "student against control, where both reach a held-out loss of" in printed
 
 
+@pytest.mark.slow
 def test_json_and_what_is_not_beside_the_runs(house, tmp_path, capsys):
     alone = shutil.copytree(house.student.output, tmp_path / "alone" / "student")
     assert main(["ledger", str(alone), "--json"]) == 0
@@ -104,6 +106,7 @@ def test_json_and_what_is_not_beside_the_runs(house, tmp_path, capsys):
     assert found["missing"] == [] and found["offline_flops"] == house.scores + house.training
 
 
+@pytest.mark.slow
 def test_runs_and_scores_from_before(house, tmp_path, capsys):
     """Without FLOPs and times: not recorded, and nothing else is lost."""
     old = Path(shutil.copytree(house.runs, tmp_path / "old"))
@@ -121,6 +124,7 @@ def test_runs_and_scores_from_before(house, tmp_path, capsys):
     assert "not recorded" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_damaged_and_foreign_folders_are_left_out(house, tmp_path):
     other = Path(shutil.copytree(house.runs, tmp_path / "other"))
     changed = read_json(other / "scores" / "manifest.json") | {"flops": {"teacher": 1}}
@@ -134,6 +138,7 @@ def test_damaged_and_foreign_folders_are_left_out(house, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_teacher_counts_in_training(house, tmp_path):
     config = replace(house.base, output=str(tmp_path / "kd"), steps=3, distill=DistillConfig(house.teacher))
     train(config)
@@ -206,6 +211,7 @@ def test_runs_without_held_out_losses(tmp_path):
     assert "no held-out loss" in compare(baseline, other)["reason"]
 
 
+@pytest.mark.slow
 def test_scores_within_documents_cost_less(house, tiny_corpus, tmp_path):
     costs = {}
     for document_mask in (False, True):
@@ -224,6 +230,7 @@ def test_scores_within_documents_cost_less(house, tiny_corpus, tmp_path):
     assert costs[True]["teacher"] < costs[False]["teacher"]
 
 
+@pytest.mark.slow
 def test_float8_costs_as_much(house, tiny_corpus, tmp_path):
     flops = []
     for precision in (None, "fp8"):
@@ -240,6 +247,7 @@ def test_float8_costs_as_much(house, tiny_corpus, tmp_path):
     assert flops[0] == flops[1]
 
 
+@pytest.mark.slow
 def test_behind_a_retokenized_corpus_stands_the_selection(house, tiny_tokenizer):
     corpus = str(house.runs / "other-ids")
     settings = dict(data=str(house.runs / "refined"), tokenizer=tiny_tokenizer, max_length=20, workers=1)
