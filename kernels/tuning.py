@@ -122,7 +122,8 @@ def _logits(where: Target, itemsize: int, descriptors: bool, conditional: bool =
     if where.backend == "cpu":
         return [Config(blocks(32, 64, 32))]
     if itemsize == 4:  # no matrix unit computes exact float32 products: small tiles
-        return [Config(blocks(64, 32, 16), 8, 2, per_processor=2)]
+        # Two stages spill on sm_80 where a maximum is looked for, which is on condition.
+        return [Config(blocks(64, 32, 16), 8, 1 if conditional else 2, per_processor=2)]
     if where.backend == "hip":
         found = [Config(blocks(128, 128, 64), 8, 2), Config(blocks(128, 128, 32), 8, 2)]
     elif descriptors:
