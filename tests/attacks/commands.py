@@ -25,6 +25,10 @@ STUDENT = (
 SYNTHESIZE = (
     "synthesize --data {t}/corpus --teacher {t}/teacher --prompt-tokens 40 --shard-chunks 40 --output "
 )
+RETOKENIZE = (
+    "retokenize --data {t}/refined --tokenizer {t}/other --max-length 40 --workers 1 --shard-tokens 2000 "
+    "--output {t}/"
+)
 EVALUATE = "evaluate --data {t}/refined --model "
 BUILD = [
     PREPARE + "corpus",
@@ -38,10 +42,12 @@ BUILD = [
     EVALUATE + "{t}/student --output {t}/loss.json",
     "export --checkpoint {t}/student --evaluation {t}/loss.json --output {t}/model",
     SYNTHESIZE + "{t}/text",
+    RETOKENIZE + "retokenized",
 ]
 # Stopped: the command, the module and its function that ends the process at the call with this number.
 STOPPED = [
     (PREPARE + "corpus-half", "stages.prepare", "write_chunks", 3),
+    (RETOKENIZE + "retokenized-half", "stages.retokenize", "write_chunks", 3),
     (SCORE + "{t}/scores-half", "stages.score", "write_shard", 3),
     (STUDENT + "{t}/student-half", "training.loop", "train_step", 7),
     (SYNTHESIZE + "{t}/text-half", "stages.synthesize", "write_chunks", 3),
@@ -65,6 +71,9 @@ COMMANDS = {
     "synthesize": (SYNTHESIZE + "{t}/new", "new", "corpus teacher"),
     "synthesize again": (SYNTHESIZE + "{t}/text", "text", "text"),
     "synthesize resumed": (SYNTHESIZE + "{t}/text-half", "text-half", "text-half"),
+    "retokenize": (RETOKENIZE + "new", "new", "refined"),
+    "retokenize again": (RETOKENIZE + "retokenized", "retokenized", "retokenized"),
+    "retokenize resumed": (RETOKENIZE + "retokenized-half", "retokenized-half", "retokenized-half"),
     "train": (STUDENT + "{t}/new", "new", "refined teacher corpus"),
     "train from": (
         "train --data {t}/refined --steps 3 --init-from {t}/model --batch-tokens 500 --output {t}/new",
@@ -104,6 +113,8 @@ def build(tree: Path, run: Callable[..., int]) -> None:
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
     fast.save_pretrained(tree / "tokenizer")
+    fast.add_tokens(["student", "teacher"])
+    fast.save_pretrained(tree / "other")
     for command in BUILD:
         assert run(command, tree) == 0, command
     for command, *stop in STOPPED:
