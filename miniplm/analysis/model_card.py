@@ -28,6 +28,17 @@ SIZES = {  # key of config.json → what is told of it
     "vocab_size": "ids",
 }
 
+TEACHER, REFERENCE = (
+    f"mean log-probability per token under the {who}" for who in ("teacher", "reference model")
+)
+SCORES = {  # what chunks were compared by
+    "difference": f"{TEACHER} minus that under the reference model",
+    "ratio": f"{REFERENCE} divided by that under the teacher",
+    "normalised": f"{TEACHER} minus that under the reference model, each standardised within the domain",
+    "teacher": TEACHER,
+    "reference": REFERENCE,
+}
+
 Row = tuple[str, str]  # (label, cell in Markdown) of the card's table of what was trained on what
 
 
@@ -144,10 +155,7 @@ def _corpus_rows(corpus: TrainingCorpus) -> list[Row]:
         rows += [
             ("Teacher", _model(corpus.scored_by("teacher") or "?")),
             ("Reference model", _model(corpus.scored_by("reference") or "?")),
-            (
-                "Score",
-                "mean log-probability per token under the teacher minus that under the reference model",
-            ),
+            ("Score", SCORES[corpus.selection.rule.score if corpus.selection else "difference"]),
         ]
     if synthesis := corpus.synthesis:
         rows.append(
@@ -172,14 +180,27 @@ def _rule(rule: Rule) -> str:
             kept = f"a share of {rule.ratio}"
         else:
             kept = f"as many as fit into {rule.token_budget:,} tokens"
-        return (
-            f"{kept}{each}, chosen at random (seed {rule.random_seed}; the control of a selection by score)"
-        )
+        how = f"chosen at random (seed {rule.random_seed}; the control of a selection by score)"
+        return f"{kept}{each}, {how}{_of_which(rule)}"
+    highest = "with the highest scores"
+    if rule.temperature:
+        highest = f"drawn by their scores at the temperature {rule.temperature}"
     if rule.ratio is not None:
-        return f"the share of {rule.ratio}{each} with the highest scores"
+        return f"the share of {rule.ratio}{each} {highest}{_of_which(rule)}"
     if rule.token_budget is not None:
-        return f"those with the highest scores{each} that fit into {rule.token_budget:,} tokens"
-    return f"those with a score of at least {rule.threshold}"
+        return f"those {highest}{each} that fit into {rule.token_budget:,} tokens{_of_which(rule)}"
+    return f"those with a score of at least {rule.threshold}{_of_which(rule)}"
+
+
+def _of_which(rule: Rule) -> str:
+    """The rest of a rule, after a comma."""
+    shares = ", ".join(f"{escape(name)} {share:g}" for name, share in rule.domain_shares.items())
+    parts = [
+        f"in shares of the domains ({shares})" if shares else "",
+        f"of chunks of at least {rule.min_tokens:,} tokens" if rule.min_tokens is not None else "",
+        {"score": "the best first", "random": "in random order"}.get(rule.order, ""),
+    ]
+    return "".join(f", {part}" for part in parts if part)
 
 
 def _distillation_loss(run: Provenance) -> str:

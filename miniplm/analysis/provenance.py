@@ -2,7 +2,7 @@
 selection and the scores behind that."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,6 +19,11 @@ class Rule(Record):
     threshold: Figure | None = None
     random_seed: Seed | None = None
     per_domain: bool = False
+    score: Literal["difference", "ratio", "normalised", "teacher", "reference"] = "difference"
+    temperature: Figure | None = None
+    domain_shares: dict[str, Figure] = Field(default_factory=dict)
+    min_tokens: Count | None = None
+    order: Literal["corpus", "score", "random"] = "corpus"
 
     @model_validator(mode="after")
     def _has_a_bound(self) -> "Rule":

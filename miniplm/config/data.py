@@ -1,6 +1,7 @@
 """Settings of prepare, score and select: text → corpus → scores → refined corpus; and of synthesize."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import ClassVar, List, Literal, Optional, Tuple
 
@@ -20,6 +21,7 @@ from .checks import (
     require_texts,
     require_trace,
 )
+from .fields import shown
 
 MAX_CHUNK_LENGTH = 2**20
 SHARD_TOKENS = 2**25
@@ -27,6 +29,7 @@ MAX_SHARD_TOKENS = 2**30  # an Arrow file's offsets are int32
 MAX_SHARD_CHUNKS = 2**24
 MAX_WORKERS = 1_024
 DEFAULT_RATIO = 0.5
+MAX_TEMPERATURE = 1_000_000.0
 
 
 @dataclass(frozen=True)
@@ -221,6 +224,25 @@ class SelectConfig:
     random_seed: Optional[int] = None
     """Choose at random with this seed instead of by score: the control experiment. Chunks without a finite
     score are left out here too."""
+    score: Literal["difference", "ratio", "normalised", "teacher", "reference"] = "difference"
+    """What chunks are compared by: teacher's minus reference's mean log-probability; the reference's divided
+    by the teacher's; the difference of the two, each standardised within the domain; one of the two alone."""
+    temperature: Optional[float] = None
+    """Sample instead of a hard cut: chunks are drawn without replacement, each with a probability
+    proportional to exp(score / temperature). Towards 0 it is the hard cut, towards infinity the choice at
+    random."""
+    domain_shares: Tuple[str, ...] = ()
+    """What share of all that is kept (of the chunks, or with token_budget of the tokens) comes from which
+    domain: a=0.3 b=0.7. They add up to 1; of other domains nothing is kept."""
+    min_tokens: Optional[int] = None
+    """Never keep chunks with fewer ids: their scores are means of little."""
+    order: Literal["corpus", "score", "random"] = "corpus"
+    """The order in which the kept chunks are written. score: the best first. To be trained in that order they
+    need train --no-shuffle."""
+    seed: int = 0
+    """Seed of the sampling with a temperature, and of the random order."""
+    compare: Optional[str] = None
+    """Show how this selection and that of another refined corpus agree, per domain."""
 
     def __post_init__(self) -> None:
         require_texts(self)
@@ -246,5 +268,50 @@ class SelectConfig:
             not (self.threshold is not None and self.random_seed is not None),
             "random_seed needs ratio or token_budget, not threshold",
         )
-        require_count(self, "random_seed", low=0, high=MAX_SEED)
+        require_count(self, "random_seed", "seed", low=0, high=MAX_SEED)
+        require_count(self, "min_tokens")
+        self._check_sampling()
         require(1 <= len(self.scores) <= 2, f"scores takes one or two folders, got {len(self.scores)}")
+
+    def _check_sampling(self) -> None:
+        hard = self.threshold is not None or self.random_seed is not None
+        require(
+            not (self.temperature is not None and hard), "temperature needs ratio or token_budget, by score"
+        )
+        require_finite(self, "temperature")
+        require(
+            self.temperature is None or self.temperature <= MAX_TEMPERATURE,
+            f"temperature must be at most {MAX_TEMPERATURE:,}, got {self.temperature}: for a choice at "
+            f"random give random_seed",
+        )
+        if self.domain_shares:
+            require(
+                self.threshold is None and not self.per_domain,
+                "domain_shares needs ratio or token_budget, without per_domain",
+            )
+            total = math.fsum(self.shares.values())
+            require(abs(total - 1) <= 1e-6, f"domain_shares must add up to 1, they add up to {total:g}")
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """domain_shares by domain."""
+        shares: dict[str, float] = {}
+        texts = [part for text in self.domain_shares for part in _parts(text)]
+        for text in texts:
+            name, _, value = text.rpartition("=")
+            try:
+                share = float(value)
+            except ValueError:
+                share = math.nan
+            require(
+                bool(name) and 0 <= share <= 1, f"domain_shares takes name=share, 0 to 1, got {shown(text)}"
+            )
+            require(name not in shares, f"domain_shares gives {shown(name)} twice")
+            shares[name] = share
+        return shares
+
+
+def _parts(text: str) -> list[str]:
+    """The name=share texts in one, between commas; a comma may also be within a name."""
+    parts = text.split(",")
+    return parts if all(re.search(r"=[^=]*\d[^=]*$", part) for part in parts) else [text]

@@ -5,33 +5,95 @@ token (Gu et al., arXiv 2410.17215; the mean over the tokens, not the sum, is wh
 to the earlier chunk, a score that is not finite is never kept, and the kept chunks stay in corpus order.
 """
 
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from ..config import SelectConfig
+from ..runtime.errors import UserError
 
 
-def choose(config: SelectConfig, score: np.ndarray, num_tokens: np.ndarray, domain: np.ndarray) -> np.ndarray:
+def compared(
+    config: SelectConfig, columns: Mapping[str, np.ndarray], num_tokens: np.ndarray, domain: np.ndarray
+) -> np.ndarray:
+    """What the chunks are compared by, float32 [chunks]; not finite for those that are never to be kept.
+
+    Args:
+        columns: the score columns by name, float32 [chunks], nats per token.
+        num_tokens, domain: as choose has them.
+    """
+    teacher, reference = columns["teacher_log_prob"], columns["reference_log_prob"]
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        if config.score == "difference":
+            value = columns["score"]
+        elif config.score == "ratio":
+            value = reference / teacher
+        elif config.score == "normalised":
+            both = np.isfinite(teacher) & np.isfinite(reference)
+            value = _standardised(teacher, domain, both) - _standardised(reference, domain, both)
+        else:
+            value = columns[f"{config.score}_log_prob"]
+    if config.min_tokens is not None:
+        value = np.where(num_tokens >= config.min_tokens, value, np.float32(np.nan))
+    return value
+
+
+def _standardised(values: np.ndarray, domain: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """The values [n] less the mean of their domain, by its standard deviation (1 where that is 0), float32,
+    of those that are counted (bool [n]); the others are NaN."""
+    some, result = values[counted].astype(np.float64), np.full(len(values), np.nan, np.float32)
+    codes = domain[counted]
+    counts = np.maximum(np.bincount(codes), 1)
+    some -= (np.bincount(codes, some) / counts)[codes]
+    spread = np.sqrt(np.bincount(codes, some * some) / counts)
+    result[counted] = some / np.where(spread > 0, spread, 1)[codes]
+    return result
+
+
+def _with_noise(score: np.ndarray, temperature: float, seed: int) -> np.ndarray:
+    """score + temperature · Gumbel noise, float32 [n]: its k highest are k draws without replacement, each
+    with probability proportional to exp(score / temperature) (Kool et al., arXiv 1903.06059; for selecting
+    data QuRating, arXiv 2402.09739)."""
+    noise = np.random.default_rng(seed).gumbel(size=len(score))
+    noise *= temperature
+    noise += score
+    return noise.astype(np.float32)
+
+
+def choose(
+    config: SelectConfig,
+    score: np.ndarray,
+    num_tokens: np.ndarray,
+    domain: np.ndarray,
+    names: Sequence[str] = (),
+) -> np.ndarray:
     """The rule: which chunks to keep, bool [chunks].
 
     Args:
-        score: float32 [chunks], nats per token; chunks that are not finite are never kept.
+        score: float32 [chunks], what they are compared by; chunks that are not finite are never kept.
         num_tokens: int [chunks], the lengths that count against a token budget.
         domain: int [chunks], the number of the domain, 0, 1, …
+        names: of the domains, for domain_shares.
+    Raises:
+        UserError: a domain does not have what its share asks for.
 
     The ratio counts all chunks, those without a finite score too: int(ratio * chunks). A token budget keeps
     the longest run of the best chunks that fits. A domain's share of the budget is its share of the tokens,
-    rounded down.
+    rounded down, or what domain_shares says.
     """
     finite = np.isfinite(score)
     if config.threshold is not None:
         return finite & (score >= config.threshold)
     if config.random_seed is not None:
         ranked = np.random.default_rng(config.random_seed).permutation(np.flatnonzero(finite))
+    elif config.temperature:
+        ranked = best_first(_with_noise(score, config.temperature, config.seed))
     else:
         ranked = best_first(score)
+    if config.domain_shares:
+        return _by_shares(config, ranked, num_tokens, domain, names)
     if config.per_domain:
         # The domains one after the other, each in rank order.
         ranked = ranked[np.argsort(domain[ranked], kind="stable")]
@@ -52,6 +114,51 @@ def choose(config: SelectConfig, score: np.ndarray, num_tokens: np.ndarray, doma
             count = int(config.ratio * chunks[number])
         keep[group[:count]] = True
     return keep
+
+
+def _by_shares(
+    config: SelectConfig, ranked: np.ndarray, num_tokens: np.ndarray, domain: np.ndarray, names: Sequence[str]
+) -> np.ndarray:
+    """Which chunks to keep, bool [chunks], by domain_shares; `ranked` are those that can be, the best
+    first."""
+    keep = np.zeros(len(domain), bool)
+    if unknown := [name for name in config.shares if name not in names]:
+        raise UserError(
+            f"domain_shares names the domain {unknown[0]!r}, the corpus has {', '.join(sorted(names)[:10])}"
+        )
+    for name, share in config.shares.items():
+        group = ranked[domain[ranked] == names.index(name)]
+        if config.token_budget is not None:
+            lengths = np.cumsum(num_tokens[group])
+            wanted, there, unit = (
+                int(share * config.token_budget),
+                int(lengths[-1]) if len(group) else 0,
+                "tokens",
+            )
+            count = int(np.searchsorted(lengths, wanted, side="right"))
+        else:
+            assert config.ratio is not None
+            wanted, there, unit = int(share * int(config.ratio * len(domain))), len(group), "chunks"
+            count = wanted
+        if wanted > there:
+            raise UserError(
+                f"domain {name!r} has {there:,} {unit} that can be kept, its share of {share:g} asks for "
+                f"{wanted:,}: lower it, or keep less in all"
+            )
+        keep[group[:count]] = True
+    return keep
+
+
+def written_order(config: SelectConfig, keep: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """The kept chunks (keep is bool [chunks]) in the order in which they are to be written, if that is not
+    the corpus's: int64.
+
+    Args:
+        score: float32 [chunks], what they are compared by.
+    """
+    if config.order == "random":
+        return np.random.default_rng(config.seed).permutation(np.flatnonzero(keep))
+    return best_first(np.where(keep, score, np.float32(np.nan))).astype(np.int64)
 
 
 def best_first(score: np.ndarray) -> np.ndarray:

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from ..analysis.overlap import print_overlap
 from ..config import SelectConfig
-from ..data.corpus import Corpus, file_hashes, write_dataset_files, write_shard
+from ..data.corpus import Corpus, file_hashes, write_chunks, write_dataset_files, write_shard
 from ..data.derived import CARRIED, copy_tokenizer, what_is_lost
 from ..data.scores import ROLES, SCORE_COLUMNS, ScoreManifest, read_scores
-from ..data.selection import choose, why_nothing
+from ..data.selection import choose, compared, why_nothing, written_order
 from ..runtime.artifacts import (
     MANIFEST,
     complete_output,
@@ -62,30 +63,46 @@ def select(config: SelectConfig) -> None:
         note(f"the refined corpus {output} was complete, but {lost}: it is written anew")
 
     columns = _read_sources(sources, corpus)
-    keep = choose(config, columns["score"], corpus.num_tokens, corpus.domains[0])
+    codes, names = corpus.domains
+    score = compared(config, columns, corpus.num_tokens, codes)
+    keep = choose(config, score, corpus.num_tokens, codes, names)
     if not keep.any():
-        raise UserError(f"nothing of corpus {config.data} is kept: {why_nothing(config, columns['score'])}")
-    selection = _summary(rule, keep, columns["score"], corpus)
-    columns = {name: values[keep] for name, values in columns.items()}
+        raise UserError(f"nothing of corpus {config.data} is kept: {why_nothing(config, score)}")
+    selection = _summary(rule, keep, score, corpus)
+    order = np.flatnonzero(keep) if config.order == "corpus" else written_order(config, keep, score)
+    columns = {name: values[order] for name, values in columns.items()}
 
     open_output(output, "select", identity)  # claimed only now: a rule that keeps nothing leaves no folder
     with exclusive(output), timed(output):
         reopen_output(output)  # a complete one gets here where a part of it is lost
-        hashes = _write_kept(corpus, keep, columns, output)
+        if config.order == "corpus":
+            hashes = _write_kept(corpus, keep, columns, output)
+        else:
+            hashes = _write_in_order(corpus, order, columns, output)
         copy_tokenizer(corpus, output)
         content = write_dataset_files(output, hashes, with_scores=True)
         predictions = int(columns["num_tokens"].sum(dtype=np.int64))
         results = _results(corpus, content, predictions, selection, sources)
         complete_output(output, results | {"files": file_hashes(output, hashes)})
     _print_summary(selection, output)
+    if config.compare:
+        print_overlap(Corpus(output), Corpus(config.compare))
 
 
 def _rule(config: SelectConfig) -> dict[str, Any]:
     """The settings that make the rule, as manifests hold them."""
-    names = ("ratio", "token_budget", "threshold", "random_seed")
+    names = ("ratio", "token_budget", "threshold", "random_seed", "temperature", "min_tokens")
     rule = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     if config.per_domain:
         rule["per_domain"] = True
+    if config.domain_shares:
+        rule["domain_shares"] = dict(sorted(config.shares.items()))
+    if config.score != "difference":
+        rule["score"] = config.score
+    if config.order != "corpus":
+        rule["order"] = config.order
+    if config.temperature or config.order == "random":
+        rule["seed"] = config.seed
     return rule
 
 
@@ -197,21 +214,42 @@ def _read_folder(
 def _write_kept(corpus: Corpus, keep: np.ndarray, columns: dict[str, np.ndarray], output: Path) -> list[str]:
     """Write the kept chunks with their score columns (of the kept chunks) and return the hashes of the
     files."""
-    import pyarrow as pa
-
     hashes: list[str] = []
     written = 0
     with Progress("select", len(columns["score"]), unit="chunks") as progress:
         for number, table in enumerate(corpus.filtered(keep, SHARD_BYTES)):
-            part = slice(written, written + table.num_rows)
             arrays = dict(zip(table.column_names, table.columns, strict=True))
-            for name in SCORE_COLUMNS:
-                values = columns[name][part]
-                arrays[name] = pa.array(values, mask=~np.isfinite(values))
+            arrays |= _score_arrays(columns, slice(written, written + table.num_rows))
             hashes.append(write_shard(output, number, arrays))
             written += table.num_rows
             progress.update(table.num_rows)
     return hashes
+
+
+def _write_in_order(
+    corpus: Corpus, order: np.ndarray, columns: dict[str, np.ndarray], output: Path
+) -> list[str]:
+    """The same for the chunks `order`, written in that order. They are read where they lie: of a corpus
+    larger than memory slowly."""
+    hashes: list[str] = []
+    codes, names = corpus.domains
+    files = np.cumsum(corpus.num_tokens[order] * np.dtype(np.int32).itemsize) // SHARD_BYTES
+    with Progress("select", len(order), unit="chunks") as progress:
+        for number, rows in enumerate(np.split(np.arange(len(order)), np.flatnonzero(np.diff(files)) + 1)):
+            chunks = order[rows]
+            texts = [names[code] for code in codes[chunks]]
+            pairs = list(zip(texts, corpus.rows(chunks), strict=True))
+            hashes.append(write_chunks(output, number, pairs, _score_arrays(columns, rows)))
+            progress.update(len(rows))
+    return hashes
+
+
+def _score_arrays(columns: dict[str, np.ndarray], rows: Any) -> dict[str, Any]:
+    """The score columns of some of the kept chunks, null where they are not finite."""
+    import pyarrow as pa
+
+    parts = {name: columns[name][rows] for name in SCORE_COLUMNS}
+    return {name: pa.array(values, mask=~np.isfinite(values)) for name, values in parts.items()}
 
 
 def _summary(rule: dict[str, Any], keep: np.ndarray, score: np.ndarray, corpus: Corpus) -> dict[str, Any]:

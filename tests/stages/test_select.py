@@ -10,6 +10,9 @@ from outputs import contents, kill_and_restart
 from scoring_runs import run_score
 from selections import DOMAINS, LENGTHS, REFERENCE, SCORES, TEACHER, kept_chunks, make_corpus, run_select
 
+from miniplm.analysis import model_card
+from miniplm.analysis.overlap import overlap
+from miniplm.analysis.provenance import Rule
 from miniplm.data import corpus as storage
 from miniplm.data.corpus import Corpus
 from miniplm.runtime.artifacts import read_manifest
@@ -194,3 +197,55 @@ def test_kill_and_restart_ends_in_the_same_bytes(tiny_tokenizer, tmp_path, monke
     )
     assert struck >= 2
     assert contents(killed) == contents(tmp_path / "whole") and len(list(killed.glob("*.arrow"))) > 4
+
+
+@pytest.mark.parametrize("order", ["score", "random"])
+def test_the_order_of_writing(tmp_path, corpus, order, monkeypatch):
+    scores = write_scores(tmp_path / "scores", corpus, TEACHER, REFERENCE)
+    monkeypatch.setattr(stage, "SHARD_BYTES", 40)
+    run_select(corpus, scores, tmp_path / "plain")
+    run_select(corpus, scores, tmp_path / "out", order=order, seed=1)
+    assert len(list((tmp_path / "out").glob("data-*.arrow"))) > 1
+    expected = [9, 0, 3, 6, 10] if order == "score" else kept_chunks(tmp_path / "out")
+    assert kept_chunks(tmp_path / "out") == expected != kept_chunks(tmp_path / "plain")
+    plain, ordered = (Corpus(tmp_path / name) for name in ("plain", "out"))
+    rows = [[SCORES[chunk], DOMAINS[chunk], LENGTHS[chunk]] for chunk in expected]
+    assert ordered.table.select(["score", "domain", "num_tokens"]).to_pylist() == [
+        dict(zip(["score", "domain", "num_tokens"], row, strict=True)) for row in rows
+    ]
+    same = ("rows", "tokens", "predictions", "parent")
+    assert [ordered.manifest[key] for key in same] == [plain.manifest[key] for key in same]
+    assert ordered.manifest["selection"]["rule"] == {"ratio": 0.5, "order": order} | (
+        {"seed": 1} if order == "random" else {}
+    )
+
+
+def test_beside_another_selection(tmp_path, corpus, capsys):
+    scores = write_scores(tmp_path / "scores", corpus, TEACHER, REFERENCE)
+    run_select(corpus, scores, tmp_path / "one", ratio=0.3)  # 0, 3, 9
+    capsys.readouterr()
+    run_select(corpus, scores, tmp_path / "two", score="reference", compare=str(tmp_path / "one"))
+    assert overlap(Corpus(tmp_path / "two"), Corpus(tmp_path / "one")) == {
+        name: (
+            sum(DOMAINS[row] == name for row in kept_chunks(tmp_path / "two")),
+            sum(DOMAINS[row] == name for row in (0, 3, 9)),
+            sum(DOMAINS[row] == name for row in {0, 3, 9} & {*kept_chunks(tmp_path / "two")}),
+        )
+        for name in {DOMAINS[row] for row in (0, 3, 9, *kept_chunks(tmp_path / "two"))}
+    }
+    assert "in both" in capsys.readouterr().out
+
+
+def test_a_rule_of_all_kinds_is_in_manifest_and_card(tmp_path, corpus):
+    scores = write_scores(tmp_path / "scores", corpus, TEACHER, REFERENCE)
+    rule = dict(ratio=0.4, temperature=0.5, seed=2, min_tokens=2, score="normalised", order="score")
+    shares = ("code=0.5", "books=0.25,[bold]x[/]=0.25")
+    run_select(corpus, scores, tmp_path / "out", domain_shares=shares, **rule)
+    manifest = read_manifest(tmp_path / "out")
+    expected = rule | {"domain_shares": {"code": 0.5, "books": 0.25, "[bold]x[/]": 0.25}}
+    assert manifest["selection"]["rule"] == manifest["identity"]["rule"] == expected
+    found = model_card._rule(Rule.model_validate(expected))
+    assert found.startswith(
+        "the share of 0.4 drawn by their scores at the temperature 0.5, in shares of the domains ("
+    )
+    assert found.endswith("of chunks of at least 2 tokens, the best first")
