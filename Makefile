@@ -8,7 +8,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(C
 UV ?= $(shell command -v uv >/dev/null && ! $(PYTHON) -m pip config list 2>/dev/null | grep -Eq 'index|find-links|constraint' && echo uv)
 SOURCES := setup.py pyproject.toml $(CONSTRAINTS) Makefile
 
-.PHONY: demo test test-fast test-oldest test-newest lint typecheck attacks bench peers clean
+.PHONY: demo test test-fast test-oldest test-newest lint typecheck attacks bench peers llama-cpp clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/miniplm demo
@@ -57,6 +57,11 @@ peers: $(VENV)/installed-test
 	$(VENV)/bin/python tests/peers/walk.py --markdown build/transformers.md
 	$(VENV)/bin/python tests/peers/trainers.py
 	$(VENV)/bin/python tests/peers/transformers_suite.py $(SOURCE:%=--source %)
+
+# llama.cpp on what export --gguf writes. It is compiled first: a quarter of an hour on two cores.
+llama-cpp: $(VENV)/installed-test
+	$(PIP) llama-cpp-python
+	$(VENV)/bin/python -m pytest tests/stages/test_export_gguf.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'

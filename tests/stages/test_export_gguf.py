@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from export_runs import PLAN, TINY, publish
-from transformers import GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from miniplm.models.loading import load_model
 from miniplm.runtime.errors import UserError
@@ -46,6 +46,30 @@ def test_a_qwen2_student_stays_one(tiny_corpus, tmp_path):
     assert load_model(folder / "model-f16.gguf").config.model_type == "qwen2"
     exact = logits(checkpoint(run))
     assert 0 < (logits(folder / "model-f16.gguf") - exact).norm() < 5e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(("encoding", "error"), [("f16", 5e-3), ("q8_0", 0.05)])
+def test_llama_cpp_computes_the_same(tiny_corpus, tmp_path, family, encoding, error):
+    """Needs the package llama-cpp-python, which is compiled where it is installed (make llama-cpp)."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    model = dataclasses.replace(TINY, model_type=family)
+    run = str(tmp_path / "run")
+    train(dataclasses.replace(PLAN, model=model, data=tiny_corpus, output=run, steps=6))
+    folder = publish(run, tmp_path / "model", gguf=encoding)
+    file = str(folder / f"model-{encoding}.gguf")
+    llama = llama_cpp.Llama(file, n_ctx=96, n_threads=1, logits_all=True, verbose=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "The teacher keeps what the reference drops: 3.14 (small) [large]\n  é 漢字 🙂!"
+    ids = tokenizer(text)["input_ids"]
+    assert llama.tokenize(text.encode(), add_bos=False, special=False) == ids
+    llama.eval(ids)
+    found = torch.from_numpy(llama.scores[: len(ids)].copy())
+    with torch.inference_mode():
+        exact = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([ids])).logits[0]
+    assert 0 < (found - exact).norm() < error * exact.norm()
+    said = llama.create_completion(text, max_tokens=6, temperature=0.0)["choices"][0]
+    assert said["finish_reason"] in ("length", "stop")
 
 
 def test_an_export_with_another_file_is_another_export(work, tmp_path, capsys):
