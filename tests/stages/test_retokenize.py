@@ -1,5 +1,6 @@
 """retokenize: the text stays, letter by letter, and so do domains, scores and cuts."""
 
+import math
 import os
 import random
 from dataclasses import replace
@@ -12,14 +13,24 @@ from hypothesis import strategies as st
 from outputs import contents
 from texts import make_text, write_jsonl
 from training_runs import make_config
+from transformers import AutoModelForCausalLM, MambaConfig
 
-from miniplm.config import PrepareConfig, RetokenizeConfig
+from miniplm.config import (
+    EvalConfig,
+    EvaluateConfig,
+    ExportConfig,
+    PrepareConfig,
+    RetokenizeConfig,
+    StudentConfig,
+)
 from miniplm.data.corpus import Corpus
 from miniplm.data.scores import SCORE_COLUMNS
 from miniplm.data.tokenizer import load_tokenizer
 from miniplm.runtime.artifacts import read_manifest
 from miniplm.runtime.errors import UserError
 from miniplm.stages import retokenize as stage
+from miniplm.stages.evaluate import evaluate
+from miniplm.stages.export import export
 from miniplm.stages.prepare import prepare
 from miniplm.stages.retokenize import retokenize
 from miniplm.stages.train import train
@@ -245,6 +256,27 @@ def test_damage_is_mended_and_a_student_learns(tiny_corpus, llama_like, tmp_path
     plan = make_config(output, tmp_path / "run")
     train(replace(plan, steps=3))
     assert read_manifest(tmp_path / "run")["complete"]
+
+
+def test_a_student_of_another_family(tiny_corpus, llama_like, tmp_path):
+    """Trained from scratch on the other ids, exported, and evaluated the same before and after."""
+    corpus = convert(tiny_corpus, llama_like, tmp_path / "other")
+    MambaConfig(vocab_size=432, hidden_size=32, num_hidden_layers=2, state_size=4).save_pretrained(
+        tmp_path / "mamba"
+    )
+    plan = replace(make_config(corpus, tmp_path / "run"), model=StudentConfig(), eval=EvalConfig(), steps=6)
+    train(replace(plan, model_config=str(tmp_path / "mamba" / "config.json")))
+    export(ExportConfig(checkpoint=plan.output, output=str(tmp_path / "model")))
+    losses = [
+        evaluate(EvaluateConfig(model=model, data=corpus, device="cpu", dtype="float32"))
+        for model in (plan.output, str(tmp_path / "model"))
+    ]
+    assert (
+        losses[0]["loss"] == losses[1]["loss"] < math.log(432) and losses[0]["tokens"] == losses[1]["tokens"]
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert type(loaded).__name__ == "MambaForCausalLM" and loaded.config.vocab_size == 432
+    assert loaded.config.eos_token_id == load_tokenizer(llama_like).eos_token_id
 
 
 @pytest.mark.parametrize(
