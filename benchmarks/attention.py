@@ -9,6 +9,8 @@ of the published models.
                           (at the end, where a causal mask hides it)
     flex                      FlexAttention, compiled, with a causal document mask over the packed tokens
     flash-attn-2, -3          flash_attn_varlen_func of flash-attn 2 and of Hopper's flash_attn_interface
+    one-pass, two-passes      ours, backward, in one kernel over the keys and in two (miniplm takes the first
+                          of tuning.py's "attention_passes")
 
 What comes before the call is not timed: padding, FlexAttention's block mask, compilation. FLOPs are those of
 the visible pairs alone, as is usual: 2 products forward and 5 backward (with the scores once more): 4·D·Hq·Σ
@@ -136,6 +138,27 @@ def ours(lengths, cu_seqlens, inputs):
     return lambda q, k, v: flash_attention(q, k, v, cu_seqlens, max(lengths)), inputs
 
 
+def backward_pass(module, name, q, k, v, grad, cu_seqlens):
+    """One of our two ways, at sizes that it is made for."""
+    from importlib import import_module
+
+    if not q.is_cuda:
+        raise Skip("needs a GPU: launched without the op around it")
+    if name == "one_pass" and q.shape[2] > 64:
+        raise Skip("one pass spills registers above D = 64, and is never taken there")
+    function, scale = getattr(import_module(f"miniplm.kernels.{module}"), name), q.shape[2] ** -0.5
+    out, lse = torch.ops.miniplm.flash_attention(q, k, v, cu_seqlens, None, scale)
+    return lambda: function(grad, q, k, v, out, lse, cu_seqlens, scale)
+
+
+def passes(*inputs):
+    """The contenders that are ways of ours."""
+    return {
+        "one-pass": partial(backward_pass, "attention_backward_single", "one_pass", *inputs),
+        "two-passes": partial(backward_pass, "attention_backward", "two_passes", *inputs),
+    }
+
+
 CONTENDERS = {
     "miniplm": ours,
     "sdpa-cudnn": partial(sdpa, "CUDNN_ATTENTION"),
@@ -187,7 +210,7 @@ def cases(shape, device, dtype):
     )
     yield Case(
         "backward",
-        contenders(backward),
+        contenders(backward) | passes(q, k, v, grad, cu_seqlens),
         flops=2.5 * flops,
         errors=lambda found: {
             name: relative_error(packed(x, lengths), truth)
@@ -200,6 +223,7 @@ if __name__ == "__main__":
     T = 32_768
     DOCUMENTS = [*({"document": n} for n in (128, 1024, 4096, 16_384)), {"lengths": "mixed"}]
     SHAPES = [{"T": T, "D": D, **documents} for D in (64, 96, 128) for documents in DOCUMENTS]
+    SHAPES += [{"T": 65_536, "D": 64, "document": 1024}]
     SHAPES += [{"T": T, "D": 128, "key_heads": 4, **documents} for documents in (DOCUMENTS[1], DOCUMENTS[3])]
     TOY = [
         {"T": 96, "D": 16, "document": 48},

@@ -114,10 +114,11 @@ def distillation(tokens: int, d: int, d_teacher: int, cut: chunks.Chunks) -> lis
 
 
 def attention(tokens: int, heads: int, D: int, document: int, products: int) -> list[Part]:
-    """Causal attention of packed documents: `products` of 2 forward, 5 (7 in two passes) backward."""
+    """Causal attention of packed documents: `products` of 2 forward; backward of 7 in two passes, of 5 in one,
+    where a program does a whole document, and the buffer of dq comes and goes in the L2 cache."""
     pairs = tokens * (document + 1) / 2
     tensors = 4 if products == 2 else 8
-    tiles = tokens * heads // TILE[0]
+    tiles = tokens * heads // (document if products == 5 else TILE[0])
     size = BF16 * tensors * tokens * heads * D
     return [Part("attention", 2.0 * products * pairs * heads * D, tiles, size)]
 
@@ -164,6 +165,10 @@ def rows(processors: int):
         shape = {"T": TOKENS, "D": D, "document": 1024}
         yield "flash_attention", shape, attention(TOKENS, heads, D, 1024, 2), None
         yield "flash_attention backward", shape, attention(TOKENS, heads, D, 1024, 7), None
+    shape = {"T": 65_536, "D": 64, "document": 1024}
+    for passes, products in ((2, 7), (1, 5)):
+        parts = attention(65_536, 12, 64, 1024, products)
+        yield "flash_attention backward", {**shape, "passes": passes}, parts, None
     for op, elements, d in (("rms_norm", 2, 768), ("add_rms_norm", 4, 768), ("swiglu", 3, 2112)):
         yield op, {"T": 65_536, "d": d}, elementwise(elements, d), None
 

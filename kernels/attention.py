@@ -9,10 +9,12 @@ dimension. A tile is BLOCK_M queries or BLOCK_N keys of one document, counted fr
 are held in PARTS, powers of two (96 = 64 + 32).
 
 One program per tile of queries and head walks over the keys with an online softmax in base 2; the tiles on
-the diagonal alone are masked. The list of programs is flat: a document of n tokens owns ⌊n / BLOCK_M⌋ + 1
-slots, or one more or less, T // BLOCK_M + B in all, and a program finds its document in cu_seqlens by
-bisection, so documents of unequal length leave nothing idle. The late tiles of a document, which have the
-most keys, start first; the heads that share keys run side by side.
+the diagonal alone are masked. A document's last tile of keys, where it is not whole, is read so far back that
+it ends with the document (`moved_back`), so that no tile goes through registers to be cleared of the next
+document's rows but that of a document shorter than a tile. The list of programs is flat: a document of n
+tokens owns ⌊n / BLOCK_M⌋ + 1 slots, or one more or less, T // BLOCK_M + B in all, and a program finds its
+document in cu_seqlens by bisection, so documents of unequal length leave nothing idle. The late tiles of a
+document, which have the most keys, start first; the heads that share keys run side by side.
 
 FLOPs: 2·D·Hq·Σ n² for documents of n tokens. Bytes moved: q, out and lse once, k and v once per tile of
 queries (from the L2 cache).
@@ -45,6 +47,17 @@ def find_tile(cu_seqlens_ptr, B, slot, BLOCK: tl.constexpr):
             high = middle - 1
     start = tl.load(cu_seqlens_ptr + low)
     return low, start, tl.load(cu_seqlens_ptr + low + 1), (slot - start // BLOCK - low) * BLOCK
+
+
+@triton.jit
+def moved_back(row, tokens, BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """Where the tile at `row` of a document is read: so far back that it does not reach past the document's
+    end, but not before its beginning. Its rows before `row` are those of the tile before, and are masked.
+
+    A descriptor reads whole tiles, and rows of another document may hold NaN, which a weight of zero does not
+    silence. (A pointer reads the last row again in their place.)
+    """
+    return tl.maximum(tl.minimum(row, tokens - BLOCK), 0) if DESCRIPTORS else row
 
 
 @triton.jit
@@ -81,14 +94,15 @@ def load_head(
 
 
 @triton.jit
-def store_head(x_ptr, parts, row, end, head, heads, BLOCK: tl.constexpr, D: tl.constexpr):
-    """x[row : row + BLOCK, head] = parts, up to `end`; x [T, heads, D] contiguous."""
+def store_head(x_ptr, parts, row, end, head, heads, BLOCK: tl.constexpr, D: tl.constexpr, first=None):
+    """x[row : row + BLOCK, head] = parts, up to `end` and from `first` on; x [T, heads, D] contiguous."""
     column = 0
     rows = row + tl.arange(0, BLOCK)
+    inside = rows < end if first is None else (rows < end) & (rows >= first)
     for i in tl.static_range(len(parts)):
         columns = column + tl.arange(0, parts[i].shape[1])
         target = x_ptr + (rows.to(tl.int64) * heads + head)[:, None] * D + columns[None, :]
-        tl.store(target, parts[i].to(x_ptr.dtype.element_ty), mask=(rows < end)[:, None])
+        tl.store(target, parts[i].to(x_ptr.dtype.element_ty), mask=inside[:, None])
         column += parts[i].shape[1]
 
 
@@ -116,6 +130,17 @@ def add_product(parts, weights, x):
     for i in tl.static_range(len(x)):
         sums = sums + (tl.dot(weights.to(x[i].dtype), x[i], parts[i], input_precision="ieee"),)
     return sums
+
+
+@triton.jit
+def visible(tile, first, queries, BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """[queries, BLOCK]: which keys of the tile read at `tile` a query sees, of those from `first` on."""
+    if DESCRIPTORS:
+        keys = (tl.arange(0, BLOCK) + (tile - first)).to(tl.uint32)  # those before `first` become large
+        seen = keys[None, :] < tl.maximum(queries - first + 1, 0).to(tl.uint32)[:, None]
+    else:  # nothing is moved back
+        seen = (first + tl.arange(0, BLOCK))[None, :] <= queries[:, None]
+    return seen
 
 
 @triton.jit
@@ -168,14 +193,20 @@ def _forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     out = zeros(BLOCK_M, PARTS)
     scale *= LOG2_E
-    diagonal = row // BLOCK_N * BLOCK_N
-    for DIAGONAL in tl.static_range(2):
-        first = diagonal if DIAGONAL else 0
-        last = tl.minimum(row + BLOCK_M, end - start) if DIAGONAL else diagonal
-        for key in tl.range(first, last, BLOCK_N):
+    tokens = end - start
+    diagonal, last = row // BLOCK_N * BLOCK_N, tl.minimum(row + BLOCK_M, tokens)
+    short = tokens < BLOCK_N
+    # The tiles before the diagonal; those on it; the only one of a document shorter than a tile.
+    for LOOP in tl.static_range(3 if DESCRIPTORS else 2):
+        first = diagonal if LOOP else 0
+        stop = last if LOOP else diagonal
+        if LOOP and DESCRIPTORS:
+            stop = tl.where(short == (LOOP == 2), stop, first)
+        for key in tl.range(first, stop, BLOCK_N, num_stages=1 if LOOP == 2 else None):
+            tile = moved_back(key, tokens, BLOCK_N, DESCRIPTORS) if LOOP else key
             k_tile = load_head(
                 (k, k_rest),
-                start + key,
+                start + tile,
                 end,
                 head // GROUP,
                 stride_kt,
@@ -187,17 +218,15 @@ def _forward_kernel(
                 False,
             )
             scores = inner_product(q_tile, k_tile)  # [BLOCK_M, BLOCK_N]
-            if DIAGONAL:
-                scores = tl.where(
-                    (key + tl.arange(0, BLOCK_N))[None, :] <= queries[:, None], scores, -float("inf")
-                )
+            if LOOP:
+                scores = tl.where(visible(tile, key, queries, BLOCK_N, DESCRIPTORS), scores, -float("inf"))
             new = tl.maximum(largest, tl.max(scores, 1) * scale)
             weights = tl.exp2(scores * scale - new[:, None])
             factor = tl.exp2(largest - new)
             total = total * factor + tl.sum(weights, 1)
             v_tile = load_head(
                 (v, v_rest),
-                start + key,
+                start + tile,
                 end,
                 head // GROUP,
                 stride_vt,
@@ -206,7 +235,7 @@ def _forward_kernel(
                 D,
                 PARTS,
                 DESCRIPTORS,
-                DIAGONAL,
+                LOOP == 2,
             )
             out = add_product(scaled(out, factor[:, None]), weights, v_tile)
             largest = new

@@ -11,6 +11,8 @@ over the keys for dq, and leaves each row's lse (in base 2) and Δ for the other
 and key head, walks over the queries of every head that reads it for dk and dv; its scores are transposed,
 [BLOCK_N, BLOCK_M], because then Pᵀ and dSᵀ go from registers straight into the next product.
 
+For batches of many short documents attention_backward_single.py does the same in one kernel.
+
 FLOPs: D·Hq·Σ n² for each product (documents of n tokens), 3 of them for dq and 4 for dk and dv. Bytes moved:
 q, k, v, grad, out and the gradients once, and what the loops read from the L2 cache: k and v per tile of
 queries, q and grad per tile of keys.
@@ -20,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import dispatch, tuning
+from . import attention_backward_single, dispatch, tuning
 from .attention import (
     add_product,
     arguments,
@@ -28,10 +30,12 @@ from .attention import (
     find_tile,
     inner_product,
     load_head,
+    moved_back,
     padded,
     parts_of,
     scaled,
     store_head,
+    visible,
     zeros,
 )
 from .attention import examples as forward_examples
@@ -119,14 +123,20 @@ def _query_kernel(
     tl.store(values_ptr, lse, mask=inside)
     tl.store(values_ptr + tl.cast(Hq, tl.int64) * stride_values, delta, mask=inside)
     dq = zeros(BLOCK_M, PARTS)
-    diagonal = row // BLOCK_N * BLOCK_N
-    for DIAGONAL in tl.static_range(2):
-        first = diagonal if DIAGONAL else 0
-        last = tl.minimum(row + BLOCK_M, end - start) if DIAGONAL else diagonal
-        for key in tl.range(first, last, BLOCK_N):
+    tokens = end - start
+    diagonal, last = row // BLOCK_N * BLOCK_N, tl.minimum(row + BLOCK_M, tokens)
+    short = tokens < BLOCK_N
+    # The tiles before the diagonal; those on it; the only one of a document shorter than a tile.
+    for LOOP in tl.static_range(3 if DESCRIPTORS else 2):
+        first = diagonal if LOOP else 0
+        stop = last if LOOP else diagonal
+        if LOOP and DESCRIPTORS:
+            stop = tl.where(short == (LOOP == 2), stop, first)
+        for key in tl.range(first, stop, BLOCK_N, num_stages=1 if LOOP == 2 else None):
+            tile = moved_back(key, tokens, BLOCK_N, DESCRIPTORS) if LOOP else key
             k_tile = load_head(
                 (k, k_rest),
-                start + key,
+                start + tile,
                 end,
                 head // GROUP,
                 stride_kt,
@@ -135,11 +145,11 @@ def _query_kernel(
                 D,
                 PARTS,
                 DESCRIPTORS,
-                DIAGONAL,
+                LOOP == 2,
             )
             v_tile = load_head(
                 (v, v_rest),
-                start + key,
+                start + tile,
                 end,
                 head // GROUP,
                 stride_vt,
@@ -152,8 +162,8 @@ def _query_kernel(
             )
             weights = tl.exp2(inner_product(q_tile, k_tile) * scale_log2 - lse[:, None])  # [BLOCK_M, BLOCK_N]
             d_scores = weights * (inner_product(grad_tile, v_tile) - delta[:, None])
-            if DIAGONAL:
-                d_scores = tl.where((key + tl.arange(0, BLOCK_N))[None, :] <= queries[:, None], d_scores, 0.0)
+            if LOOP:
+                d_scores = tl.where(visible(tile, key, queries, BLOCK_N, DESCRIPTORS), d_scores, 0.0)
             dq = add_product(dq, d_scores, k_tile)
     store_head(dq_ptr, scaled(dq, scale), start + row, end, head, Hq, BLOCK_M, D)
 
@@ -260,9 +270,25 @@ def _examples(make):
 
 @dispatch.triton("flash_attention_backward", _examples)
 def flash_attention_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale):
-    """As reference.flash_attention_backward; max_seqlen is not needed."""
+    """As reference.flash_attention_backward; by max_seqlen and the shapes one pass may do."""
     if q.numel() == 0:
         return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    backward = {1: attention_backward_single.one_pass, 2: two_passes}
+    # Offline both are compiled, whatever the lengths.
+    many = tuning.OFFLINE is not None or attention_backward_single.many_documents(
+        tuning.target(q.device).processors, len(q), k.shape[1], len(cu_seqlens) - 1, max_seqlen
+    )
+
+    def run(config):
+        return backward[config.blocks["PASSES"]](grad, q, k, v, out, lse, cu_seqlens, scale)
+
+    bucket = {"dim": q.shape[2], "itemsize": q.itemsize, "many": many}
+    return tuning.launch("attention_passes", run, q.device, **bucket)
+
+
+def two_passes(grad, q, k, v, out, lse, cu_seqlens, scale):
+    """dq, dk, dv as of reference.flash_attention_backward: dq in one pass over the keys, dk and dv in another
+    over the queries."""
     (T, Hq, dim), Hk, B = q.shape, k.shape[1], len(cu_seqlens) - 1
     grad, q, k, v, out = (padded(x) for x in (grad, q, k, v, out))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))

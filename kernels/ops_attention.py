@@ -83,8 +83,8 @@ def flash_attention(
             h // (Hq / Hk).
         cu_seqlens: [B + 1] int32, rising from 0 to T (ValueError on the CPU if not, undefined on a GPU);
             documents may be empty.
-        max_seqlen: the length of the longest document, or more; None where it is not known (no implementation
-            needs it today).
+        max_seqlen: the length of the longest document, or more; None where it is not known. Results are right
+            whatever it is; it helps to choose how gradients are computed, and so may change their last bits.
         scale: D ** -0.5 if None.
     Returns: [T, Hq, D].
     """

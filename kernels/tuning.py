@@ -46,11 +46,13 @@ class Config(NamedTuple):
     num_warps: int = 4
     num_stages: int = 2
     per_processor: int = 1  # programs of a persistent grid on each processor
+    registers: Optional[int] = None  # the most a thread may take: fewer, and more programs fit
 
     @property
     def options(self) -> dict:
         """Keyword arguments for the kernel."""
-        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 OFFLINE: Optional[Target] = None  # to compile for, without a GPU: then launch runs every candidate
@@ -147,8 +149,10 @@ def _exponentials(where: Target, itemsize: int, descriptors: bool, conditional: 
     return found[:1] if conditional else found
 
 
-def _queries_and_keys(queries: int, keys: int, num_warps: int, num_stages: int) -> Config:
-    return Config({"BLOCK_M": queries, "BLOCK_N": keys}, num_warps, num_stages)
+def _queries_and_keys(
+    queries: int, keys: int, num_warps: int, num_stages: int, registers: Optional[int] = None
+) -> Config:
+    return Config({"BLOCK_M": queries, "BLOCK_N": keys}, num_warps, num_stages, registers=registers)
 
 
 def _attention(where: Target, dim: int, itemsize: int, descriptors: bool) -> list[Config]:
@@ -171,7 +175,7 @@ def _attention(where: Target, dim: int, itemsize: int, descriptors: bool) -> lis
             _queries_and_keys(128, 128, 8, 2),
             _queries_and_keys(128, 64, 8, 3),
         ]
-    found = [_queries_and_keys(128, 64, 8, 3), _queries_and_keys(128, 128, 8, 2)]
+    found = [_queries_and_keys(128, 64, 8, 3, registers=128), _queries_and_keys(128, 128, 8, 2)]
     if dim > 32:
         found.append(_queries_and_keys(64, 64, 4, 3))
     return found
@@ -188,7 +192,8 @@ def _attention_dq(where: Target, dim: int, itemsize: int, descriptors: bool) -> 
         return [_queries_and_keys(64, 32, 8, 1)]
     if not descriptors:
         return [_queries_and_keys(128, 32, 8, 1), _queries_and_keys(64, 32, 4, 1)]
-    found = [_queries_and_keys(128, 64, 8, 3), _queries_and_keys(128, 64, 8, 2)]
+    limit = 128 if dim <= 64 else None  # as in _attention: two programs on a processor
+    found = [_queries_and_keys(128, 64, 8, 3, limit), _queries_and_keys(128, 64, 8, 2, limit)]
     if dim <= 64:
         found.append(_queries_and_keys(128, 128, 8, 2))
     return found
@@ -208,11 +213,37 @@ def _attention_dkdv(where: Target, dim: int, itemsize: int, descriptors: bool, g
             return [_queries_and_keys(64, 64, 4, 1)]
         return [_queries_and_keys(16, 64, 4, 1) if dim <= 96 else _queries_and_keys(32, 64, 8, 1)]
     queries = 32 if grouped and dim > 96 else 64
-    return [
+    found = [
         _queries_and_keys(queries, 128, 8, 3),
         _queries_and_keys(queries, 128, 8, 2),
         _queries_and_keys(queries, 64, 4, 2),
     ]
+    if dim == 64:  # two programs on a processor
+        found.append(_queries_and_keys(queries, 64, 4, 3))
+    return found
+
+
+def _attention_passes(where: Target, dim: int, itemsize: int, many: bool) -> list[Config]:
+    """The backward pass in two passes, or for many documents in one. Which is faster no GPU has said yet. One
+    spills registers above D = 64, and on GPUs that read no tiles through descriptors."""
+    found = [Config({"PASSES": 2})]
+    if many and dim <= 64 and where.descriptors and (itemsize == 2 or where.backend == "cpu"):
+        found.append(Config({"PASSES": 1}))
+    return found
+
+
+def _attention_single(where: Target, dim: int, itemsize: int, descriptors: bool) -> list[Config]:
+    """Tiles of keys that walk over queries. Two sums [BLOCK_N, D] are in registers; the queries' comes and
+    goes with each tile of keys, so these are large. BLOCK_N is a multiple of BLOCK_M."""
+    if where.backend == "cpu":
+        return [_queries_and_keys(16, 32, 4, 1)]
+    if itemsize == 4:
+        return [_queries_and_keys(16, 16, 8, 1)]
+    if not descriptors:
+        return [_queries_and_keys(64, 64, 8, 1) if dim <= 64 else _queries_and_keys(32, 64, 8, 1)]
+    if dim > 64:
+        return [_queries_and_keys(64, 64, 8, 2)]
+    return [_queries_and_keys(64, 128, 8, 3), _queries_and_keys(64, 128, 8, 2)]
 
 
 def _next_power_of_2(n: int) -> int:
@@ -290,6 +321,8 @@ CANDIDATES: dict[str, Callable[..., list[Config]]] = {
     "attention": _attention,
     "attention_dq": _attention_dq,
     "attention_dkdv": _attention_dkdv,
+    "attention_passes": _attention_passes,
+    "attention_single": _attention_single,
     "quantize_rows": _rms_norm,
     "rms_norm": _rms_norm,
     "rms_norm_backward": _rms_norm_backward,

@@ -48,6 +48,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 TILE_LOOPS = {  # Triton kernels: what a tile goes through is read in one piece
     "kernels/attention.py": ["_forward_kernel"],
     "kernels/attention_backward.py": ["_key_kernel", "_query_kernel"],
+    "kernels/attention_backward_single.py": ["_single_kernel"],
     "kernels/distillation.py": ["_combine_kernel"],
     "kernels/divergence.py": ["_divergence_kernel"],
     "kernels/logits.py": ["_logits_kernel"],

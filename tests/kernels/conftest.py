@@ -24,7 +24,9 @@ def pytest_collection_modifyitems(items):
             continue
         parameters = item.callspec.params
         in_bfloat16 = parameters.get("dtype") is torch.bfloat16 and item.get_closest_marker("products")
-        if parameters.get("implementation") == "triton" and (in_bfloat16 or item.get_closest_marker("large")):
+        if parameters.get("implementation") in ("triton", "one_pass") and (
+            in_bfloat16 or item.get_closest_marker("large")
+        ):
             item.add_marker(pytest.mark.gpu)
 
 
@@ -39,11 +41,17 @@ class Implementation(NamedTuple):
 @pytest.fixture(params=["reference", "triton"])
 def implementation(request, monkeypatch):
     """The public ops run on the reference on the CPU; then on the Triton kernels, on a GPU or in Triton's
-    interpreter on the CPU."""
-    monkeypatch.setenv("MINIPLM_KERNELS", request.param)
+    interpreter on the CPU. "one_pass", which tests may ask for: on Triton, the gradients of attention in one
+    pass, whatever the lengths."""
+    monkeypatch.setenv("MINIPLM_KERNELS", "triton" if request.param == "one_pass" else request.param)
     if request.param == "reference":
         return Implementation("reference", "cpu", torch.float64)
     pytest.importorskip("triton")
+    if request.param == "one_pass":
+        from miniplm.kernels import tuning
+
+        one = [tuning.Config({"PASSES": 1})]
+        monkeypatch.setitem(tuning.CANDIDATES, "attention_passes", lambda *_, **__: one)
     return Implementation("triton", "cuda" if torch.cuda.is_available() else "cpu", torch.float32)
 
 

@@ -10,6 +10,7 @@ from oracles import plain_attention
 from random_inputs import bounds, heads_first, on, random_heads
 
 pytestmark = pytest.mark.products
+EVERY_WAY = pytest.mark.parametrize("implementation", ["reference", "triton", "one_pass"], indirect=True)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Ragged, empty at both ends and within, one token; and runs of documents of one length, which the reference
 # takes together.
@@ -32,6 +33,7 @@ def check(implementation, lengths, heads, key_heads, dim, dtype, scale=None):
     assert_accurate_everywhere(op, plain, inputs, [torch.randn_like(inputs[0])], dtype)
 
 
+@EVERY_WAY
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_accuracy(lengths, dtype, implementation):
@@ -39,6 +41,7 @@ def test_accuracy(lengths, dtype, implementation):
     check(implementation, lengths, heads, key_heads, 32, dtype)
 
 
+@EVERY_WAY
 @pytest.mark.parametrize("seed", range(3))
 def test_random_documents(seed, implementation):
     rng = random_numbers.Random(seed)
@@ -49,6 +52,7 @@ def test_random_documents(seed, implementation):
     check(implementation, [*lengths, 1], heads, key_heads, dim, torch.float32, scale)
 
 
+@EVERY_WAY
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "heads, key_heads, dim",
@@ -74,6 +78,7 @@ def test_heads(heads, key_heads, dim, dtype, implementation):
         check(implementation, [5, 37, 2], heads, key_heads, dim, dtype, scale=0.3)
 
 
+@EVERY_WAY
 @pytest.mark.parametrize("lengths", [[1], [1, 0, 1, 1], [0, 0], [0]], ids=str)
 def test_documents_of_at_most_one_token(lengths, implementation):
     """One token attends to itself: the output is its value, whatever the scores."""
@@ -109,6 +114,7 @@ def test_no_token_sees_another_document_or_the_future(implementation):
     assert not torch.isclose(before[20:83], after[20:83]).all(-1).any()
 
 
+@EVERY_WAY
 def test_gradients_stay_in_the_past_of_the_document(implementation):
     """The gradient of output i for input j is exactly zero unless j is in i's document and not after i; then
     it is not zero."""
@@ -126,6 +132,7 @@ def test_gradients_stay_in_the_past_of_the_document(implementation):
         assert not dq[:token].any() and not dq[token + 1 :].any()
 
 
+@EVERY_WAY
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("layout", [lambda x: x, heads_first], ids=["packed", "heads_first"])
 def test_a_broken_document_does_not_reach_the_others(layout, bad, implementation):
@@ -146,6 +153,7 @@ def test_a_broken_document_does_not_reach_the_others(layout, bad, implementation
 # --- values and layouts ---
 
 
+@EVERY_WAY
 def test_strided(implementation):
     device = implementation.device
     qkv = torch.randn(25, 8 * 16, device=device)  # a fused projection
@@ -160,6 +168,7 @@ def test_strided(implementation):
     assert_equal_everywhere(run(call, views, [expanded]), run(call, views, [expanded.contiguous()]))
 
 
+@EVERY_WAY
 @pytest.mark.parametrize("scale", [-0.4, 0.0, 0.3, 1.0])
 def test_scales(scale, implementation):
     dtype = implementation.finest
@@ -173,6 +182,7 @@ def test_scales(scale, implementation):
         torch.testing.assert_close(one, two.to(dtype), rtol=tolerance, atol=tolerance)
 
 
+@EVERY_WAY
 def test_large_scores(implementation, monkeypatch):
     """Scores of ±1e4 neither overflow nor lose the softmax; the gradients on Triton are as good as the
     reference's, which keeps the log-sum-exp too."""

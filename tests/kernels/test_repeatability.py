@@ -42,7 +42,14 @@ def turn_programs_around(monkeypatch):
     monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_grid_idx)
 
 
-@pytest.mark.parametrize("name", list(op_arguments()))
+ONE_PASS = pytest.param("flash_attention_backward", "one_pass", id="flash_attention_backward-one_pass")
+
+
+@pytest.mark.parametrize(
+    "name, implementation",
+    [*((name, way) for name in op_arguments() for way in ("reference", "triton")), ONE_PASS],
+    indirect=["implementation"],
+)
 def test_equal_inputs_give_equal_bits(name, implementation, monkeypatch):
     arguments = op_arguments(tokens=70, vocabulary=150, device=implementation.device)[name]
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]

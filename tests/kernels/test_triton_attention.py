@@ -6,8 +6,21 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from checks import assert_accurate_everywhere, assert_close_everywhere, assert_equal_everywhere, run
-from miniplm.kernels import attention, dispatch, flash_attention
+from checks import (
+    assert_accurate_everywhere,
+    assert_close_everywhere,
+    assert_equal_everywhere,
+    remember_calls,
+    run,
+)
+from miniplm.kernels import (
+    attention,
+    attention_backward,
+    attention_backward_single,
+    dispatch,
+    flash_attention,
+    tuning,
+)
 from oracles import plain_attention
 from random_inputs import bounds, heads_first, on, random_heads
 
@@ -133,3 +146,34 @@ def test_results_beyond_int32(far_apart, device):
     _store[(1,)](x, 2**17, 2**9, D=32)
     written = x[2**17 :].float().cpu()
     assert (written[:3, -1] == 1).all() and not written[:3, :-1].any() and not written[3].any()
+
+
+# --- the backward pass in one pass ---
+
+
+def test_many_documents():
+    """One pass is considered where no document is long and no program keeps the others waiting for long."""
+    many = lambda tokens, documents, longest, heads=12: attention_backward_single.many_documents(
+        132, tokens, heads, documents, longest
+    )
+    assert many(32_768, 32, 1024) and many(65_536, 64, 1024) and many(131_072, 64, 2048)
+    assert not many(16_384, 16, 1024)  # 192 programs: the second of two waves is half empty
+    assert not many(65_536, 64, None) and not many(65_536, 64, 0)
+    assert not many(65_536, 64, 2048) and many(65_536, 64, 1300)  # an average of 1,024 may hide a long one
+    assert not many(2**20, 256, 4096)
+    assert many(65_536, 65_536, 1) and not many(0, 0, 16)
+
+
+@pytest.mark.parametrize(
+    "longest, documents, taken", [(20, 12, "one_pass"), (None, 12, "two_passes"), (20, 3, "two_passes")]
+)
+def test_one_pass_is_a_candidate_for_many_documents(longest, documents, taken, device, monkeypatch):
+    if device == "cuda":
+        pytest.skip("of the interpreter's number of processors")
+    candidates = tuning.CANDIDATES["attention_passes"]
+    monkeypatch.setitem(tuning.CANDIDATES, "attention_passes", lambda *a, **b: candidates(*a, **b)[::-1])
+    once = remember_calls(monkeypatch, attention_backward_single, "one_pass")
+    twice = remember_calls(monkeypatch, attention_backward, "two_passes")
+    inputs = [x.float().requires_grad_() for x in random_heads(documents * 20, 1, 1, 16)]
+    flash_attention(*inputs, bounds([20] * documents), longest).sum().backward()
+    assert [*once, *twice] == [taken]

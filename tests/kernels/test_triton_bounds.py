@@ -10,7 +10,7 @@ import torch
 
 SCRIPT = """
 import ctypes, itertools, math, mmap, torch
-from miniplm.kernels import dispatch
+from miniplm.kernels import attention_backward_single, dispatch
 
 libc = ctypes.CDLL(None)
 libc.mmap.restype = ctypes.c_void_p
@@ -56,6 +56,8 @@ for lengths in ((9,), (5, 0, 28), (1,)):
             for op, arguments in examples(sum(lengths), *sizes, lengths, dtype):
                 print(op, lengths, sizes, dtype, flush=True)
                 dispatch.TRITON[op](*arguments)
+                if op == "flash_attention_backward":
+                    attention_backward_single.one_pass(*arguments[:-2], arguments[-1])
                 seen.add(op)
 assert seen == set(dispatch.TRITON), set(dispatch.TRITON) - seen
 print("done")
