@@ -114,8 +114,8 @@ def distillation(tokens: int, d: int, d_teacher: int, cut: chunks.Chunks) -> lis
 
 
 def attention(tokens: int, heads: int, D: int, document: int, products: int) -> list[Part]:
-    """Causal attention of packed documents: `products` of 2 forward; backward of 7 in two passes, of 5 in one,
-    where a program does a whole document, and the buffer of dq comes and goes in the L2 cache."""
+    """Causal attention of packed documents: 2 products forward; backward 7 in two passes, 5 in one, where a
+    program does a whole document, and the buffer of dq comes and goes in the L2 cache."""
     pairs = tokens * (document + 1) / 2
     tensors = 4 if products == 2 else 8
     tiles = tokens * heads // (document if products == 5 else TILE[0])

@@ -225,9 +225,10 @@ def _attention_dkdv(where: Target, dim: int, itemsize: int, descriptors: bool, g
 
 def _attention_passes(where: Target, dim: int, itemsize: int, many: bool) -> list[Config]:
     """The backward pass in two passes, or for many documents in one. Which is faster no GPU has said yet. One
-    spills registers above D = 64, and on GPUs that read no tiles through descriptors."""
+    spills registers above D = 64, and on other GPUs than Hopper."""
     found = [Config({"PASSES": 2})]
-    if many and dim <= 64 and where.descriptors and (itemsize == 2 or where.backend == "cpu"):
+    hopper = where.backend == "cuda" and 90 <= int(where.arch) < 100
+    if many and dim <= 64 and ((hopper and itemsize == 2) or where.backend == "cpu"):
         found.append(Config({"PASSES": 1}))
     return found
 
