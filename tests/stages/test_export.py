@@ -85,6 +85,15 @@ def test_one_checkpoint_and_its_own_figures(work, tmp_path):
     assert f"| Held-out loss | {line['eval_loss']:.4f} nats per token at step 3 |" in text
 
 
+def test_a_pipeline_of_transformers_generates_from_it(work, tmp_path):
+    from transformers import pipeline
+
+    folder = publish(work / "refined-student", tmp_path / "model")
+    generate = pipeline("text-generation", model=str(folder), device="cpu")
+    (said,) = generate("the teacher", max_new_tokens=5, do_sample=False)
+    assert said["generated_text"].startswith("the teacher") and generate.model.config.vocab_size == 500
+
+
 def test_snippet_on_the_card_runs(work, tmp_path, monkeypatch, capsys):
     folder = publish(work / "refined-student", tmp_path / 'it\'s "a" `model`')
     (snippet,) = re.findall(r"^```python\n(.*?)^```$", card(folder).text, re.S | re.M)
