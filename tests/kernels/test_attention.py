@@ -133,21 +133,22 @@ def test_gradients_stay_in_the_past_of_the_document(implementation):
 
 
 @EVERY_WAY
+@pytest.mark.parametrize("before", [5, 37])  # shorter than a tile, and with a last tile that is not whole
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("layout", [lambda x: x, heads_first], ids=["packed", "heads_first"])
-def test_a_broken_document_does_not_reach_the_others(layout, bad, implementation):
-    inputs = on(implementation.device, *random_heads(65, 2, 1, 16), dtype=torch.float32)
-    cu_seqlens = bounds([5, 20, 40], implementation.device)
+def test_a_broken_document_does_not_reach_the_others(before, layout, bad, implementation):
+    inputs = on(implementation.device, *random_heads(before + 60, 2, 1, 16), dtype=torch.float32)
+    cu_seqlens = bounds([before, 20, 40], implementation.device)
     grad = torch.randn_like(inputs[0])
     broken, broken_grad = [x.clone() for x in inputs], grad.clone()
     for x in (*broken, broken_grad):
-        x[5:25] = bad
+        x[before : before + 20] = bad
     op = lambda q, k, v: flash_attention(layout(q), layout(k), layout(v), cu_seqlens, 40)
     (expected,), gradients = run(op, inputs, [grad])
     (out,), broken_gradients = run(op, broken, [broken_grad])
     for one, two in zip((out, *broken_gradients), (expected, *gradients), strict=True):
-        assert torch.equal(one[:5], two[:5]) and torch.equal(one[25:], two[25:])
-    assert not out[5:25].isfinite().any()
+        assert torch.equal(one[:before], two[:before]) and torch.equal(one[before + 20 :], two[before + 20 :])
+    assert not out[before : before + 20].isfinite().any()
 
 
 # --- values and layouts ---
