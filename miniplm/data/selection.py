@@ -183,6 +183,8 @@ def best_first(score: np.ndarray) -> np.ndarray:
 
 def why_nothing(config: SelectConfig, score: np.ndarray) -> str:
     """Why the rule keeps none of the chunks with these scores (float32 [chunks]), and the remedy."""
+    if not np.isfinite(score).any() and config.min_tokens is not None:
+        return f"no chunk of at least {config.min_tokens:,} tokens has a finite score; lower min_tokens"
     if not np.isfinite(score).any():
         return "no chunk has a finite score; check the models that scored it"
     if config.threshold is not None:

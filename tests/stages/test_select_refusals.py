@@ -37,6 +37,7 @@ def corpus(tiny_tokenizer, tmp_path) -> str:
         (dict(threshold=2.6), "the highest score is 2.5000"),
         (dict(token_budget=6), "token_budget 6"),
         (dict(token_budget=2, per_domain=True), "in any domain"),
+        (dict(min_tokens=9), "no chunk of at least 9 tokens has a finite score; lower min_tokens"),
     ],
     ids=str,
 )
