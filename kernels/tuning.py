@@ -201,7 +201,7 @@ def _attention_dq(where: Target, dim: int, itemsize: int, descriptors: bool) -> 
 
 def _attention_dkdv(where: Target, dim: int, itemsize: int, descriptors: bool, grouped: bool) -> list[Config]:
     """Tiles of keys that walk over queries. Two sums [BLOCK_N, D] in registers leave room for 64 queries, at
-    D = 128 for 32 in groups."""
+    D = 128 for 32 in groups; without descriptors at D = 64 for 32."""
     if where.backend == "cpu":
         return [_queries_and_keys(16, 32, 4, 1)]
     if itemsize == 4:
@@ -210,7 +210,7 @@ def _attention_dkdv(where: Target, dim: int, itemsize: int, descriptors: bool, g
         return [_queries_and_keys(32, 64 if descriptors else 32, 8, 1)]
     if not descriptors:
         if dim <= 64:
-            return [_queries_and_keys(64, 64, 4, 1)]
+            return [_queries_and_keys(64 if dim <= 32 else 32, 64, 4, 1)]
         return [_queries_and_keys(16, 64, 4, 1) if dim <= 96 else _queries_and_keys(32, 64, 8, 1)]
     queries = 32 if grouped and dim > 96 else 64
     found = [
