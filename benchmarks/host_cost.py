@@ -42,7 +42,7 @@ def main():
         "op": "host_cost",
         "environment": harness.environment(),
         "repeats": options.repeats,
-        "records": [measure(stub, options.repeats, *case) for case in cases()],
+        "records": [measure(stub, options.repeats, *case) for case in ops()],
     }
     if options.json:
         harness.write_json(options.json, report)
@@ -50,7 +50,7 @@ def main():
     print(table(report["records"]))
 
 
-def cases():
+def ops():
     """(name, a function, its inputs of which some want gradients) for each op and a decoder layer."""
     import torch
     from miniplm.kernels import dispatch, tuning

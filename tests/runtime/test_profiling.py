@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from outputs import contents
 from training_runs import check_equal_runs, make_config, stop_after
 
 from miniplm.cli import main
@@ -62,10 +63,7 @@ def test_scoring(tiny_corpus, tiny_model, tmp_path):
     score(ScoreConfig(**config, output=str(tmp_path / "plain")))
     score(ScoreConfig(**config, output=str(tmp_path / "traced"), profile=str(tmp_path / "trace.json")))
     assert traced_steps(tmp_path / "trace.json") == STEPS
-    plain, traced = (
-        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("plain", "traced")
-    )
-    assert plain == traced
+    assert contents(tmp_path / "plain") == contents(tmp_path / "traced")
 
 
 def test_a_trace_that_cannot_be_written_is_refused_at_once(tiny_corpus, tmp_path, capsys):
