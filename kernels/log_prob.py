@@ -14,7 +14,8 @@ T tokens, V vocabulary, d hidden width, B documents. x [T, d], W [V, d].
    and returns at once where the flag is 0.
 3. _log_prob_kernel joins the splits in a fixed order. A token whose nll is below LARGEST takes the first way
    whatever the others do: its bits do not depend on them.
-4. For the score _mean_kernel takes the means, a program per document, and subtracts the models.
+4. For the score _mean_kernel takes the means, a program per document, and subtracts the models. What it has
+   read, [T] of each model, comes out beside.
 
 FLOPs 2·T·V·d a model, all in step 1. Bytes beside the product's: 12·T·splits.
 A target outside the vocabulary that is not ignore_index gives NaN: the host does not wait to look.
@@ -161,10 +162,10 @@ def difference_score(teacher_hidden, teacher_weight, reference_hidden, reference
     B = len(cu_seqlens) - 1
     score, teacher, reference = (teacher_hidden.new_empty(B, dtype=torch.float32) for _ in range(3))
     count = cu_seqlens.new_empty(B)
+    V = min(len(teacher_weight), len(reference_weight))
+    heads = (teacher_hidden, teacher_weight[:V]), (reference_hidden, reference_weight[:V])
+    log_probs = [linear_log_prob(*head, targets, IGNORE_INDEX) for head in heads]
     if B:
-        V = min(len(teacher_weight), len(reference_weight))
-        heads = (teacher_hidden, teacher_weight[:V]), (reference_hidden, reference_weight[:V])
-        log_probs = [linear_log_prob(*head, targets, IGNORE_INDEX) for head in heads]
         _mean_kernel[(B,)](
             *log_probs,
             targets,
@@ -178,4 +179,4 @@ def difference_score(teacher_hidden, teacher_weight, reference_hidden, reference
             IGNORE_INDEX,
             BLOCK_T=128,
         )
-    return score, teacher, reference, count
+    return score, teacher, reference, count, *log_probs

@@ -24,13 +24,16 @@ MAX_LOGITS_BYTES_GPU = 1 << 30
 
 class DifferenceScore(NamedTuple):
     """Per document [B]: score = teacher_log_prob − reference_log_prob, each the mean log-probability in nats
-    per token over the targets that count (NaN where none does), float32; num_tokens, how many count,
-    int32."""
+    per token over the targets that count (NaN where none does), float32; num_tokens, how many count, int32.
+    And per token [T] what linear_log_prob has, which these are means of: teacher_token_log_prob,
+    reference_token_log_prob."""
 
     score: Tensor
     teacher_log_prob: Tensor
     reference_log_prob: Tensor
     num_tokens: Tensor
+    teacher_token_log_prob: Tensor
+    reference_token_log_prob: Tensor
 
 
 class DistillationLoss(NamedTuple):
@@ -190,22 +193,18 @@ _LOG_PROB = register(
 )
 
 
-def _difference_score_fake(
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    reference_hidden: Tensor,
-    reference_weight: Tensor,
-    targets: Tensor,
-    cu_seqlens: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _difference_score_fake(teacher_hidden: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    _, reference_hidden, _, targets, cu_seqlens = others
     documents = len(cu_seqlens) - 1
-    score, teacher, reference = (empty_statistic(teacher_hidden, documents) for _ in range(3))
-    return score, teacher, reference, cu_seqlens.new_empty(documents)
+    means = (empty_statistic(teacher_hidden, documents) for _ in range(3))
+    tokens = (empty_statistic(hidden, len(targets)) for hidden in (teacher_hidden, reference_hidden))
+    return *means, cu_seqlens.new_empty(documents), *tokens
 
 
 _DIFFERENCE_SCORE = register(
     "difference_score(Tensor teacher_hidden, Tensor teacher_weight, Tensor reference_hidden, "
-    "Tensor reference_weight, Tensor targets, Tensor cu_seqlens) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor reference_weight, Tensor targets, Tensor cu_seqlens) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference_head.difference_score,
     _difference_score_fake,
 )

@@ -89,9 +89,9 @@ def difference_score(
     reference_weight: Tensor,
     targets: Tensor,
     cu_seqlens: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Per document the mean log-probability of teacher and reference over the targets that count:
-    (teacher − reference, teacher, reference, how many count)."""
+    (teacher − reference, teacher, reference, how many count); and both per token, [T]."""
     vocabulary = min(len(teacher_weight), len(reference_weight))
     offsets = torch.tensor(checked_bounds(cu_seqlens, len(targets)), device=targets.device)
 
@@ -100,12 +100,11 @@ def difference_score(
 
     count = per_document(targets != IGNORE_INDEX)
 
-    def mean(hidden: Tensor, weight: Tensor) -> Tensor:
-        log_prob = linear_log_prob(hidden, weight[:vocabulary], targets, IGNORE_INDEX, TILE_BYTES)
-        return (per_document(log_prob) / count).to(accumulate_dtype(teacher_hidden))
-
-    teacher, reference = mean(teacher_hidden, teacher_weight), mean(reference_hidden, reference_weight)
-    return teacher - reference, teacher, reference, count.int()
+    heads = (teacher_hidden, teacher_weight[:vocabulary]), (reference_hidden, reference_weight[:vocabulary])
+    tokens = [linear_log_prob(*head, targets, IGNORE_INDEX, TILE_BYTES) for head in heads]
+    dtype = accumulate_dtype(teacher_hidden)
+    teacher, reference = ((per_document(log_prob) / count).to(dtype) for log_prob in tokens)
+    return teacher - reference, teacher, reference, count.int(), *tokens
 
 
 # --- what the losses share ---

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checks import assert_accurate, assert_equal_everywhere
-from miniplm.kernels import DifferenceScore, difference_score
+from miniplm.kernels import DifferenceScore, difference_score, linear_log_prob
 from oracles import IGNORE_INDEX, plain_difference_score
 from random_inputs import bounds, on, random_head, random_pair
 
@@ -28,7 +28,12 @@ def test_accuracy(vocabularies, dtype, implementation):
     targets[130:132] = IGNORE_INDEX  # the two documents of one token have nothing to score
     found = difference_score(*heads, targets, cu_seqlens)
     assert isinstance(found, DifferenceScore)
-    assert found._fields == ("score", "teacher_log_prob", "reference_log_prob", "num_tokens")
+    assert found._fields[:4] == ("score", "teacher_log_prob", "reference_log_prob", "num_tokens")
+    assert found._fields[4:] == ("teacher_token_log_prob", "reference_token_log_prob")
+    height = min(vocabularies)
+    for one, hidden, weight in zip(found[4:], heads[::2], heads[1::2], strict=True):
+        assert torch.equal(one, linear_log_prob(hidden, weight[:height], targets))
+        assert not one[targets == IGNORE_INDEX].any()
     counts = [int((part != IGNORE_INDEX).sum()) for part in targets.split(lengths)]
     assert found.num_tokens.tolist() == counts
     scored = found.num_tokens > 0
@@ -67,7 +72,7 @@ def test_nothing_to_score(implementation):
         found = difference_score(*heads, targets, bounds([0] * documents, implementation.device))
         assert found.score.isnan().tolist() == [True] * documents
         assert found.num_tokens.tolist() == [0] * documents
-        assert [len(x) for x in found] == [documents] * 4
+        assert [len(x) for x in found] == [documents] * 4 + [0, 0]
 
 
 def test_no_derivative(implementation):
