@@ -6,11 +6,12 @@ import torch
 import workload
 from workload import EOS, OPTIMIZER, Contender, Job
 
+from miniplm.analysis import scoring
 from miniplm.data.batches import Batch, pack, pinned, prefetch, split_by_tokens
 from miniplm.data.order import global_batch
+from miniplm.data.scores import ROLES
 from miniplm.models.decoder import Decoder
 from miniplm.models.float8 import to_float8
-from miniplm.stages import score as scoring
 from miniplm.training import step as training
 
 
@@ -34,7 +35,7 @@ def ours(job: Job, rows: int, prepare=lambda model: model):
 
 
 def scorer(job: Job, rows: int, models: list, parts: dict) -> Contender:
-    named, device = dict(zip(scoring.ROLES, models, strict=True)), torch.device(job.device)
+    named, device = dict(zip(ROLES, models, strict=True)), torch.device(job.device)
 
     def score(chunks):
         groups = split_by_tokens([len(chunk) for chunk in chunks], rows * job.length)

@@ -5,7 +5,7 @@ what people would use instead.
     python benchmarks/pipeline.py train --loss-curve STEPS [--json FILE]
 
 miniplm is the project's own core: data.order.global_batch, stages.train's make_optimizer and train_step;
-data.batches.pack, stages.score's score_batch; "miniplm fp8" scores as --precision fp8 does, "miniplm
+data.batches.pack, analysis.scoring's score_batch; "miniplm fp8" scores as --precision fp8 does, "miniplm
 compiled" has its layers compiled by torch (is there a gain?). These are in own.py, the others in peers.py,
 models and chunks in workload.py. Batches are made in a background thread, for all contenders alike; where
 memory is short, the chunks per batch are halved until they fit.

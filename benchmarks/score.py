@@ -197,9 +197,9 @@ def in_bfloat16(folder: Path, settings):
 
 def packed(folder: Path, settings, dtype=torch.float32):
     """What `miniplm score` does between reading the corpus and writing the files."""
+    from miniplm.analysis.scoring import score_batch
     from miniplm.data.batches import pack, prefetch, split_by_tokens
     from miniplm.models.loading import load_model
-    from miniplm.stages.score import score_batch
 
     models = {role: load_model(folder / role, dtype) for role in ("teacher", "reference")}
     touch(models.values())

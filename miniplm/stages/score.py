@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..analysis.scoring import Models, score_batch, score_batches
 from ..config import BATCH_TOKENS, SHARD_CHUNKS, ScoreConfig
-from ..data.batches import IGNORE_INDEX, Batch, pack, pinned, prefetch, split_by_tokens
+from ..data.batches import Batch, pinned, prefetch
 from ..data.corpus import Corpus
 from ..data.scores import ROLES, columns_of, score_figures, shard_path, whole_hash, write_shard
 from ..data.selection import rank_agreement
 from ..data.tokenizer import check_same_tokens, load_tokenizer
-from ..kernels import difference_score, linear_log_prob
-from ..models.base import LanguageModel
 from ..models.float8 import to_float8
 from ..models.loading import load_model, model_hash
 from ..runtime.artifacts import (
@@ -50,8 +49,6 @@ AGREEMENT_CHUNKS = 1024  # on which a lower precision is compared
 # On the CPU at most an eighth of the corpus, so that comparing costs less than bfloat16 saves; 64 at least.
 MIN_AGREEMENT_CHUNKS, MAX_AGREEMENT_SHARE = 64, 1 / 8
 MIN_EQUAL_SELECTIONS = 0.995  # beyond which bfloat16 is taken for float32
-
-Models = dict[str, LanguageModel]  # by role
 
 
 @dataclass(frozen=True)
@@ -258,43 +255,8 @@ def _files(plan: _Plan, whole: dict[int, str]) -> dict[str, str]:
     return {shard_path(plan.output, number).name: whole[number] for number in sorted(whole)}
 
 
-def _batches(plan: _Plan, chunks: range) -> Iterator[Batch]:
-    corpus = plan.corpus
-    for group in split_by_tokens(corpus.num_tokens[chunks.start : chunks.stop], plan.batch_tokens):
-        yield pack(corpus.rows(chunks[group]), corpus.eos_token_id, plan.config.document_mask)
-
-
-def score_batch(models: Models, batch: Batch, vocab_size: int) -> dict[str, torch.Tensor]:
-    """The columns of the score files for the R rows of a batch, each [R] on the models' device.
-
-    Args:
-        models: {"teacher": LanguageModel, "reference": LanguageModel} or one of the two.
-        vocab_size: the softmax covers the first so many ids.
-    Returns:
-        num_tokens (unmasked positions), teacher_log_prob, reference_log_prob (means over those, nats), score
-        (their difference, with both models only). A row without an unmasked position gets NaN.
-    """
-    hidden = {
-        role: model(batch.input_ids, batch.cu_seqlens, batch.max_seqlen) for role, model in models.items()
-    }
-    heads = {role: model.head_weight[:vocab_size] for role, model in models.items()}
-    if len(models) == 2:
-        return difference_score(
-            hidden["teacher"],
-            heads["teacher"],
-            hidden["reference"],
-            heads["reference"],
-            batch.targets,
-            batch.row_cu_seqlens,
-        )._asdict()
-    (role,) = models
-    log_prob = linear_log_prob(hidden[role], heads[role], batch.targets)
-    offsets = batch.row_cu_seqlens.long()
-    total, count = (
-        torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0)
-        for values in (log_prob, batch.targets != IGNORE_INDEX)
-    )
-    return {"num_tokens": count, f"{role}_log_prob": total / count}
+def _batches(plan: _Plan, chunks: range | np.ndarray) -> Iterator[Batch]:
+    return score_batches(plan.corpus, chunks, plan.batch_tokens, plan.config.document_mask)
 
 
 @torch.inference_mode()
@@ -304,8 +266,7 @@ def _sample_scores(models: Models, vocab_size: int, plan: _Plan) -> np.ndarray:
     if not plan.config.precision:
         size = max(MIN_AGREEMENT_CHUNKS, min(size, int(MAX_AGREEMENT_SHARE * len(corpus))))
     chunks = np.unique(np.linspace(0, len(corpus) - 1, size).astype(np.int64))
-    for group in split_by_tokens(corpus.num_tokens[chunks], plan.batch_tokens):
-        batch = pack(corpus.rows(chunks[group]), corpus.eos_token_id, plan.config.document_mask)
+    for batch in _batches(plan, chunks):
         parts.append(score_batch(models, batch.to(plan.device), vocab_size)[plan.columns[-1]])
     return torch.cat(parts).double().cpu().numpy()
 

@@ -7,6 +7,7 @@ from corpora import chunks_of, read_score_files
 from outputs import contents
 from scoring_runs import run_score
 
+from miniplm.analysis.scoring import score_batch
 from miniplm.data.batches import pack
 from miniplm.data.selection import rank_agreement
 from miniplm.models.loading import load_model
@@ -63,7 +64,7 @@ def test_scores_are_those_of_models_loaded_in_bfloat16(tiny_corpus, teacher, ref
     }
     batch = pack([np.array(chunk) for chunk in chunks_of(tiny_corpus)], 0)
     with torch.inference_mode():
-        expected = stage.score_batch(models, batch, 500)["score"].numpy()
+        expected = score_batch(models, batch, 500)["score"].numpy()
     np.testing.assert_array_equal(read_score_files(tmp_path / "s")["score"], expected)
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen3Config
 
+from miniplm.analysis.scoring import score_batch
 from miniplm.config import OptimizerConfig
 from miniplm.data.batches import pack
 from miniplm.models.decoder import Decoder
 from miniplm.models.float8 import to_float8
-from miniplm.stages.score import score_batch
 from miniplm.training import step as training_step
 from miniplm.training.step import Teacher, make_optimizer, train_step
 
