@@ -76,8 +76,8 @@ def load(text: str) -> Any:
         return _construct(loader, node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        where = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"not valid YAML ({error.problem or error.context}{where})") from None
+        where = f" (line {mark.line + 1:,}, column {mark.column + 1:,})" if mark else ""
+        raise ValueError(f"not valid YAML{where}") from None
     except yaml.YAMLError:
         raise ValueError("not valid YAML (it holds characters that YAML does not allow)") from None
     finally:

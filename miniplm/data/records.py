@@ -56,7 +56,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(_decode(line))
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error.msg}, column {error.colno})") from None
+        raise ValueError(f"not valid JSON (column {error.colno:,})") from None
     except RecursionError:
         raise ValueError("not valid JSON (nested too deeply)") from None
     if not isinstance(record, dict):

@@ -7,6 +7,25 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from .errors import UserError
 
 MAX_SHOWN = 200  # letters of a reason; names in it come from outside too
+REASONS = {  # by pydantic's kind of error, filled in with its context; others are "not what it should be"
+    "missing": "it is missing",
+    "model_type": "an object is expected",
+    "dict_type": "an object is expected",
+    "list_type": "a list is expected",
+    "string_type": "text is expected",
+    "bool_type": "true or false is expected",
+    "int_type": "a whole number is expected",
+    "float_type": "a number is expected",
+    "finite_number": "a finite number is expected",
+    "greater_than": "more than {gt} is expected",
+    "greater_than_equal": "at least {ge} is expected",
+    "less_than": "less than {lt} is expected",
+    "less_than_equal": "at most {le} is expected",
+    "too_short": "at least {min_length} entries are expected",
+    "too_long": "at most {max_length} entries are expected",
+    "literal_error": "{expected} is expected",
+    "none_required": "null is expected",
+}
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Figure = FiniteFloat | Annotated[int, Field(gt=-(2**63), lt=2**63)]
@@ -36,8 +55,8 @@ def read_record(schema: type[AnyRecord], value: object, what: str, remedy: str) 
 
 def reason_of(error: ValidationError) -> str:
     """The first place that does not fit and why, in one line."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(map(str, first["loc"]))
-    message = "an object is expected" if first["type"] == "model_type" else first["msg"]
+    message = REASONS.get(first["type"], "not what it should be").format(**first.get("ctx", {}))
     reason = f"{place}: {message}" if place else message
     return " ".join(reason.split())[:MAX_SHOWN]

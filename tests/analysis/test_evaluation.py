@@ -71,7 +71,7 @@ def test_wrong_types_are_one_line(tmp_path, path, values):
 @pytest.mark.parametrize("key", CONTENT)
 def test_missing_keys_are_one_line(tmp_path, key):
     write_json(tmp_path / "x.json", {name: value for name, value in CONTENT.items() if name != key})
-    assert f"({key}: Field required)" in refused(tmp_path / "x.json")
+    assert f"({key}: it is missing)" in refused(tmp_path / "x.json")
 
 
 def test_files_that_are_none(tmp_path):

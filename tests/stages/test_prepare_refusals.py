@@ -18,7 +18,7 @@ from miniplm.stages import prepare as stage
 from miniplm.stages.prepare import prepare
 
 BAD = {
-    b'{"text": "cut off': "not valid JSON .Invalid control character at, column 18",
+    b'{"text": "cut off': "not valid JSON .column 18",
     b'{"text": 1}': "column 'text' is of type int, not text",
     b'{"text": null}': "column 'text' is null, not text",
     b'{"text": ["a"]}': "column 'text' is of type list",
@@ -30,7 +30,7 @@ BAD = {
     b'{"text": "\xff\xfe"}': "not UTF-8 .byte 0xff at 10",
     b'{"text": "\\ud83d"}': "column .text. holds half of a surrogate pair",
     b"[" * 200_000: "not valid JSON .nested too deeply",
-    b'{"text": "a"} {"text": "b"}': "not valid JSON .Extra data",
+    b'{"text": "a"} {"text": "b"}': "not valid JSON .column 15",
     b"\x00\x00": "not valid JSON",
 }
 
