@@ -20,6 +20,7 @@ from ..runtime.file_facts import file_facts, signature
 from ..runtime.files import atomic_write, fingerprint, hash_files, read_json, write_json
 from ..runtime.schema import Count, Record
 from .chunking import Chunk
+from .list_rows import ListRows
 from .scores import SCORE_COLUMNS
 from .verify import (
     COLUMNS,
@@ -83,8 +84,7 @@ class Corpus:
             ) from None
         self.highest_id = max(found.highest for found in facts)
         self.table = _mapped(self._paths)
-        self._ids = self.table.column("input_ids")
-        self._starts = np.cumsum([0, *(len(chunk) for chunk in self._ids.chunks)])
+        self._rows = ListRows(self.table.column("input_ids"))
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -117,25 +117,7 @@ class Corpus:
     def rows(self, indices: Any) -> list[np.ndarray]:
         """The chunks at `indices` (any order, repeats allowed), each int32 [num_tokens], views of the mapped
         files."""
-        indices = np.asarray(indices, dtype=np.int64)
-        result = []
-        for index, block in zip(
-            indices, np.searchsorted(self._starts, indices, side="right") - 1, strict=True
-        ):
-            offsets, values = self._block(int(block))
-            row = index - self._starts[block]
-            result.append(values[offsets[row] : offsets[row + 1]])
-        return result
-
-    def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        if number not in self._blocks:
-            chunk = self._ids.chunk(number)
-            self._blocks[number] = chunk.offsets.to_numpy(), chunk.values.to_numpy()
-        return self._blocks[number]
-
-    @cached_property
-    def _blocks(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        return {}
+        return self._rows(indices)
 
     def filtered(self, keep: np.ndarray, table_bytes: int) -> Iterator[Any]:
         """The chunks where keep (bool [chunks]) holds, in order, as Arrow tables of about table_bytes.
