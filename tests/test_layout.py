@@ -38,6 +38,7 @@ OWNERS = {
     "dataset_info.json": "data/corpus.py",
     "state.json": "data/corpus.py",
     "scores-": "data/scores.py",
+    "tokens-": "data/token_scores.py",
     "wall_time.json": "runtime/wall_time.py",
     "progress.json": "data/progress_file.py",
     "metrics.jsonl": "training/checkpoints.py",

@@ -147,6 +147,8 @@ class ScoreConfig:
     own). Needed only when models with heads of unequal height are scored one at a time."""
     trust_remote_code: bool = False
     """Run code that comes with a model. Only for models that you trust."""
+    tokens: bool = False
+    """Keep the log-probability of every token too, 2 bytes for each model, for train --tokens.scores."""
     profile: Optional[str] = None
     """Write a Chrome trace of three batches near the start to this file (.json or .json.gz)."""
 

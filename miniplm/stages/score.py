@@ -24,6 +24,7 @@ from ..data.batches import Batch, pinned, prefetch
 from ..data.corpus import Corpus
 from ..data.scores import ROLES, columns_of, score_figures, shard_path, whole_hash, write_shard
 from ..data.selection import rank_agreement
+from ..data.token_scores import token_path, whole_token_hash, write_tokens
 from ..data.tokenizer import check_same_tokens, load_tokenizer
 from ..models.float8 import to_float8
 from ..models.loading import load_model, model_hash
@@ -89,9 +90,8 @@ def score(config: ScoreConfig) -> None:
     """
     plan = _plan(config)
     complete = (plan.output / MANIFEST).exists() and open_output(plan.output, "score", plan.identity)
-    whole = _whole_shards(plan)
-    todo = [number for number in range(len(plan.shards)) if number not in whole]
-    if complete and not todo:
+    whole, lost = _whole_shards(plan)
+    if complete and not lost:
         print(printable(f"The scores in {plan.output} are complete, nothing to do."))
         return
     plan, models, vocab_size, agreement = _load(plan)
@@ -99,25 +99,33 @@ def score(config: ScoreConfig) -> None:
         note(f"scoring in float32: {plan.reason}")
     open_output(plan.output, "score", plan.identity)  # claimed only now: a bad model leaves no folder behind
     with exclusive(plan.output), timed(plan.output):
-        if damaged := [path for number in todo if (path := shard_path(plan.output, number)).exists()]:
+        if damaged := [path for path in lost if path.exists()]:
             note(f"score file {damaged[0]} is damaged: its chunks are scored anew")
         elif complete:
-            note(f"score file {shard_path(plan.output, todo[0])} is missing: its chunks are scored anew")
-        reopen_output(plan.output, {"files": _files(plan, whole)})
+            note(f"score file {lost[0]} is missing: its chunks are scored anew")
+        reopen_output(plan.output, _files(plan, whole))
         _score_shards(plan, whole, models, vocab_size)
         _finish(plan, models, vocab_size, agreement)
 
 
-def _whole_shards(plan: _Plan) -> dict[int, str]:
-    """The hashes of the score files that are there and undamaged, by their number."""
-    files = recorded(plan.output).get("files")
+def _whole_shards(plan: _Plan) -> tuple[dict[int, list[str]], list[Path]]:
+    """(by their numbers, the hashes of the score file and, with tokens, of that of the tokens, where both are
+    there and undamaged; the files that are not)."""
+    files, token_files = (recorded(plan.output).get(key) for key in ("files", "token_files"))
     if not isinstance(files, dict | None):
         files = {}
-    hashes = {
-        number: whole_hash(plan.output, number, chunks, plan.columns, files)
-        for number, chunks in enumerate(plan.shards)
-    }
-    return {number: digest for number, digest in hashes.items() if digest is not None}
+    whole, lost = {}, []
+    for number, chunks in enumerate(plan.shards):
+        hashes = {
+            shard_path(plan.output, number): whole_hash(plan.output, number, chunks, plan.columns, files)
+        }
+        if plan.config.tokens:
+            hashes[token_path(plan.output, number)] = whole_token_hash(plan.output, number, token_files)
+        if missing := [path for path, digest in hashes.items() if digest is None]:
+            lost += missing
+        else:
+            whole[number] = [digest for digest in hashes.values() if digest is not None]
+    return whole, lost
 
 
 def _plan(config: ScoreConfig) -> _Plan:
@@ -145,6 +153,8 @@ def _plan(config: ScoreConfig) -> _Plan:
     }
     if config.precision:
         identity["precision"] = config.precision
+    if config.tokens:
+        identity["tokens"] = True
     starts = range(0, len(corpus), shard_chunks)
     shards = [range(start, min(start + shard_chunks, len(corpus))) for start in starts]
     return _Plan(
@@ -216,7 +226,7 @@ def _load_models(plan: _Plan, dtype: torch.dtype) -> tuple[Models, int]:
     return models, vocab_size
 
 
-def _score_shards(plan: _Plan, whole: dict[int, str], models: Models, vocab_size: int) -> None:
+def _score_shards(plan: _Plan, whole: dict[int, list[str]], models: Models, vocab_size: int) -> None:
     """Write the score files that are not whole, and their hashes into the manifest as they come."""
     todo = [number for number in range(len(plan.shards)) if number not in whole]
     positions = plan.corpus.num_tokens - 1
@@ -235,7 +245,7 @@ def _score_shards(plan: _Plan, whole: dict[int, str], models: Models, vocab_size
             parts = []
             for _, batch in group:
                 try:
-                    parts.append(score_batch(models, batch.to(plan.device), vocab_size))
+                    parts.append(score_batch(models, batch.to(plan.device), vocab_size, plan.config.tokens))
                 except torch.OutOfMemoryError as error:
                     raise UserError(
                         f"out of GPU memory: lower batch_tokens (now {plan.batch_tokens:,}) for a new output "
@@ -243,16 +253,28 @@ def _score_shards(plan: _Plan, whole: dict[int, str], models: Models, vocab_size
                     ) from error
                 progress.update(len(batch.input_ids))
                 profiler_step()
-            values = {
-                name: torch.cat([part[name] for part in parts]).cpu().numpy()
-                for name in ("num_tokens", *plan.columns)
-            }
-            whole[number] = write_shard(plan.output, number, plan.shards[number], plan.columns, values)
-            record_output(plan.output, {"files": _files(plan, whole)})
+            values = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+            whole[number] = _write(plan, number, values)
+            record_output(plan.output, _files(plan, whole))
 
 
-def _files(plan: _Plan, whole: dict[int, str]) -> dict[str, str]:
-    return {shard_path(plan.output, number).name: whole[number] for number in sorted(whole)}
+def _write(plan: _Plan, number: int, values: dict[str, np.ndarray]) -> list[str]:
+    """Write the files of a shard and return their hashes."""
+    output, rows, hashes = plan.output, plan.shards[number], []
+    if plan.config.tokens:
+        tokens = {role: values[f"{role}_tokens"] for role in plan.names}
+        positions = plan.corpus.num_tokens[rows.start : rows.stop] - 1
+        hashes = [write_tokens(output, number, rows, positions, tokens)]
+    return [write_shard(output, number, rows, plan.columns, values), *hashes]
+
+
+def _files(plan: _Plan, whole: dict[int, list[str]]) -> dict[str, dict[str, str]]:
+    """The hashes of the files of whole shards, as the manifest holds them."""
+    paths = {"files": shard_path} | ({"token_files": token_path} if plan.config.tokens else {})
+    return {
+        key: {path(plan.output, number).name: whole[number][place] for number in sorted(whole)}
+        for place, (key, path) in enumerate(paths.items())
+    }
 
 
 def _batches(plan: _Plan, chunks: range | np.ndarray) -> Iterator[Batch]:
