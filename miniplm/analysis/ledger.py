@@ -101,6 +101,8 @@ def run_costs(run: str, manifest: dict[str, Any], folders: Folders) -> dict[str,
     each. None: not recorded, or a part of it is missing."""
     flops, offline = training_flops_of(manifest, Path(run) / MANIFEST), _Offline(folders)
     offline.add_corpus(manifest["identity"].get("corpus"))
+    if tokens := manifest["identity"].get("tokens"):
+        offline.add_scores(tokens["scores"])
     entries = list(offline.entries.values())
     offline_flops = None if offline.missing else _sum(entry.flops for entry in entries)
     offline_seconds = None if offline.missing else _sum(entry.seconds for entry in entries)

@@ -23,6 +23,7 @@ from .training import (
     EvalConfig,
     OptimizerConfig,
     StudentConfig,
+    TokensConfig,
     TrainConfig,
 )
 from .yaml_files import read_mapping
@@ -63,6 +64,7 @@ __all__ = [
     "SelectConfig",
     "StudentConfig",
     "SynthesizeConfig",
+    "TokensConfig",
     "TrainConfig",
     "from_arguments",
     "from_dict",

@@ -143,6 +143,28 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class TokensConfig:
+    """Training on the best tokens of each global batch alone."""
+
+    scores: Optional[str] = None
+    """The folder in which score --tokens has scored the corpus. Default: all tokens are trained on."""
+    ratio: float = 0.6
+    """Train on the int(ratio * tokens) best tokens of each global batch."""
+    rule: Literal["difference", "teacher_loss", "reference_loss"] = "difference"
+    """What tokens are compared by: the teacher's minus the reference's log-probability; or how unlikely one
+    of the two finds them, the control that needs no second model."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.ratio <= 1, f"tokens.ratio must be above 0 and at most 1, got {self.ratio}")
+        require_texts(self, group="tokens.")
+        require(
+            bool(self.scores) or (self.ratio, self.rule) == (0.6, "difference"),
+            "tokens.ratio and tokens.rule have no say without tokens.scores: give the folder of score "
+            "--tokens, or leave them out",
+        )
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When to write a checkpoint, and how many of them stay."""
 
@@ -180,13 +202,16 @@ class TrainConfig:
         "teacher": "distill.teacher",
         "alpha": "distill.alpha",
         "temperature": "distill.temperature",
+        "token_scores": "tokens.scores",
+        "token_ratio": "tokens.ratio",
+        "token_rule": "tokens.rule",
         "eval_data": "eval.data",
         "eval_interval": "eval.interval",
         "eval_rows": "eval.chunks",
         "checkpoint_interval": "checkpoint.interval",
         "keep_checkpoints": "checkpoint.keep",
     }
-    """Names from before there were groups."""
+    """Flat names; most are from before there were groups."""
 
     data: str
     """The corpus folder: what prepare or select wrote."""
@@ -200,6 +225,8 @@ class TrainConfig:
     """Take the architecture from a transformers config.json instead (from scratch)."""
     distill: DistillConfig = DistillConfig()
     """A teacher whose predictions are learned too."""
+    tokens: TokensConfig = TokensConfig()
+    """Training on the best tokens alone."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimiser and schedule."""
     steps: Optional[int] = None

@@ -15,6 +15,7 @@ from ..config import MICRO_BATCH_TOKENS, TrainConfig
 from ..data.batches import Batch, squared_lengths
 from ..data.corpus import Corpus
 from ..data.order import DataOrder, global_batch
+from ..data.token_scores import TokenScores
 from ..data.tokenizer import check_same_tokens, load_tokenizer
 from ..models.architecture import check_memory, forward_cost_of, read_config
 from ..models.base import LanguageModel
@@ -68,7 +69,8 @@ def train(config: TrainConfig) -> None:
     "lr", "grad_norm" (of this step, before clipping), "tokens" (predictions so far), "tokens_per_second" and
     "mfu" (of the training steps since the last line) and, where they apply, "eval_loss" (the cross-entropy,
     with a teacher too) and "skipped". With a teacher also "cross_entropy" and "kl_divergence", means like
-    "loss", and "mfu" counts its FLOPs. A figure that is not finite is null.
+    "loss", and "mfu" counts its FLOPs; with token scores "trained_tokens", those of "tokens" that count in
+    the loss. A figure that is not finite is null.
 
     Raises:
         UserError: the inputs cannot be used or do not fit together, or the output holds another run.
@@ -165,11 +167,16 @@ def _set_up(config: TrainConfig) -> tuple[Setup, _Sources]:
     if teacher:
         identity["teacher"] = model_hash(teacher)
         identity |= {"alpha": config.distill.alpha, "temperature": config.distill.temperature}
+    token_scores = None
+    if config.tokens.scores:
+        token_scores = TokenScores(config.tokens.scores, corpus, config.tokens.rule)
+        identity["tokens"] = {**token_scores.identity, "ratio": config.tokens.ratio}
     sources = _Sources(architecture, init_from, teacher)
     if budget := config.flops or (config.match_flops_of and flops_of_run(config.match_flops_of)):
         identity["steps"] = _cost(config, corpus, order, sources).steps_for(budget)
         identity["flops"] = round(budget)
-    return Setup(device, dtype, corpus, order, identity["steps"], eval_batches, identity), sources
+    steps = identity["steps"]
+    return Setup(device, dtype, corpus, order, steps, eval_batches, identity, token_scores), sources
 
 
 def _cost(config: TrainConfig, corpus: Corpus, order: DataOrder, sources: _Sources) -> RunCost:

@@ -15,6 +15,8 @@ from ..config import TrainConfig
 from ..data.batches import Batch, pinned, prefetch
 from ..data.corpus import Corpus
 from ..data.order import DataOrder, global_batch
+from ..data.token_masks import keep_best_tokens
+from ..data.token_scores import TokenScores
 from ..models.base import LanguageModel
 from ..models.flops import training_flops
 from ..runtime.devices import peak_flops
@@ -27,7 +29,7 @@ from .checkpoints import checkpoint_folder, checkpoint_folders, prune_checkpoint
 from .memory import MIN_MICRO_BATCH_TOKENS, choose_micro_batch_tokens
 from .metrics import Metrics
 from .state import TrainState
-from .step import LOSS_COMPONENTS, Teacher, eval_loss, learning_rate, train_step
+from .step import LOSS_COMPONENTS, Teacher, eval_loss, learning_rate, num_targets, train_step
 
 
 class TrainingDiverged(RunError):
@@ -44,6 +46,7 @@ class Setup(NamedTuple):
     steps: int
     eval_batches: list[Batch]  # of the evaluation corpus; empty without one
     identity: dict  # all that determines the result
+    token_scores: TokenScores | None  # by which the tokens to train on are chosen; None: all are
 
 
 class TrainingRun:
@@ -90,6 +93,11 @@ class TrainingRun:
         """
         if self.teacher:
             self.describe_teacher(self.teacher)
+        if self.setup.token_scores:
+            note(
+                f"trained on are the best {self.config.tokens.ratio:.0%} of the tokens of each global batch, "
+                f"by {self.config.tokens.rule}: the loss is theirs alone"
+            )
         self.make_batches(
             self.config.micro_batch_tokens or self.state.micro_batch_tokens or self.chosen_size()
         )
@@ -141,6 +149,8 @@ class TrainingRun:
             self.retry_smaller(smaller)
             return False
         tokens = sum(len(batch.targets) for batch in micro_batches)
+        if self.setup.token_scores:
+            self.state.trained_tokens += num_targets(micro_batches)
         self.step_times.append((time.perf_counter() - start, tokens))
         self.count(tokens, loss, grad_norm, loss_components)
         self.progress.note(f"loss {loss:.4f}, lr {lr:.2e}")
@@ -168,8 +178,11 @@ class TrainingRun:
         self.state.micro_batch_tokens = None if config.micro_batch_tokens else micro_batch_tokens
 
         def step_batches(step: int) -> list[Batch]:
-            rows = setup.corpus.rows(setup.order.step(step))
+            chunks = setup.order.step(step)
+            rows = setup.corpus.rows(chunks)
             batches = global_batch(rows, setup.corpus.eos_token_id, micro_batch_tokens, config.document_mask)
+            if setup.token_scores:
+                batches = keep_best_tokens(batches, setup.token_scores.of(chunks), config.tokens.ratio)
             return list(pinned(batches, setup.device))
 
         self.batches = prefetch(step_batches(step) for step in range(self.state.step, setup.steps))
@@ -248,6 +261,7 @@ class TrainingRun:
             "lr": learning_rate(state.step, self.setup.steps, self.config.optimizer),
             "grad_norm": state.grad_norm,
             "tokens": state.tokens,
+            **({"trained_tokens": state.trained_tokens} if self.setup.token_scores else {}),
             "tokens_per_second": rate,
             "mfu": rate and self.flops * rate / self.peak_flops,
         }

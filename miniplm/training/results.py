@@ -19,7 +19,16 @@ def run_results(setup: Setup, state: TrainState, last_line: dict) -> dict:
         "steps": state.step,
         "skipped": state.step - state.optimizer_steps,
         "tokens": state.tokens,
+        **(trained_share(state) if setup.token_scores else {}),
         **{name: last_line.get(name) for name in ("loss", *components, "eval_loss")},
+    }
+
+
+def trained_share(state: TrainState) -> dict:
+    """What the manifest says of a run that trains on the best tokens alone."""
+    return {
+        "trained_tokens": state.trained_tokens,
+        "trained_share": state.trained_tokens / state.tokens if state.tokens else None,
     }
 
 

@@ -30,6 +30,8 @@ class TrainState(BaseModel):
     """Steps that were not skipped."""
     tokens: Count = 0
     """Predictions gone through."""
+    trained_tokens: Count = 0
+    """Those of them that count in the loss, where tokens are chosen."""
     skipped_in_a_row: Count = 0
     """The latest steps, if they were skipped."""
     grad_norm: Figure | None = None

@@ -13,7 +13,14 @@ from training_runs import make_config, metrics, scores_again
 import miniplm
 from miniplm.analysis.ledger import Evaluation, Run, compare, evaluations, reached, students
 from miniplm.cli import main
-from miniplm.config import DistillConfig, EvalConfig, RetokenizeConfig, ScoreConfig, SelectConfig
+from miniplm.config import (
+    DistillConfig,
+    EvalConfig,
+    RetokenizeConfig,
+    ScoreConfig,
+    SelectConfig,
+    TokensConfig,
+)
 from miniplm.runtime.files import read_json, write_json
 from miniplm.runtime.wall_time import wall_time
 from miniplm.stages.retokenize import retokenize
@@ -104,6 +111,25 @@ def test_json_and_what_is_not_beside_the_runs(house, tmp_path, capsys):
     assert main(["ledger", str(alone), "--inputs", str(house.runs), "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["runs"]
     assert found["missing"] == [] and found["offline_flops"] == house.scores + house.training
+
+
+@pytest.mark.slow
+def test_scores_of_tokens_are_offline_work(house, tmp_path):
+    scored = str(tmp_path / "tokens")
+    reference = str(house.runs / "reference")
+    score(ScoreConfig(data=house.student.data, reference=reference, output=scored, tokens=True, device="cpu"))
+    tokens = TokensConfig(scores=scored, rule="reference_loss")
+    train(replace(house.student, tokens=tokens, output=str(tmp_path / "run"), steps=2))
+    inputs = [str(house.runs), scored]
+    (found,) = miniplm.ledger(runs=[str(tmp_path / "run")], inputs=inputs, json=True)["runs"]
+    (cost,) = read_json(Path(scored, "manifest.json"))["flops"].values()
+    assert found["missing"] == [] and cost > 0
+    assert found["offline_flops"] == house.scores + house.training + cost
+    shutil.rmtree(scored)
+    (found,) = miniplm.ledger(runs=[str(tmp_path / "run")], inputs=inputs[:1], json=True)["runs"]
+    assert found["missing"] == [
+        f"scores of corpus {read_json(tmp_path / 'run' / 'manifest.json')['identity']['corpus']}"
+    ]
 
 
 @pytest.mark.slow

@@ -17,11 +17,13 @@ PREPARE = (
     "--workers 1 --shard-tokens 2000 --output {t}/"
 )
 SCORE = "score --data {t}/corpus --teacher {t}/teacher --reference {t}/reference --shard-chunks 40 --output "
+TOKENS = SCORE.replace("corpus", "refined").replace("--output", "--tokens --output")
 STUDENT = (
     "train --data {t}/refined --steps 8 --distill.teacher {t}/teacher --eval.data {t}/corpus "
     + MODEL
     + "--output "
 )
+TOKEN_STUDENT = STUDENT.replace("--output", "--token-scores {t}/tokens --output")
 SYNTHESIZE = (
     "synthesize --data {t}/corpus --teacher {t}/teacher --prompt-tokens 40 --shard-chunks 40 --output "
 )
@@ -43,12 +45,15 @@ BUILD = [
     "export --checkpoint {t}/student --evaluation {t}/loss.json --output {t}/model",
     SYNTHESIZE + "{t}/text",
     RETOKENIZE + "retokenized",
+    TOKENS + "{t}/tokens",
 ]
 # Stopped: the command, the module and its function that ends the process at the call with this number.
 STOPPED = [
     (PREPARE + "corpus-half", "stages.prepare", "write_chunks", 3),
     (RETOKENIZE + "retokenized-half", "stages.retokenize", "write_chunks", 3),
     (SCORE + "{t}/scores-half", "stages.score", "write_shard", 3),
+    (TOKENS + "{t}/tokens-half", "stages.score", "write_tokens", 3),
+    (TOKEN_STUDENT + "{t}/token-student-half", "training.loop", "train_step", 7),
     (STUDENT + "{t}/student-half", "training.loop", "train_step", 7),
     (SYNTHESIZE + "{t}/text-half", "stages.synthesize", "write_chunks", 3),
 ]
@@ -61,6 +66,9 @@ COMMANDS = {
     "score exported": (SCORE.replace("{t}/teacher", "{t}/model") + "{t}/new", "new", "model"),
     "score again": (SCORE + "{t}/scores", "scores", "scores"),
     "score resumed": (SCORE + "{t}/scores-half", "scores-half", "scores-half"),
+    "score tokens": (TOKENS + "{t}/new", "new", "refined teacher reference"),
+    "score tokens again": (TOKENS + "{t}/tokens", "tokens", "tokens"),
+    "score tokens resumed": (TOKENS + "{t}/tokens-half", "tokens-half", "tokens-half"),
     "select": ("select --data {t}/corpus --scores {t}/scores --output {t}/new", "new", "corpus scores"),
     "select of two": (
         "select --data {t}/corpus --scores {t}/scores-teacher {t}/scores-reference --output {t}/new",
@@ -79,6 +87,12 @@ COMMANDS = {
         "train --data {t}/refined --steps 3 --init-from {t}/model --batch-tokens 500 --output {t}/new",
         "new",
         "model",
+    ),
+    "train on tokens": (TOKEN_STUDENT + "{t}/new", "new", "refined tokens"),
+    "train on tokens resumed": (
+        TOKEN_STUDENT + "{t}/token-student-half",
+        "token-student-half",
+        "token-student-half tokens",
     ),
     "train again": (STUDENT + "{t}/student", "student", "student"),
     "train resumed": (STUDENT + "{t}/student-half", "student-half", "student-half"),
