@@ -181,6 +181,11 @@ def _attention(where: Target, dim: int, itemsize: int, descriptors: bool) -> lis
     return found
 
 
+def _blackwell(where: Target) -> bool:
+    """Where the backward pass's other tiles, which Hopper holds in registers, spill some of them."""
+    return where.backend == "cuda" and int(where.arch) >= 100
+
+
 def _attention_dq(where: Target, dim: int, itemsize: int, descriptors: bool) -> list[Config]:
     """As _attention, with two tiles of scores in registers. Of two stages the second is loaded only after the
     first is used up: the loop waits for it."""
@@ -194,6 +199,8 @@ def _attention_dq(where: Target, dim: int, itemsize: int, descriptors: bool) -> 
         return [_queries_and_keys(128, 32, 8, 1), _queries_and_keys(64, 32, 4, 1)]
     limit = 128 if dim <= 64 else None  # as in _attention: two programs on a processor
     found = [_queries_and_keys(128, 64, 8, 3, limit), _queries_and_keys(128, 64, 8, 2, limit)]
+    if _blackwell(where):
+        return found[:1]
     if dim <= 64:
         found.append(_queries_and_keys(128, 128, 8, 2))
     return found
@@ -218,6 +225,8 @@ def _attention_dkdv(where: Target, dim: int, itemsize: int, descriptors: bool, g
         _queries_and_keys(queries, 128, 8, 2),
         _queries_and_keys(queries, 64, 4, 2),
     ]
+    if _blackwell(where):
+        return found[2:] if grouped and dim > 96 else found[1:]
     if dim == 64:  # two programs on a processor
         found.append(_queries_and_keys(queries, 64, 4, 3))
     return found
