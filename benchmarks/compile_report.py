@@ -19,6 +19,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "0"  # the compiler is what is looked at
 
 import argparse
+import functools
 import json
 import re
 import subprocess
@@ -77,8 +78,22 @@ def make(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+@functools.cache  # which keeps the rule: it ends with its library
+def teach_shapes():
+    """Sums of products with an output dtype on tensors without storage: PyTorch before 2.13 takes the rule of
+    another variant's arguments for them, and fails."""
+    total, factor = make(16, 16, dtype=torch.float32), make(16, 16)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
+    except TypeError:
+        rules = torch.library.Library("aten", "IMPL", "Meta")
+        rules.impl("addmm.dtype_out", lambda *_, out, **options: out, allow_override=True)
+        return rules
+
+
 def compile_op(name: str, op: str) -> list[dict]:
     """The rows of all kernels that an op's launcher launches on its examples, for the target `name`."""
+    teach_shapes()
     backend, arch, processors, *_ = TARGETS[name]
     driver.set_active(NoGPU(name))
     tuning.OFFLINE = tuning.Target(backend, arch, processors)

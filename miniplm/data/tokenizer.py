@@ -45,10 +45,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
         raise UserError(f"tokenizer {name} does not exist: {REMEDY}")
     if path.is_file() and path.suffix != ".gguf":
         raise UserError(f"tokenizer {name} is neither a folder nor a .gguf file: {REMEDY}")
-    if path.is_file():
-        read_gguf_header(path)
+    header = read_gguf_header(path) if path.is_file() else None
     source = {"pretrained_model_name_or_path": str(path) if path.exists() else str(name)}
-    if path.is_file():
+    if header:
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         with panics_as_errors():
@@ -76,6 +75,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
             f"the tokenizer of {name} knows special tokens only, as where a model comes without tokenizer "
             f"files: {NO_FILES_REMEDY}, or {REMEDY}"
         )
+    if header and (eos := header.settings.get("tokenizer.ggml.eos_token_id")) is not None:
+        tokens = {number: token for token, number in tokenizer.get_vocab().items()}
+        tokenizer.eos_token = tokens.get(eos)  # for which transformers 5.8 takes BOS
     return tokenizer
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from scoring_runs import needs_scaled_rows
 from torch.utils.flop_counter import FlopCounterMode
 from training_runs import make_config, metrics, scores_again
 
@@ -256,6 +257,7 @@ def test_scores_within_documents_cost_less(house, tiny_corpus, tmp_path):
     assert costs[True]["teacher"] < costs[False]["teacher"]
 
 
+@needs_scaled_rows
 @pytest.mark.slow
 def test_float8_costs_as_much(house, tiny_corpus, tmp_path):
     flops = []

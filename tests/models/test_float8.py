@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from miniplm.kernels import quantize_rows
+from scoring_runs import needs_scaled_rows
 from torch import nn
 
 from miniplm.cli import main
@@ -18,11 +19,6 @@ from miniplm.models.float8 import Float8Linear, fused_linear, to_float8
 from miniplm.models.loading import load_model
 from miniplm.runtime.errors import UserError
 from miniplm.stages.score import score
-
-TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
-needs_scaled_rows = pytest.mark.skipif(
-    not torch.cuda.is_available() and TORCH < (2, 13), reason="on a CPU, torch 2.13 multiplies scaled rows"
-)
 
 
 @needs_scaled_rows
