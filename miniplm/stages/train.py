@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -17,11 +17,11 @@ from ..data.corpus import Corpus
 from ..data.order import DataOrder, global_batch
 from ..data.token_scores import TokenScores
 from ..data.tokenizer import check_same_tokens, load_tokenizer
-from ..models.architecture import check_memory, forward_cost_of, read_config
+from ..models.architecture import forward_cost_of, read_config
 from ..models.base import LanguageModel
-from ..models.decoder import Decoder, student_config, unsupported_reason
+from ..models.decoder import student_config
 from ..models.flops import forward_cost
-from ..models.loading import TransformersLM, forward_cost_of_model, load_model, model_hash
+from ..models.loading import forward_cost_of_model, load_model, model_hash
 from ..runtime.artifacts import (
     complete_output,
     exclusive,
@@ -47,18 +47,11 @@ from ..training.cost import RunCost, TrainingFlops, flops_of_run
 from ..training.loop import Setup, TrainingRun
 from ..training.metrics import Metrics, read_lines
 from ..training.results import is_complete, run_results
+from ..training.starting import Sources, initial_model, load_teacher, set_checkpointing
 from ..training.state import TrainState
-from ..training.step import Teacher, learning_rate, make_optimizer, num_targets
+from ..training.step import learning_rate, make_optimizer, num_targets
 
 NOT_OF_THE_CONTENT = ("stage", "complete", "identity", "files", "checksum")  # of a corpus's manifest
-
-
-class _Sources(NamedTuple):
-    """Where the models come from; training outputs are resolved to their latest checkpoints."""
-
-    architecture: Any  # transformers' config of a model from scratch
-    init_from: str | None
-    teacher: str | None
 
 
 def train(config: TrainConfig) -> None:
@@ -82,8 +75,8 @@ def train(config: TrainConfig) -> None:
         print(printable(f"training {output} is complete, nothing to do"))
         return
     # Made before the output is claimed: weights that cannot be read must not leave a run behind.
-    first_model = None if checkpoint_folders(output) else _initial_model(config, setup, sources)
-    teacher = _load_teacher(config, setup, sources.teacher) if sources.teacher else None
+    first_model = None if checkpoint_folders(output) else initial_model(config, setup, sources)
+    teacher = load_teacher(config, setup, sources.teacher) if sources.teacher else None
     open_output(output, "train", setup.identity)
     if budget := setup.identity.get("flops"):
         note(f"{setup.steps:,} steps cost nearest to {budget:.4g} FLOPs")
@@ -95,9 +88,9 @@ def train(config: TrainConfig) -> None:
             state = checkpoint.state
             note(f"continuing after step {state.step:,} of {setup.steps:,}")
             model = load_model(checkpoint.folder, torch.float32, setup.device)
-            _set_checkpointing(model, config)
+            set_checkpointing(model, config)
         else:
-            state, model = TrainState(), first_model or _initial_model(config, setup, sources)
+            state, model = TrainState(), first_model or initial_model(config, setup, sources)
         model.eval()  # no dropout, as published; so a step depends on no random numbers
         optimizer = make_optimizer(model, config.optimizer)
         if checkpoint:
@@ -130,7 +123,7 @@ def _memory_errors(config: TrainConfig) -> Iterator[None]:
 # ---- before the first step ----
 
 
-def _set_up(config: TrainConfig) -> tuple[Setup, _Sources]:
+def _set_up(config: TrainConfig) -> tuple[Setup, Sources]:
     """Read and check all that the run is made of, but for the models' weights."""
     check_trace(config.profile)
     device = choose_device(config.device)
@@ -171,7 +164,7 @@ def _set_up(config: TrainConfig) -> tuple[Setup, _Sources]:
     if config.tokens.scores:
         token_scores = TokenScores(config.tokens.scores, corpus, config.tokens.rule)
         identity["tokens"] = {**token_scores.identity, "ratio": config.tokens.ratio}
-    sources = _Sources(architecture, init_from, teacher)
+    sources = Sources(architecture, init_from, teacher)
     if budget := config.flops or (config.match_flops_of and flops_of_run(config.match_flops_of)):
         identity["steps"] = _cost(config, corpus, order, sources).steps_for(budget)
         identity["flops"] = round(budget)
@@ -179,7 +172,7 @@ def _set_up(config: TrainConfig) -> tuple[Setup, _Sources]:
     return Setup(device, dtype, corpus, order, steps, eval_batches, identity, token_scores), sources
 
 
-def _cost(config: TrainConfig, corpus: Corpus, order: DataOrder, sources: _Sources) -> RunCost:
+def _cost(config: TrainConfig, corpus: Corpus, order: DataOrder, sources: Sources) -> RunCost:
     """What the steps of the run cost, without its weights."""
     if sources.init_from:
         student = forward_cost_of_model(sources.init_from)
@@ -237,63 +230,6 @@ def _warn_of_long_warm_up(config: TrainConfig, steps: int) -> None:
             f"optimizer.warmup_steps {config.optimizer.warmup_steps} is not below the run's {steps} steps: "
             f"the learning rate only rises, to {reached:.2g} of {config.optimizer.lr:.2g}"
         )
-
-
-# ---- the models ----
-
-
-def _initial_model(config: TrainConfig, setup: Setup, sources: _Sources) -> LanguageModel:
-    """The weights before the first step, float32."""
-    if sources.init_from:
-        model = load_model(sources.init_from, torch.float32, setup.device)
-        if len(model.head_weight) < setup.corpus.manifest["vocab_size"]:
-            raise UserError(
-                f"model {config.init_from} predicts {len(model.head_weight)} ids, the tokenizer of corpus "
-                f"{config.data} has {setup.corpus.manifest['vocab_size']}: start from a model that was made "
-                f"for it"
-            )
-    else:
-        # Float32 weights are made in the machine's memory; trained there, gradients and AdamW's two moments
-        # lie beside them.
-        itemsizes, what = (16 if setup.device.type == "cpu" else 4), config.model_config or "model.*"
-        check_memory(sources.architecture, itemsizes, what)
-        model = _random_model(config, sources.architecture).to(setup.device)
-    _set_checkpointing(model, config)
-    return model
-
-
-def _random_model(config: TrainConfig, architecture: Any) -> LanguageModel:
-    with torch.random.fork_rng(devices=[]):  # on the CPU, so that every device starts from the same weights
-        if not unsupported_reason(architecture):
-            torch.manual_seed(config.seed)
-            return Decoder(architecture)
-        from transformers import AutoModelForCausalLM
-
-        torch.manual_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
-        return TransformersLM(model, str(config.model_config))
-
-
-def _set_checkpointing(model: LanguageModel, config: TrainConfig) -> None:
-    if not config.activation_checkpointing:
-        return
-    if not isinstance(model, Decoder):
-        raise UserError(
-            f"activation_checkpointing is built for Qwen2, Llama and Qwen3, not for "
-            f"{model.config.model_type}: leave it out, or lower micro_batch_tokens"
-        )
-    model.activation_checkpointing = True
-
-
-def _load_teacher(config: TrainConfig, setup: Setup, folder: str) -> Teacher:
-    model, corpus = load_model(folder, setup.dtype, setup.device).requires_grad_(False), setup.corpus
-    ids = len(model.head_weight)
-    if ids < corpus.manifest["vocab_size"] and ids <= corpus.highest_id:  # the second reads the whole corpus
-        raise UserError(
-            f"teacher {config.distill.teacher} predicts {ids} ids, corpus {config.data} has ids up to "
-            f"{corpus.highest_id}: give a teacher that was made for its tokenizer"
-        )
-    return Teacher(model, config.distill.alpha, config.distill.temperature)
 
 
 # ---- after the last step ----

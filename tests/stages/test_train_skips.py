@@ -22,6 +22,7 @@ from miniplm.training import checkpoints, loop
 from miniplm.training import step as training_step
 from miniplm.training.checkpoints import checkpoint_folder, latest_checkpoint
 from miniplm.training.loop import TrainingDiverged
+from miniplm.training.starting import initial_model
 from miniplm.training.step import learning_rate, make_optimizer, train_step
 
 
@@ -81,7 +82,7 @@ def test_step_that_is_not_finite_is_skipped(config, kind, monkeypatch, capsys):
     # Weights and the optimizer's state go on as if the skipped steps had not been: the same updates with the
     # same rates and rows.
     setup, sources = stage._set_up(config)
-    model = stage._initial_model(config, setup, sources)
+    model = initial_model(config, setup, sources)
     optimizer = make_optimizer(model, config.optimizer)
     for step in (1, 2, 3, 4, 7, 8, 10, 11, 12):
         batch = global_batch(

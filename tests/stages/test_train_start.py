@@ -30,6 +30,7 @@ from miniplm.stages.train import train
 from miniplm.training import loop
 from miniplm.training import step as training_step
 from miniplm.training.checkpoints import latest_checkpoint
+from miniplm.training.starting import initial_model
 
 
 @pytest.fixture
@@ -157,11 +158,11 @@ def test_equal_seeds_give_equal_weights_and_leave_the_callers_numbers_alone(conf
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    first = stage._initial_model(config, setup, sources)
+    first = initial_model(config, setup, sources)
     assert torch.equal(torch.rand(3), expected)
     second, other = (
-        stage._initial_model(config, setup, sources),
-        stage._initial_model(replace(config, seed=11), setup, sources),
+        initial_model(config, setup, sources),
+        initial_model(replace(config, seed=11), setup, sources),
     )
     pairs = list(zip(first.parameters(), second.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in pairs)
