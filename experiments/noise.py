@@ -9,8 +9,8 @@ ranges of --documents are disjoint random parts: one for training a reference mo
 
 `measure` runs prepare and score on such a file and applies rules: Difference Sampling with each reference,
 the teacher's or a reference's log-probability alone (higher is kept), the zlib ratio (compressed bytes by
-bytes; higher is kept), and random. Each document is a domain of its own, so that chunk i is document i. It writes
-DIR/noise.json and prints the tables. What was expected and what came out: docs/experiments/noise.md.
+bytes; higher is kept), and random. Each document is a domain of its own, so that chunk i is document i. It
+writes DIR/noise.json and prints the tables. What was expected and what came out: docs/experiments/noise.md.
 """
 
 import argparse
