@@ -8,9 +8,10 @@ TEXT.jsonl has a column "text"; the order of its documents is shuffled once, equ
 ranges of --documents are disjoint random parts: one for training a reference model, one to be judged.
 
 `measure` runs prepare and score on such a file and applies rules: Difference Sampling with each reference,
-the teacher's or a reference's log-probability alone (higher is kept), the zlib ratio (compressed bytes by
-bytes; higher is kept), and random. Each document is a domain of its own, so that chunk i is document i. It
-writes DIR/noise.json and prints the tables. What was expected and what came out: docs/experiments/noise.md.
+without and with --max-repeats 1; the teacher's or a reference's log-probability alone (higher is kept); the
+zlib ratio (compressed bytes by bytes; higher is kept); random. Each document is a domain of its own, so that
+chunk i is document i. It writes DIR/noise.json and prints the tables. What was expected and what came out:
+docs/experiments/noise.md.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import numpy as np
 
 from miniplm.config import PrepareConfig, ScoreConfig, SelectConfig
 from miniplm.data.corpus import Corpus
+from miniplm.data.repeats import without_repeats
 from miniplm.data.scores import read_scores
 from miniplm.data.selection import choose
 from miniplm.runtime.errors import UserError
@@ -216,8 +218,11 @@ def measure(
         log_probs[name] = read_scores(folder, len(corpus), [column], files)[column]
     texts, kinds = [row["text"] for row in rows], np.array([row["kind"] for row in rows])
     config = SelectConfig(data=str(corpus.folder), scores=[str(output)], output=str(output), ratio=ratio)
-    result = {}
-    for name, values in rules(log_probs.pop("teacher"), log_probs, texts, seed).items():
+    result, values_of = {}, rules(log_probs.pop("teacher"), log_probs, texts, seed)
+    for name in log_probs:
+        capped, _ = without_repeats(corpus, values_of[f"difference, {name}"], 1)
+        values_of[f"difference, {name}, max_repeats"] = np.where(np.isnan(capped), -np.inf, capped)
+    for name, values in values_of.items():
         keep = choose(config, values, corpus.num_tokens, np.zeros(len(rows), np.int32))
         result[name] = judged(values, ~keep, kinds)
     return {"documents": len(rows), "tokens": int(corpus.num_tokens.sum()), "ratio": ratio, "rules": result}

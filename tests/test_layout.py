@@ -128,7 +128,7 @@ def long_functions(path: Path) -> dict[str, int]:
     return {name: count for name, count in lines.items() if count > MAX_FUNCTION_LINES}
 
 
-@pytest.mark.parametrize("folder", ["miniplm", "kernels", "tests", "benchmarks"])
+@pytest.mark.parametrize("folder", ["miniplm", "kernels", "tests", "benchmarks", "experiments"])
 def test_files_and_functions_are_short(folder):
     for path in python_files(folder):
         name = path.relative_to(ROOT).as_posix()
@@ -191,7 +191,7 @@ def test_readme_tree_is_the_disk():
         for entry in listed:
             path = ROOT / folder / entry
             assert path.is_dir() if entry.endswith("/") else path.is_file(), f"there is no {folder}{entry}"
-    for top in ("kernels/", "miniplm/", "benchmarks/", "tests/"):
+    for top in ("kernels/", "miniplm/", "benchmarks/", "experiments/", "tests/"):
         for folder in [top, *(f"{top}{entry}" for entry in on_disk(top) if entry.endswith("/"))]:
             missing = on_disk(folder) - set(entries.get(folder, []))
             assert not missing, f"the README's tree lacks {sorted(folder + name for name in missing)}"

@@ -155,7 +155,7 @@ def _corpus_rows(corpus: TrainingCorpus) -> list[Row]:
         rows += [
             ("Teacher", _model(corpus.scored_by("teacher") or "?")),
             ("Reference model", _model(corpus.scored_by("reference") or "?")),
-            ("Score", SCORES[corpus.selection.rule.score if corpus.selection else "difference"]),
+            ("Score", _score(corpus.selection.rule) if corpus.selection else SCORES["difference"]),
         ]
     if synthesis := corpus.synthesis:
         rows.append(
@@ -171,6 +171,14 @@ def _corpus_rows(corpus: TrainingCorpus) -> list[Row]:
         kept = f"{selection.kept:,} of {chunks:,} chunks, {selection.kept_tokens:,} of {tokens:,} tokens"
         rows.append(("Selection", f"{_rule(selection.rule)}: {kept}"))
     return rows
+
+
+def _score(rule: Rule) -> str:
+    parts = [
+        "summed over the tokens" if rule.aggregate == "sum" else "",
+        "the mean over each document's chunks" if rule.document_scores else "",
+    ]
+    return SCORES[rule.score] + "".join(f", {part}" for part in parts if part)
 
 
 def _rule(rule: Rule) -> str:
@@ -198,6 +206,7 @@ def _of_which(rule: Rule) -> str:
     parts = [
         f"in shares of the domains ({shares})" if shares else "",
         f"of chunks of at least {rule.min_tokens:,} tokens" if rule.min_tokens is not None else "",
+        f"at most {rule.max_repeats:,} of each group of near-duplicates" if rule.max_repeats else "",
         {"score": "the best first", "random": "in random order"}.get(rule.order, ""),
     ]
     return "".join(f", {part}" for part in parts if part)

@@ -23,6 +23,9 @@ class Rule(Record):
     temperature: Figure | None = None
     domain_shares: dict[str, Figure] = Field(default_factory=dict)
     min_tokens: Count | None = None
+    max_repeats: Count | None = None
+    aggregate: Literal["mean", "sum"] = "mean"
+    document_scores: bool = False
     order: Literal["corpus", "score", "random"] = "corpus"
 
     @model_validator(mode="after")

@@ -8,8 +8,10 @@ import numpy as np
 
 from ..analysis.overlap import print_overlap
 from ..config import SelectConfig
+from ..data.aggregation import document_means, summed
 from ..data.corpus import Corpus, file_hashes, write_chunks, write_dataset_files, write_shard
 from ..data.derived import CARRIED, copy_tokenizer, what_is_lost
+from ..data.repeats import without_repeats
 from ..data.scores import ROLES, SCORE_COLUMNS, ScoreManifest, read_scores
 from ..data.selection import choose, compared, why_nothing, written_order
 from ..runtime.artifacts import (
@@ -64,11 +66,11 @@ def select(config: SelectConfig) -> None:
 
     columns = _read_sources(sources, corpus)
     codes, names = corpus.domains
-    score = compared(config, columns, corpus.num_tokens, codes)
+    score, repeats = _compared(config, columns, corpus)
     keep = choose(config, score, corpus.num_tokens, codes, names)
     if not keep.any():
         raise UserError(f"nothing of corpus {config.data} is kept: {why_nothing(config, score)}")
-    selection = _summary(rule, keep, score, corpus)
+    selection = _summary(rule, keep, score, corpus) | repeats
     order = np.flatnonzero(keep) if config.order == "corpus" else written_order(config, keep, score)
     columns = {name: values[order] for name, values in columns.items()}
 
@@ -91,10 +93,14 @@ def select(config: SelectConfig) -> None:
 
 def _rule(config: SelectConfig) -> dict[str, Any]:
     """The settings that make the rule, as manifests hold them."""
-    names = ("ratio", "token_budget", "threshold", "random_seed", "temperature", "min_tokens")
+    names = ("ratio", "token_budget", "threshold", "random_seed", "temperature", "min_tokens", "max_repeats")
     rule = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     if config.per_domain:
         rule["per_domain"] = True
+    if config.document_scores:
+        rule["document_scores"] = True
+    if config.aggregate != "mean":
+        rule["aggregate"] = config.aggregate
     if config.domain_shares:
         rule["domain_shares"] = dict(sorted(config.shares.items()))
     if config.score != "difference":
@@ -104,6 +110,22 @@ def _rule(config: SelectConfig) -> dict[str, Any]:
     if config.temperature or config.order == "random":
         rule["seed"] = config.seed
     return rule
+
+
+def _compared(
+    config: SelectConfig, columns: dict[str, np.ndarray], corpus: Corpus
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """What the chunks are compared by, float32 [chunks], and the figures of near-duplicates, if they were
+    looked for."""
+    if config.aggregate == "sum":
+        columns = summed(columns, SCORE_COLUMNS)
+    score = compared(config, columns, corpus.num_tokens, corpus.domains[0])
+    if config.document_scores:
+        score = document_means(corpus, score)
+    if config.max_repeats is None:
+        return score, {}
+    score, repeats = without_repeats(corpus, score, config.max_repeats)
+    return score, {"repeats": repeats}
 
 
 def _results(
@@ -298,10 +320,16 @@ def _print_summary(selection: dict[str, Any], output: Path) -> None:
     for name, part in selection["domains"].items():
         # Text: a domain's name may look like markup.
         table.add_row(Text(printable(name)), *(f"{value:,}" for value in part.values()))
-    quantiles = Table(*selection["quantiles"], title="Score quantiles (nats per token)")
+    nats = "nats" if selection["rule"].get("aggregate") == "sum" else "nats per token"
+    quantiles = Table(*selection["quantiles"], title=f"Score quantiles ({nats})")
     quantiles.add_row(*(f"{value:.4f}" for value in selection["quantiles"].values()))
     Console().print(table, quantiles)
     print(
         f"below 0: {selection['below_zero']:.1%} of the finite scores; not finite: "
         f"{selection['non_finite']:,}\nrefined corpus: {printable(output)}"
     )
+    if repeats := selection.get("repeats"):
+        print(
+            f"near-duplicates: {repeats['chunks']:,} chunks in {repeats['groups']:,} groups; left out "
+            f"before the cut: {repeats['dropped']:,}"
+        )

@@ -169,6 +169,8 @@ def test_shares_that_cannot_be(shares, message):
         (dict(temperature=math.inf), "must be finite"),
         (dict(temperature=1e7), "at most 1,000,000"),
         (dict(min_tokens=0), "at least 1"),
+        (dict(max_repeats=0), "at least 1"),
+        (dict(aggregate="sum", score="ratio"), "sum changes nothing with score ratio"),
     ],
     ids=str,
 )

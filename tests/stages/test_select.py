@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import write_scores
+from corpora import chunks_of, write_corpus, write_scores
 from outputs import contents, kill_and_restart
 from scoring_runs import run_score
-from selections import DOMAINS, LENGTHS, REFERENCE, SCORES, TEACHER, kept_chunks, make_corpus, run_select
+from selections import DOMAINS, LENGTHS, NAN, REFERENCE, SCORES, TEACHER, kept_chunks, make_corpus, run_select
 
 from miniplm.analysis import model_card
 from miniplm.analysis.overlap import overlap
@@ -249,3 +249,37 @@ def test_a_rule_of_all_kinds_is_in_manifest_and_card(tmp_path, corpus):
         "the share of 0.4 drawn by their scores at the temperature 0.5, in shares of the domains ("
     )
     assert found.endswith("of chunks of at least 2 tokens, the best first")
+
+
+def test_a_cap_on_near_duplicates(tmp_path, tiny_tokenizer, capsys):
+    rng = np.random.default_rng(0)
+    first, second = (rng.integers(1, 500, 60).tolist() for _ in range(2))
+    chunks = [first, second, [*first[:59], 7], first, [*first[:30], *second[:30]], second]
+    corpus = write_corpus(tmp_path / "corpus", chunks, tiny_tokenizer)
+    teacher = [-1.0, -3.0, -0.5, -1.0, -2.0, NAN]
+    scores = write_scores(tmp_path / "scores", corpus, teacher, [-2.0] * 6)
+    run_select(corpus, scores, tmp_path / "two", ratio=1.0, max_repeats=2)
+    run_select(corpus, scores, tmp_path / "one", ratio=1.0, max_repeats=1)
+    assert chunks_of(tmp_path / "two") == [first, second, chunks[2], chunks[4]]
+    assert chunks_of(tmp_path / "one") == [second, chunks[2], chunks[4]]
+    assert "near-duplicates: 3 chunks in 1 groups; left out before the cut: 2" in capsys.readouterr().out
+    selection = read_manifest(tmp_path / "one")["selection"]
+    assert selection["rule"] == {"ratio": 1.0, "max_repeats": 1} and selection["non_finite"] == 3
+    assert selection["repeats"] == {"jaccard": 0.8, "groups": 1, "chunks": 3, "dropped": 2}
+
+
+def test_sums_and_scores_of_documents(tmp_path, tiny_tokenizer, capsys):
+    chunks = [[1, 2, 3, 4], [5, 0], [6, 7, 8], [9, 0]]
+    corpus = write_corpus(tmp_path / "corpus", chunks, tiny_tokenizer)
+    scores = write_scores(tmp_path / "scores", corpus, [0.4, -1.0, 0.6, -9.0], [0.0] * 4)
+    run_select(corpus, scores, tmp_path / "mean", ratio=0.25)
+    run_select(corpus, scores, tmp_path / "sum", ratio=0.25, aggregate="sum")  # 3 · 0.4 and 2 · 0.6
+    run_select(corpus, scores, tmp_path / "documents", ratio=0.5, document_scores=True)
+    kept = {name: chunks_of(tmp_path / name) for name in ("mean", "sum", "documents")}
+    assert kept == {"mean": [chunks[2]], "sum": [chunks[0]], "documents": chunks[:2]}
+    rule = read_manifest(tmp_path / "documents")["selection"]["rule"]
+    assert rule == {"ratio": 0.5, "document_scores": True}
+    assert read_manifest(tmp_path / "sum")["selection"]["rule"] == {"ratio": 0.25, "aggregate": "sum"}
+    assert capsys.readouterr().out.count("(nats per token)") == 2
+    card = model_card._score(Rule(ratio=0.5, aggregate="sum", document_scores=True))
+    assert card.endswith(", summed over the tokens, the mean over each document's chunks")
