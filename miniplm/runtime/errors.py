@@ -97,8 +97,8 @@ def _number(error: BaseException) -> int | None:
     """The number that the system gave, which libraries written in Rust tell in their text alone."""
     if isinstance(error, OSError) and error.errno and error.errno > 0:  # those of name servers are below
         return error.errno
-    told = re.search(r"\(os error (\d{1,4})\)", str(error))
-    return int(told[1]) if told else None
+    told = re.search(r"\(os error (\d{1,4})\)|\bOs \{ code: (\d{1,4}),", str(error))
+    return int(told[1] or told[2]) if told else None
 
 
 def _by_kind(error: BaseException, kinds: dict[str, str]) -> str | None:

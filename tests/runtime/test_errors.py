@@ -44,6 +44,7 @@ class Response:
         (Named("our own words"), "our own words"),
         (OSError(errno.EACCES, SECRET, SECRET), os.strerror(errno.EACCES)),
         (of_kind("SafetensorError", text="Io: No space (os error 28)" + SECRET), os.strerror(errno.ENOSPC)),
+        (of_kind("SafetensorError", text="IoError(Os { code: 28, kind: X })"), os.strerror(errno.ENOSPC)),
         (of_kind("SafetensorError"), "it is damaged, or of another kind than its name says"),
         (ModuleNotFoundError(SECRET, name="mamba_ssm"), "it needs the package mamba_ssm"),
         (raised(b"good \xff".decode), "it is not UTF-8 from byte 5 on"),
