@@ -34,7 +34,7 @@ PANIC = "PanicException"  # of a library in Rust (tokenizers, safetensors); it i
 
 
 def _overview() -> str:
-    lines = [f"  {name:10} {settings.__doc__}" for name, (settings, _) in COMMANDS.items()]
+    lines = [f"  {_words(name):11} {settings.__doc__}" for name, (settings, _) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: miniplm COMMAND [--flags]",
@@ -48,6 +48,11 @@ def _overview() -> str:
             "miniplm COMMAND --help lists the flags of a command; --debug shows the traceback of a failure.",
         ]
     )
+
+
+def _words(command: str) -> str:
+    """A command's name as it is typed: proxy_fit is `proxy fit`."""
+    return command.replace("_", " ")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0 if arguments else 2
+    if (both := "_".join(arguments[:2])) in COMMANDS:
+        arguments[:2] = [both]
+    command = _words(arguments[0])
     # Threads of OpenMP that wait for one another spin for long by default: beside another busy process that
     # is ten times slower on two cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -75,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()  # the reader of our output went away: nothing to say, and nobody to say it to
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        print(f"miniplm {arguments[0]}: stopped; the same command continues", file=sys.stderr)
+        print(f"miniplm {command}: stopped; the same command continues", file=sys.stderr)
         return 128 + signal.SIGINT
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != PANIC:
@@ -83,18 +91,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         code, text = _explain(error)
-        print(printable(f"miniplm {arguments[0]}: {' '.join(text.split())}"), file=sys.stderr)
+        print(printable(f"miniplm {command}: {' '.join(text.split())}"), file=sys.stderr)
         return code
 
 
 def _run(command: str, *arguments: str) -> None:
     if command not in COMMANDS:
-        raise UserError(f"no such command; choose from {', '.join(COMMANDS)}")
+        raise UserError(f"no such command; choose from {', '.join(map(_words, COMMANDS))}")
     settings, module = COMMANDS[command]
     try:
-        parsed: object = config.from_arguments(settings, list(arguments), prog=f"miniplm {command}")
+        parsed: object = config.from_arguments(settings, list(arguments), prog=f"miniplm {_words(command)}")
     except ValueError as error:
-        raise UserError(f"{error} (see miniplm {command} --help)") from None
+        raise UserError(f"{error} (see miniplm {_words(command)} --help)") from None
     getattr(importlib.import_module(f".{module}", __package__), command)(parsed)
 
 

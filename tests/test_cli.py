@@ -23,7 +23,7 @@ def test_the_table_of_commands_is_the_table_of_stages_and_three_more():
 def test_overview_names_every_command(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"\n  {name} " in text for name in COMMANDS)
+    assert all(f"\n  {name.replace('_', ' ')} " in text for name in COMMANDS)
     assert main([]) == 2
     assert main(["--version"]) == 0
 
@@ -31,7 +31,7 @@ def test_overview_names_every_command(capsys):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
-        main([command, "--help"])
+        main([*command.split("_"), "--help"])
     assert ended.value.code == 0
     own = {"generate": "--prompt", "ledger": "--runs"}
     assert own.get(command, "--output") in capsys.readouterr().out
@@ -41,6 +41,12 @@ def test_every_command_has_help(command, capsys):
     ("arguments", "message"),
     [
         (["bogus"], "no such command"),
+        (["proxy"], "miniplm proxy: no such command; choose from prepare, score, proxy fit, proxy score,"),
+        (
+            ["proxy", "fit", "--data", "nowhere", "--scores", "s", "--output", "o"],
+            "miniplm proxy fit: corpus",
+        ),
+        (["proxy", "score", "--data", "d"], "required (see miniplm proxy score --help)"),
         (["score", "--data", "nowhere", "--output", "o", "--teacher", "t"], "corpus nowhere does not exist"),
         (["select", "--data", "nowhere", "--scores", "s", "--output", "o"], "corpus nowhere does not exist"),
         (["train", "--data", "nowhere", "--output", "o"], "corpus nowhere does not exist"),
@@ -76,7 +82,7 @@ def test_a_users_mistake_is_exit_2_and_one_line_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     said = capsys.readouterr().err
-    assert message in said and said.startswith(f"miniplm {arguments[0]}: ") and said.count("\n") == 1
+    assert message in said and said.startswith(f"miniplm {arguments[0]}") and said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

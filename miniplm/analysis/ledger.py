@@ -14,21 +14,19 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
-from tqdm import tqdm
 
 from ..config import LedgerConfig
 from ..data.corpus import WRITERS
+from ..data.scores import WRITERS as SCORE_WRITERS
 from ..models.loading import model_hash
 from ..runtime.artifacts import MANIFEST, is_as_written, read_manifest, recorded
 from ..runtime.errors import UserError
 from ..runtime.schema import Count, Record
-from ..runtime.text import printable
 from ..runtime.wall_time import wall_time
 from ..training.checkpoints import checkpoint_folders
 from ..training.cost import training_flops_of
 from ..training.metrics import read_metrics
-
-NOT_RECORDED = "not recorded"
+from .ledger_tables import print_tables
 
 Folders = dict[Path, dict[str, Any]]  # complete outputs with their manifests
 
@@ -88,7 +86,7 @@ def ledger(config: LedgerConfig) -> dict[str, Any]:
     if config.json:
         print(json.dumps(result, indent=2))
     else:
-        _print_tables(result)
+        print_tables(result)
     return result
 
 
@@ -154,21 +152,30 @@ class _Offline:
     def missing(self) -> list[str]:
         return list(self.lost)
 
-    def find(self, fits: Callable[[dict[str, Any]], bool]) -> Path | None:
-        """The first folder whose manifest fits."""
-        return next((folder for folder, manifest in self.folders.items() if fits(manifest)), None)
+    def find(self, what: str, fits: Callable[[dict[str, Any]], bool]) -> Path | None:
+        """The first folder whose manifest fits, unless it is counted already; what is not there is lost."""
+        folder = next((folder for folder, manifest in self.folders.items() if fits(manifest)), None)
+        if folder is None:
+            self.lost[what] = None
+        return None if folder in self.entries else folder
+
+    def enter(self, folder: Path, flops: int | None) -> dict[str, Any]:
+        """Count a folder's work; its manifest."""
+        manifest = self.folders[folder]
+        self.entries[folder] = Entry(manifest["stage"], folder.name, flops, wall_time(folder))
+        return manifest
 
     def add_corpus(self, fingerprint: Any) -> None:
         """Of a corpus that was selected also the scores and what it was selected from."""
-        folder = self.find(lambda each: each["stage"] in WRITERS and each.get("fingerprint") == fingerprint)
+        folder = self.find(
+            f"corpus {fingerprint}",
+            lambda each: each["stage"] in WRITERS and each.get("fingerprint") == fingerprint,
+        )
         if folder is None:
-            self.lost[f"corpus {fingerprint}"] = None
-        if folder is None or folder in self.entries:
             return
-        manifest = self.folders[folder]
         # The others compute no model.
-        flops = _recorded_flops(manifest) if manifest["stage"] == "synthesize" else 0
-        self.entries[folder] = Entry(manifest["stage"], folder.name, flops, wall_time(folder))
+        synthesized = self.folders[folder]["stage"] == "synthesize"
+        manifest = self.enter(folder, _recorded_flops(self.folders[folder]) if synthesized else 0)
         scores = manifest["identity"].get("scores")
         for identity in scores.values() if isinstance(scores, dict) else ():
             self.add_scores(identity)
@@ -177,16 +184,29 @@ class _Offline:
             self.add_corpus(before)
 
     def add_scores(self, identity: Any) -> None:
-        """Of scores with a reference model also its training."""
-        folder = self.find(lambda each: each["stage"] == "score" and each["identity"] == identity)
+        """Of scores with a reference model also its training; of predicted ones what predicted them, and the
+        scores that it was fitted to."""
+        folder = self.find(
+            f"scores of corpus {identity.get('corpus')}",
+            lambda each: each["stage"] in SCORE_WRITERS and each["identity"] == identity,
+        )
         if folder is None:
-            self.lost[f"scores of corpus {identity.get('corpus')}"] = None
-        if folder is None or folder in self.entries:
             return
-        flops = _recorded_flops(self.folders[folder])
-        self.entries[folder] = Entry("score", folder.name, flops, wall_time(folder))
-        if identity.get("reference"):
+        self.enter(folder, _recorded_flops(self.folders[folder]))
+        if identity.get("proxy"):
+            self.add_proxy(identity["proxy"])
+        elif identity.get("reference"):
             self.add_model(identity["reference"])
+
+    def add_proxy(self, checksum: str) -> None:
+        """The fit of the proxy whose manifest has this checksum, and the scores behind it."""
+        folder = self.find(
+            f"proxy {checksum}",
+            lambda each: each["stage"] == "proxy fit" and each.get("checksum") == checksum,
+        )
+        if folder is not None:
+            manifest = self.enter(folder, _recorded_flops(self.folders[folder]))
+            self.add_scores(manifest["identity"]["scores"])
 
     def add_model(self, weights: str) -> None:
         """The training of the model with this hash, and what is behind its corpus."""
@@ -194,7 +214,7 @@ class _Offline:
             if manifest["stage"] == "train" and _last_hash(folder) == weights:
                 flops = training_flops_of(manifest, folder / MANIFEST)
                 total = None if flops is None else flops.training + flops.evaluation
-                self.entries[folder] = Entry("train", folder.name, total, wall_time(folder))
+                self.enter(folder, total)
                 self.add_corpus(manifest["identity"].get("corpus"))
                 return
         self.lost[f"training of the reference model {weights}"] = None
@@ -276,66 +296,3 @@ def reached(curve: list[Evaluation], loss: float) -> tuple[float, float | None]:
     if point.flops is None or before.flops is None:
         return tokens, None
     return tokens, before.flops + share * (point.flops - before.flops)
-
-
-# ---- tables ----
-
-
-def _print_tables(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    runs = result["runs"]
-    table = Table("", title="What runs cost: training as the paper counts it, and all-in")
-    for run in runs:
-        table.add_column(Text(printable(run["name"])), justify="right", overflow="fold")
-    for label, cells in [
-        ("steps", [f"{run['steps']:,}" for run in runs]),
-        ("tokens seen", [f"{run['tokens']:,}" for run in runs]),
-        ("held-out loss", [_shown(run["eval_loss"], ".4f") for run in runs]),
-        ("training FLOPs", [_shown(run["training_flops"], ".4g") for run in runs]),
-        ("all-in FLOPs", [_shown(run["all_in_flops"], ".4g", _unknown(run)) for run in runs]),
-        ("training time", [_time(run["training_seconds"]) for run in runs]),
-        ("all-in time", [_time(run["all_in_seconds"], _unknown(run)) for run in runs]),
-    ]:
-        table.add_row(label, *cells)
-    Console().print(table)
-    for run in runs:
-        for entry in run["offline"]:
-            cost = f"{_shown(entry['flops'], '.4g')} FLOPs, {_time(entry['seconds'])}"
-            print(printable(f"offline work for {run['name']}: {entry['stage']} {entry['name']}: {cost}"))
-        for missing in run["missing"]:
-            print(printable(f"{run['name']}: not found: {missing}: name its folder with --inputs"))
-    for comparison in result["comparisons"]:
-        print(printable(_sentence(comparison)))
-
-
-def _sentence(comparison: dict[str, Any]) -> str:
-    names = f"{comparison['run']} against {comparison['baseline']}"
-    if "reason" in comparison:
-        return f"{names}: not compared: {comparison['reason']}"
-    saving, tokens, all_in = (
-        _shown(comparison[key], ".2f") for key in ("saving", "token_saving", "all_in_saving")
-    )
-    repaid = comparison["students"]
-    end = {None: "", 0: "; there is none to repay", "never": "; never repaid"}.get(
-        repaid, f"; repaid from {repaid} students on"
-    )
-    return (
-        f"{names}, where both reach a held-out loss of {comparison['loss']:.4f}: saving factor {saving} in "
-        f"training FLOPs, {tokens} in tokens; {all_in} with the offline work for one student{end}"
-    )
-
-
-def _unknown(run: dict[str, Any]) -> str:
-    """Why an all-in cost is not known."""
-    return "incomplete" if run["missing"] else NOT_RECORDED
-
-
-def _shown(value: float | None, form: str, unknown: str = NOT_RECORDED) -> str:
-    return unknown if value is None else format(value, form)
-
-
-def _time(seconds: float | None, unknown: str = NOT_RECORDED) -> str:
-    return unknown if seconds is None else tqdm.format_interval(seconds)

@@ -39,6 +39,8 @@ SCORES = {  # what chunks were compared by
     "reference": REFERENCE,
 }
 
+PROXIES = {"ngram": "a linear model of hashed n-grams"}  # what scores were predicted by
+
 Row = tuple[str, str]  # (label, cell in Markdown) of the card's table of what was trained on what
 
 
@@ -157,6 +159,14 @@ def _corpus_rows(corpus: TrainingCorpus) -> list[Row]:
             ("Reference model", _model(corpus.scored_by("reference") or "?")),
             ("Score", _score(corpus.selection.rule) if corpus.selection else SCORES["difference"]),
         ]
+        if predicted := corpus.predicted:
+            rows.append(
+                (
+                    "Predicted by",
+                    f"{PROXIES[predicted.kind]} that was fitted to a sample of scores; Spearman's rank "
+                    f"correlation with held-out ones {predicted.spearman:.3f}",
+                )
+            )
     if synthesis := corpus.synthesis:
         rows.append(
             (

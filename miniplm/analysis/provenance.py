@@ -6,9 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ..runtime.schema import Count, Figure, Record, read_record
-
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+from ..runtime.schema import Count, Figure, Record, Seed, read_record
 
 
 class Rule(Record):
@@ -46,11 +44,19 @@ class Selection(Record):
     dropped_tokens: Count
 
 
+class Predicted(Record):
+    """What predicted scores, and how well it ranks held-out chunks."""
+
+    kind: Literal["ngram"]
+    spearman: Figure
+
+
 class Scores(Record):
     """The models behind a score folder: names, of a path its last part."""
 
     teacher: str | None = None
     reference: str | None = None
+    predicted: Predicted | None = None
 
 
 class Synthesis(Record):
@@ -86,6 +92,11 @@ class TrainingCorpus(Record):
     def by_score(self) -> bool:
         """Was it selected by Difference Sampling?"""
         return self.selection is not None and self.selection.rule.random_seed is None
+
+    @property
+    def predicted(self) -> Predicted | None:
+        """What predicted the scores, where they are not the models' own."""
+        return next((scores.predicted for scores in self.scores if scores.predicted), None)
 
     def scored_by(self, role: str) -> str | None:
         """The name of the "teacher" or the "reference" of the scores."""

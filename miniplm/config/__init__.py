@@ -8,6 +8,7 @@ from .arguments import from_arguments, from_dict
 from .checks import BATCH_CHUNKS, BATCH_TOKENS, MICRO_BATCH_TOKENS, SHARD_CHUNKS
 from .data import PrepareConfig, RetokenizeConfig, ScoreConfig, SelectConfig, SynthesizeConfig
 from .fields import shown
+from .proxy import NgramConfig, ProxyFitConfig, ProxyScoreConfig
 from .publishing import (
     DemoConfig,
     EvaluateConfig,
@@ -28,10 +29,12 @@ from .training import (
 )
 from .yaml_files import read_mapping
 
-# stage → its settings; stage X is the function X of miniplm.stages.X
+# stage → its settings; stage X is the function X of miniplm.stages.X. X_Y is the command `miniplm X Y`
 STAGES = {
     "prepare": PrepareConfig,
     "score": ScoreConfig,
+    "proxy_fit": ProxyFitConfig,
+    "proxy_score": ProxyScoreConfig,
     "select": SelectConfig,
     "retokenize": RetokenizeConfig,
     "synthesize": SynthesizeConfig,
@@ -56,8 +59,11 @@ __all__ = [
     "ExportConfig",
     "GenerateConfig",
     "LedgerConfig",
+    "NgramConfig",
     "OptimizerConfig",
     "PrepareConfig",
+    "ProxyFitConfig",
+    "ProxyScoreConfig",
     "RetokenizeConfig",
     "RunConfig",
     "ScoreConfig",

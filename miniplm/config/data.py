@@ -127,6 +127,10 @@ class ScoreConfig:
     """The teacher: Hugging Face id, local folder (a training output too), or .gguf file."""
     reference: Optional[str] = None
     """The reference model, likewise."""
+    sample: Optional[float] = None
+    """Score this share of each domain's chunks, chosen at random, for proxy fit to learn from."""
+    seed: int = 0
+    """Seed of the sample."""
     document_mask: bool = False
     """Attention within each document only; the default is as published: across the documents of a chunk."""
     dtype: Dtype = "auto"
@@ -156,6 +160,12 @@ class ScoreConfig:
         require_texts(self)
         require_output(self.output)
         require(bool(self.teacher or self.reference), "give --teacher, --reference, or both")
+        require(
+            self.sample is None or 0 < self.sample < 1,
+            f"sample must be above 0 and below 1, got {self.sample}",
+        )
+        require_count(self, "seed", low=0, high=MAX_SEED)
+        require(not (self.sample and self.tokens), "tokens keeps those of all chunks: leave out sample")
         require_device(self.device)
         require_trace(self.profile)
         require_count(self, "batch_tokens", high=MAX_BATCH_TOKENS)

@@ -10,27 +10,33 @@ there were hashes have page checksums alone).
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
+from ..runtime.artifacts import read_manifest
 from ..runtime.errors import UserError, reason
 from ..runtime.files import atomic_write, hash_files
-from ..runtime.schema import Count, Record
+from ..runtime.schema import Count, Record, Seed
 
 ROLES = ("teacher", "reference")
 SCORE_COLUMNS = ("teacher_log_prob", "reference_log_prob", "score")
+WRITERS = ("score", "proxy score")  # the stages that write a score folder
 REMEDY = "run score again, it writes what is damaged or missing anew"
 
 
 class ScoreIdentity(Record):
-    """What determines scores, as far as select compares it."""
+    """What determines scores, as far as others compare it."""
 
     corpus: str  # fingerprint
     teacher: str | None  # hash of its weights, where it has scored
     reference: str | None
     dtype: str
     document_mask: bool
+    sample: Annotated[float, Field(gt=0, lt=1)] | None = None  # the share of each domain's chunks
+    seed: Seed = 0  # of the sample
+    proxy: str | None = None  # hash of the proxy that predicted them
 
 
 class ScoreManifest(Record):
@@ -40,6 +46,7 @@ class ScoreManifest(Record):
     teacher: str | None  # name
     reference: str | None
     vocab_size: Count  # the ids that the softmax covered
+    predicted: dict[str, Any] | None = None  # by what kind of proxy, and how well that agrees
     files: dict[str, str] | None = None  # name → hash
 
 
@@ -66,9 +73,13 @@ def _schema(columns: Iterable[str]) -> Any:
 
 
 def write_shard(
-    folder: str | PathLike[str], number: int, rows: range, columns: list[str], values: dict[str, np.ndarray]
+    folder: str | PathLike[str],
+    number: int,
+    rows: np.ndarray,
+    columns: list[str],
+    values: dict[str, np.ndarray],
 ) -> str:
-    """Write the scores of `rows` of the corpus atomically and return the hash of the file.
+    """Write the scores of the chunks `rows` (int64, ascending) atomically and return the hash of the file.
 
     Args:
         values: "num_tokens" and each of the columns, [len(rows)]; null is written where one is not finite.
@@ -76,7 +87,7 @@ def write_shard(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    arrays = [pa.array(np.arange(rows.start, rows.stop)), pa.array(values["num_tokens"].astype(np.int32))]
+    arrays = [pa.array(rows), pa.array(values["num_tokens"].astype(np.int32))]
     arrays += [pa.array(values[name].astype(np.float32), mask=~np.isfinite(values[name])) for name in columns]
     path = shard_path(folder, number)
     with atomic_write(path) as temporary:
@@ -85,7 +96,11 @@ def write_shard(
 
 
 def whole_hash(
-    folder: str | PathLike[str], number: int, rows: range, columns: list[str], files: Mapping[str, str] | None
+    folder: str | PathLike[str],
+    number: int,
+    rows: np.ndarray,
+    columns: list[str],
+    files: Mapping[str, str] | None,
 ) -> str | None:
     """The hash of a score file of exactly these rows and columns; None if it is missing or damaged.
 
@@ -104,7 +119,7 @@ def whole_hash(
         index = table["index"].to_numpy()
     except Exception:  # Arrow raises many kinds
         return None
-    whole = table.schema.equals(_schema(columns)) and np.array_equal(index, np.arange(rows.start, rows.stop))
+    whole = table.schema.equals(_schema(columns)) and np.array_equal(index, rows)
     return digest if whole else None
 
 
@@ -133,8 +148,23 @@ def score_figures(folder: str | PathLike[str], shards: int, column: str) -> dict
 # ---- reading ----
 
 
+def read_score_manifest(folder: str | PathLike[str], corpus: Any) -> dict[str, Any]:
+    """The manifest of a complete score folder, whole or a sample's; UserError unless it is of this Corpus."""
+    manifest = read_manifest(folder, *WRITERS, what="score folder", schema=ScoreManifest)
+    if manifest["identity"]["corpus"] != corpus.fingerprint:
+        raise UserError(
+            f"score folder {folder} holds the scores of another corpus than {corpus.folder}: score this "
+            f"one, or give the other"
+        )
+    return manifest
+
+
 def read_scores(
-    folder: str | PathLike[str], rows: int, names: Sequence[str], files: Mapping[str, str] | None = None
+    folder: str | PathLike[str],
+    rows: int,
+    names: Sequence[str],
+    files: Mapping[str, str] | None = None,
+    sample: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """The score columns `names` (float32 [rows], NaN where null) and num_tokens (int32 [rows]) of a score
     folder, by row of the corpus.
@@ -143,8 +173,10 @@ def read_scores(
 
     Args:
         files: the hashes by name that the folder's manifest holds, if it does.
+        sample: int64, the rows that were scored, where not all of them were; the others are NaN, and 0.
     Raises:
-        UserError: not every row of a corpus of `rows` is there exactly once; a file is damaged.
+        UserError: not every row of a corpus of `rows`, or of the sample, is there exactly once; a file is
+            damaged.
     """
     import pyarrow.compute as pc
 
@@ -166,10 +198,15 @@ def read_scores(
         result["num_tokens"][index] = pc.fill_null(table["num_tokens"], 0).to_numpy()
         for name in names:
             result[name][index] = table[name].to_numpy()
-    if entries != rows or not seen.all():
+    wanted = np.ones(rows, bool)
+    if sample is not None:
+        wanted[:] = False
+        wanted[sample] = True
+    if entries != wanted.sum() or (seen != wanted).any():
+        what = "corpus" if sample is None else "sample"
         raise UserError(
-            f"score folder {folder} has {entries} entries for the {rows} chunks of the corpus and none for "
-            f"{rows - seen.sum()} of them: {REMEDY}"
+            f"score folder {folder} has {entries} entries for the {wanted.sum()} chunks of the {what} and "
+            f"none for {(wanted & ~seen).sum()} of them: {REMEDY}"
         )
     return result
 

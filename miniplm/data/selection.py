@@ -204,15 +204,15 @@ def why_nothing(config: SelectConfig, score: np.ndarray) -> str:
     )
 
 
-def rank_agreement(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+def rank_agreement(before: np.ndarray, after: np.ndarray, ratio: float = 0.5) -> dict[str, Any]:
     """How well two scorings [R] of the same rows agree, over the rows finite in both: their number,
-    Spearman's rank correlation, and the share that Difference Sampling at ratio 0.5 keeps or drops alike."""
+    Spearman's rank correlation, and the share that Difference Sampling at this ratio keeps or drops alike."""
     both = np.isfinite(before) & np.isfinite(after)
     ranks = [
         np.argsort(np.argsort(-values[both], kind="stable"), kind="stable") for values in (before, after)
     ]
     rows = int(both.sum())
-    kept = [rank < int(0.5 * rows) for rank in ranks]
+    kept = [rank < int(ratio * rows) for rank in ranks]
     return {
         "rows": rows,
         "spearman": float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if rows > 1 else None,

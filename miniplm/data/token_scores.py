@@ -44,12 +44,12 @@ def token_path(folder: str | PathLike[str], number: int) -> Path:
 def write_tokens(
     folder: str | PathLike[str],
     number: int,
-    rows: range,
+    rows: np.ndarray,
     positions: np.ndarray,
     values: dict[str, np.ndarray],
 ) -> str:
-    """Write the log-probabilities per token of `rows` of the corpus atomically and return the hash of the
-    file.
+    """Write the log-probabilities per token of the chunks `rows` (int64) atomically and return the hash of
+    the file.
 
     Args:
         positions: int [len(rows)], how many each chunk has.
@@ -68,7 +68,7 @@ def write_tokens(
     ):
         for start in range(0, len(rows), ROWS_PER_RECORD_BATCH):
             some = bounds[start : start + ROWS_PER_RECORD_BATCH + 1]
-            index = np.arange(rows.start + start, rows.start + start + len(some) - 1)
+            index = rows[start : start + len(some) - 1]
             offsets = pa.array((some - some[0]).astype(np.int32))
             lists = [
                 pa.ListArray.from_arrays(offsets, pa.array(each[some[0] : some[-1]], pa.float16()))

@@ -28,6 +28,7 @@ REASONS = {  # by pydantic's kind of error, filled in with its context; others a
 }
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 Figure = FiniteFloat | Annotated[int, Field(gt=-(2**63), lt=2**63)]
 
 

@@ -3,9 +3,9 @@
 For every chunk the mean log-probability of its unmasked tokens under each model, and their difference, the
 score r(x) = mean log p_teacher(x) − mean log p_reference(x) in nats per token (Gu et al., arXiv 2410.17215).
 
-The chunks of the corpus are cut into files of `shard_chunks`; batches are packed within a file only. So a
-file depends on nothing but its own chunks: a killed run continues at the first file that is not there, and
-ends in the same bytes.
+The chunks of the corpus, or of a sample of it, are cut into files of `shard_chunks`; batches are packed
+within a file only. So a file depends on nothing but its own chunks: a killed run continues at the first file
+that is not there, and ends in the same bytes.
 """
 
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ from ..analysis.scoring import Models, score_batch, score_batches
 from ..config import BATCH_TOKENS, SHARD_CHUNKS, ScoreConfig
 from ..data.batches import Batch, pinned, prefetch
 from ..data.corpus import Corpus
+from ..data.sampling import sampled_chunks
 from ..data.scores import ROLES, columns_of, score_figures, shard_path, whole_hash, write_shard
 from ..data.selection import rank_agreement
 from ..data.token_scores import token_path, whole_token_hash, write_tokens
@@ -69,7 +70,7 @@ class _Plan:
     dtype: torch.dtype
     reason: str | None
     batch_tokens: int
-    shards: list[range]
+    shards: list[np.ndarray]
     identity: dict[str, Any]
 
     @property
@@ -79,6 +80,10 @@ class _Plan:
     @property
     def columns(self) -> list[str]:
         return columns_of(self.names)
+
+    @property
+    def chunks(self) -> np.ndarray:
+        return np.concatenate([np.zeros(0, np.int64), *self.shards])
 
 
 def score(config: ScoreConfig) -> None:
@@ -155,8 +160,11 @@ def _plan(config: ScoreConfig) -> _Plan:
         identity["precision"] = config.precision
     if config.tokens:
         identity["tokens"] = True
-    starts = range(0, len(corpus), shard_chunks)
-    shards = [range(start, min(start + shard_chunks, len(corpus))) for start in starts]
+    chunks = np.arange(len(corpus))
+    if config.sample is not None:
+        identity |= {"sample": config.sample, "seed": config.seed}
+        chunks = sampled_chunks(corpus, config.sample, config.seed)
+    shards = [chunks[start : start + shard_chunks] for start in range(0, len(chunks), shard_chunks)]
     return _Plan(
         config, corpus, tokenizer, names, folders, device, dtype, reason, batch_tokens, shards, identity
     )
@@ -230,7 +238,10 @@ def _score_shards(plan: _Plan, whole: dict[int, list[str]], models: Models, voca
     """Write the score files that are not whole, and their hashes into the manifest as they come."""
     todo = [number for number in range(len(plan.shards)) if number not in whole]
     positions = plan.corpus.num_tokens - 1
-    total, left = int(positions.sum()), sum(int(positions[plan.shards[number]].sum()) for number in todo)
+    total, left = (
+        int(positions[plan.chunks].sum()),
+        sum(int(positions[plan.shards[number]].sum()) for number in todo),
+    )
     batches = (
         (number, batch)
         for number in todo
@@ -263,7 +274,7 @@ def _write(plan: _Plan, number: int, values: dict[str, np.ndarray]) -> list[str]
     output, rows, hashes = plan.output, plan.shards[number], []
     if plan.config.tokens:
         tokens = {role: values[f"{role}_tokens"] for role in plan.names}
-        positions = plan.corpus.num_tokens[rows.start : rows.stop] - 1
+        positions = plan.corpus.num_tokens[rows] - 1
         hashes = [write_tokens(output, number, rows, positions, tokens)]
     return [write_shard(output, number, rows, plan.columns, values), *hashes]
 
@@ -277,18 +288,18 @@ def _files(plan: _Plan, whole: dict[int, list[str]]) -> dict[str, dict[str, str]
     }
 
 
-def _batches(plan: _Plan, chunks: range | np.ndarray) -> Iterator[Batch]:
+def _batches(plan: _Plan, chunks: np.ndarray) -> Iterator[Batch]:
     return score_batches(plan.corpus, chunks, plan.batch_tokens, plan.config.document_mask)
 
 
 @torch.inference_mode()
 def _sample_scores(models: Models, vocab_size: int, plan: _Plan) -> np.ndarray:
     """The last column of a sample of chunks that are spread over the corpus: float64."""
-    corpus, parts, size = plan.corpus, [], AGREEMENT_CHUNKS
+    parts, size = [], AGREEMENT_CHUNKS
     if not plan.config.precision:
-        size = max(MIN_AGREEMENT_CHUNKS, min(size, int(MAX_AGREEMENT_SHARE * len(corpus))))
-    chunks = np.unique(np.linspace(0, len(corpus) - 1, size).astype(np.int64))
-    for batch in _batches(plan, chunks):
+        size = max(MIN_AGREEMENT_CHUNKS, min(size, int(MAX_AGREEMENT_SHARE * len(plan.chunks))))
+    places = np.unique(np.linspace(0, len(plan.chunks) - 1, size).astype(np.int64))
+    for batch in _batches(plan, plan.chunks[places]):
         parts.append(score_batch(models, batch.to(plan.device), vocab_size)[plan.columns[-1]])
     return torch.cat(parts).double().cpu().numpy()
 
@@ -300,7 +311,7 @@ def _finish(plan: _Plan, models: Models, vocab_size: int, agreement: dict[str, A
     """Mark the output complete, and print what came out."""
     figures = score_figures(plan.output, len(plan.shards), plan.columns[-1])
     results: dict[str, Any] = {role: _display_name(plan.names.get(role)) for role in ROLES}
-    flops = corpus_flops(models, plan.corpus, plan.config.document_mask)
+    flops = corpus_flops(models, plan.corpus, plan.config.document_mask, plan.chunks)
     results |= {"vocab_size": vocab_size, **figures, "flops": flops}
     dtype = plan.identity["dtype"]
     lower, higher = (plan.config.precision, dtype) if plan.config.precision else (dtype, "float32")
@@ -308,6 +319,8 @@ def _finish(plan: _Plan, models: Models, vocab_size: int, agreement: dict[str, A
         results[f"{lower}_agreement"] = agreement
     complete_output(plan.output, {**results, "torch": torch.__version__})
     _print_summary(figures, plan.columns[-1], plan.output)
+    if plan.config.sample is not None:
+        print(f"A sample of {len(plan.corpus):,} chunks: miniplm proxy fit learns from it")
     if agreement and agreement["spearman"] is not None:
         print(
             f"{lower} against {higher} on {agreement['rows']:,} chunks: "

@@ -12,14 +12,13 @@ from ..data.aggregation import document_means, summed
 from ..data.corpus import Corpus, file_hashes, write_chunks, write_dataset_files, write_shard
 from ..data.derived import CARRIED, copy_tokenizer, what_is_lost
 from ..data.repeats import without_repeats
-from ..data.scores import ROLES, SCORE_COLUMNS, ScoreManifest, read_scores
+from ..data.scores import ROLES, SCORE_COLUMNS, read_score_manifest, read_scores
 from ..data.selection import choose, compared, why_nothing, written_order
 from ..runtime.artifacts import (
     MANIFEST,
     complete_output,
     exclusive,
     open_output,
-    read_manifest,
     reopen_output,
 )
 from ..runtime.errors import UserError
@@ -49,7 +48,7 @@ def select(config: SelectConfig) -> None:
             that keeps nothing; an output folder of another run.
     """
     corpus = Corpus(config.data)
-    sources = _score_folders(config.scores, corpus)
+    sources = _score_folders(config, corpus)
     rule = _rule(config)
     identity = {
         "corpus": corpus.fingerprint,
@@ -152,16 +151,21 @@ def _results(
 # ---- score folders ----
 
 
-def _score_folders(folders: list[str], corpus: Corpus) -> Sources:
-    """Where the scores of each role are; one folder may hold both. UserError unless they fit corpus and each
-    other."""
+def _score_folders(config: SelectConfig, corpus: Corpus) -> Sources:
+    """Where the scores of each role are; one folder may hold both. UserError unless they fit corpus, rule and
+    each other."""
     sources: Sources = {}
-    for folder in folders:
-        manifest = read_manifest(folder, "score", what="score folder", schema=ScoreManifest)
-        if manifest["identity"]["corpus"] != corpus.fingerprint:
+    for folder in config.scores:
+        manifest = read_score_manifest(folder, corpus)
+        if manifest["identity"].get("sample") is not None:
             raise UserError(
-                f"score folder {folder} holds the scores of another corpus than {corpus.folder}: score this "
-                f"one, or give the other"
+                f"score folder {folder} holds the scores of a sample: fit a proxy to it with miniplm proxy "
+                f"fit, and give the scores that miniplm proxy score predicts with that"
+            )
+        if manifest["identity"].get("proxy") is not None and config.score != "difference":
+            raise UserError(
+                f"score folder {folder} holds predicted scores, which are differences: leave out score "
+                f"{config.score}, or score the corpus itself"
             )
         for role in ROLES:
             if manifest["identity"][role] is not None:
@@ -174,8 +178,8 @@ def _score_folders(folders: list[str], corpus: Corpus) -> Sources:
     for role in ROLES:
         if role not in sources:
             raise UserError(
-                f"{' and '.join(map(str, folders))}: no scores of a {role}: score the corpus with --{role} "
-                f"and give that folder too"
+                f"{' and '.join(config.scores)}: no scores of a {role}: score the corpus with --{role} and "
+                f"give that folder too"
             )
     (teacher, first), (reference, second) = (sources[role] for role in ROLES)
     for key in MUST_AGREE:
@@ -194,6 +198,7 @@ def _score_summaries(sources: Sources) -> list[dict[str, Any]]:
     return [
         {role: manifest[role] for role in ROLES if manifest["identity"][role] is not None}
         | {key: _fact(manifest, key) for key in ("dtype", *MUST_AGREE)}
+        | ({"predicted": manifest["predicted"]} if "predicted" in manifest else {})
         for manifest in manifests
     ]
 

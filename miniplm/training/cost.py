@@ -80,10 +80,15 @@ class RunCost(NamedTuple):
         return round(steps)
 
 
-def corpus_flops(models: Mapping[str, LanguageModel], corpus: Corpus, document_mask: bool) -> dict[str, int]:
-    """What forward passes over all chunks of a corpus cost, by the models' names."""
-    tokens = int((corpus.num_tokens - 1).sum())
-    squares = int(squared_lengths(corpus, document_mask).sum())
+def corpus_flops(
+    models: Mapping[str, LanguageModel],
+    corpus: Corpus,
+    document_mask: bool,
+    chunks: np.ndarray | slice = slice(None),
+) -> dict[str, int]:
+    """What forward passes over chunks of a corpus (all, if they are not given) cost, by the models' names."""
+    tokens = int((corpus.num_tokens[chunks] - 1).sum())
+    squares = int(squared_lengths(corpus, document_mask)[chunks].sum())
     return {name: forward_cost(model).of(tokens, squares) for name, model in models.items()}
 
 

@@ -31,6 +31,8 @@ RETOKENIZE = (
     "retokenize --data {t}/refined --tokenizer {t}/other --max-length 40 --workers 1 --shard-tokens 2000 "
     "--output {t}/"
 )
+FIT = "proxy fit --data {t}/corpus --scores {t}/sample --held-out 0.3 --ngram.buckets 2000 --output {t}/"
+PREDICT = "proxy score --data {t}/corpus --proxy {t}/proxy --shard-chunks 60 --output {t}/"
 EVALUATE = "evaluate --data {t}/refined --model "
 BUILD = [
     PREPARE + "corpus",
@@ -46,6 +48,9 @@ BUILD = [
     SYNTHESIZE + "{t}/text",
     RETOKENIZE + "retokenized",
     TOKENS + "{t}/tokens",
+    SCORE + "{t}/sample --sample 0.4",
+    FIT + "proxy",
+    PREDICT + "predicted",
 ]
 # Stopped: the command, the module and its function that ends the process at the call with this number.
 STOPPED = [
@@ -56,6 +61,8 @@ STOPPED = [
     (TOKEN_STUDENT + "{t}/token-student-half", "training.loop", "train_step", 7),
     (STUDENT + "{t}/student-half", "training.loop", "train_step", 7),
     (SYNTHESIZE + "{t}/text-half", "stages.synthesize", "write_chunks", 3),
+    (SCORE + "{t}/sample-half --sample 0.4", "stages.score", "write_shard", 2),
+    (PREDICT + "predicted-half", "stages.proxy_score", "write_shard", 3),
 ]
 # name: (command, what it writes, the folders and files that are attacked for it). {t}: the tree; what a
 # command writes is there already where it is among what is attacked.
@@ -82,6 +89,16 @@ COMMANDS = {
     "retokenize": (RETOKENIZE + "new", "new", "refined"),
     "retokenize again": (RETOKENIZE + "retokenized", "retokenized", "retokenized"),
     "retokenize resumed": (RETOKENIZE + "retokenized-half", "retokenized-half", "retokenized-half"),
+    "sample again": (SCORE + "{t}/sample --sample 0.4", "sample", "sample"),
+    "sample resumed": (SCORE + "{t}/sample-half --sample 0.4", "sample-half", "sample-half"),
+    "proxy fit": (FIT + "new", "new", "corpus sample"),
+    "proxy fit again": (FIT + "proxy", "proxy", "proxy"),
+    "proxy score": (PREDICT + "new", "new", "corpus proxy"),
+    "proxy score again": (PREDICT + "predicted", "predicted", "predicted"),
+    "proxy score resumed": (PREDICT + "predicted-half", "predicted-half", "predicted-half"),
+    "select predicted": (
+        "select --data {t}/corpus --scores {t}/predicted --output {t}/new", "new", "predicted"
+    ),
     "train": (STUDENT + "{t}/new", "new", "refined teacher corpus"),
     "train from": (
         "train --data {t}/refined --steps 3 --init-from {t}/model --batch-tokens 500 --output {t}/new",

@@ -152,7 +152,7 @@ def test_more_chunks_than_a_record_batch_holds(tiny_tokenizer, tmp_path):
     chunks = [[1] * int(length) for length in rng.integers(1, 5, 2_500)]
     positions = np.array([len(chunk) - 1 for chunk in chunks])
     values = np.arange(positions.sum()).astype(np.float16)
-    write_tokens(tmp_path, 0, range(2_500), positions, {"teacher": values})
+    write_tokens(tmp_path, 0, np.arange(2_500), positions, {"teacher": values})
     table = read_tokens(tmp_path)
     assert table["index"].to_pylist() == list(range(2_500))
     bounds = np.cumsum([0, *positions])
