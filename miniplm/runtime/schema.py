@@ -36,7 +36,8 @@ class Record(BaseModel):
     """A JSON object with at least these keys. Types are exact: "1" and true are no numbers, but 1 is a
     float."""
 
-    model_config = ConfigDict(strict=True, frozen=True)
+    # a field may be called model_…, which pydantic before 2.10 warns of
+    model_config = ConfigDict(strict=True, frozen=True, protected_namespaces=())
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
