@@ -40,6 +40,11 @@ SCORES = {  # what chunks were compared by
 }
 
 PROXIES = {"ngram": "a linear model of hashed n-grams"}  # what scores were predicted by
+TOKEN_RULES = {  # the tokens that count in the loss
+    "difference": "the highest log-probability under {teacher} minus that under {reference}",
+    "teacher_loss": "the lowest log-probability under {teacher}",
+    "reference_loss": "the lowest log-probability under {reference}",
+}
 
 Row = tuple[str, str]  # (label, cell in Markdown) of the card's table of what was trained on what
 
@@ -129,6 +134,11 @@ def _training_rows(facts: CardFacts) -> list[Row]:
         rows += _corpus_rows(run.corpus)
     if run.identity.teacher:
         rows.append(("Loss", _distillation_loss(run)))
+    if tokens := run.identity.tokens:
+        models = {"teacher": "the teacher", "reference": "the reference model"}
+        names = {role: _model(getattr(run.token_models, role) or word) for role, word in models.items()}
+        best = TOKEN_RULES[tokens.rule].format(**names)
+        rows.append(("Tokens in the loss", f"the share of {tokens.ratio:g} of each step's with {best}"))
     return [*rows, *_progress_rows(facts), *_setting_rows(run.identity), *_loss_rows(facts.losses)]
 
 

@@ -104,6 +104,13 @@ class TrainingCorpus(Record):
         return names[-1] if names else None
 
 
+class TokenRule(Record):
+    """Which tokens of each global batch count in the loss."""
+
+    rule: Literal["difference", "teacher_loss", "reference_loss"]
+    ratio: Figure
+
+
 class Optimizer(Record):
     lr: Figure
     min_lr_ratio: Figure
@@ -129,6 +136,7 @@ class RunIdentity(Record):
     teacher: str | None = None  # hash; of Vanilla KD, as are the next two
     alpha: Figure | None = None
     temperature: Figure | None = None
+    tokens: TokenRule | None = None
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> "RunIdentity":
@@ -145,6 +153,7 @@ class Provenance(Record):
     corpus: TrainingCorpus | None = None
     parameters: Count | None = None
     teacher: str | None = None  # name
+    token_models: Scores = Scores()  # behind the scores of tokens
     loss: Figure | None = None  # of the last step
     eval_loss: Figure | None = None
 

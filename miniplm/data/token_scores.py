@@ -33,6 +33,8 @@ class TokenManifest(Record):
     """What the manifest of a score folder says of log-probabilities per token."""
 
     identity: ScoreIdentity
+    teacher: str | None  # name
+    reference: str | None
     token_files: dict[str, str] | None = None  # name → hash
 
 
@@ -92,7 +94,8 @@ class TokenScores:
     """What the tokens of a corpus are compared by, from a score folder whose files have been compared with
     its manifest; they are memory-mapped.
 
-    `identity`: {"rule", "scores": that of the run that has scored, "content": a fingerprint of the files}.
+    `identity`: {"rule", "scores": that of the run that has scored, "content": a fingerprint of the files};
+    `models`: the names of the models that the rule compares by, by role.
 
     Args:
         rule: "difference": log p_teacher − log p_reference (what Rho-1, arXiv 2404.07965, calls the excess
@@ -125,6 +128,7 @@ class TokenScores:
             raise UserError(f"the manifest of score folder {folder} does not list its files: {REMEDY}")
         _verify(paths, files)
         self.rule, columns = rule, _mapped(paths)
+        self.models = {role: manifest[role] for role in ROLES_OF_RULE[rule]}
         self.identity = {"rule": rule, "scores": scored, "content": fingerprint(files)}
         self._rows = {role: ListRows(columns.column(f"{role}_log_prob")) for role in ROLES_OF_RULE[rule]}
         index = columns.column("index").to_numpy()

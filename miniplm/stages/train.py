@@ -262,6 +262,8 @@ def _finish(
         results["match_flops_of"] = Path(config.match_flops_of).resolve().name
     if teacher := config.distill.teacher:
         results["teacher"] = Path(teacher).resolve().name if Path(teacher).exists() else teacher
+    if setup.token_scores:
+        results["token_models"] = setup.token_scores.models
     summary = setup.corpus.manifest.items()
     results["corpus"] = {key: value for key, value in summary if key not in NOT_OF_THE_CONTENT}
     complete_output(config.output, results)

@@ -16,6 +16,8 @@ from miniplm.runtime.errors import UserError
 from miniplm.runtime.files import read_json, write_json
 from miniplm.training.checkpoints import latest_checkpoint
 
+LINK = "[a/b](https://huggingface.co/a/b)"
+
 
 def test_card_says_what_was_trained_on_what(work, tmp_path):
     folder = publish(
@@ -125,6 +127,28 @@ def test_other_rules_and_sources(student_run, tmp_path):
     ]
     rewrite(student_run, lambda manifest: manifest["corpus"]["selection"].update(rule={"threshold": -0.25}))
     assert "those with a score of at least -0.25" in card(publish(student_run, tmp_path / "third")).text
+
+
+def test_tokens_that_count(student_run, tmp_path):
+    for number, (rule, models, said) in enumerate(
+        [
+            (
+                "difference",
+                {"teacher": "a/b", "reference": "x_y"},
+                rf"highest log-probability under {LINK} minus that under x\_y",
+            ),
+            ("reference_loss", {"reference": "x"}, "lowest log-probability under x"),
+            ("teacher_loss", {}, "lowest log-probability under the teacher"),
+        ]
+    ):
+
+        def change(manifest, rule=rule, models=models):
+            manifest["identity"]["tokens"] = {"rule": rule, "ratio": 0.6, "scores": {}, "content": ""}
+            manifest["token_models"] = models
+
+        rewrite(student_run, change)
+        text = card(publish(student_run, tmp_path / str(number))).text
+        assert f"| Tokens in the loss | the share of 0.6 of each step's with the {said} |" in text
 
 
 def test_run_that_was_stopped(student_run, tmp_path):
