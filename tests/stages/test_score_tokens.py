@@ -123,17 +123,17 @@ class FixedModel(LanguageModel):
 @pytest.mark.parametrize("roles", [("teacher", "reference"), ("teacher",)])
 def test_beyond_float16(roles):
     """Below −65504 it is the lowest number; what is not finite is NaN, as is what nothing is predicted at."""
-    batch = pack([np.array([2, 1, 1, 1, 1, EOS, 1], np.int32)], EOS)
-    hidden = torch.tensor([[0.0], [1.0], [1e5], [float("inf")], [float("nan")], [1.0]])
-    model = FixedModel(hidden, torch.tensor([[2.0], [0.0], [0.0]]))
-    found = score_batch({role: model for role in roles}, batch, 3, tokens=True)
+    batch = pack([np.array([2, 1, 1, 1, 3, 1, EOS, 1], np.int32)], EOS)
+    hidden = torch.tensor([[1e-9], [1.0], [1e5], [1.0], [float("nan")], [float("inf")], [1.0]])
+    model = FixedModel(hidden, torch.tensor([[2.0], [0.0], [0.0], [-float("inf")]]))
+    found = score_batch({role: model for role in roles}, batch, 4, tokens=True)
     for role in roles:
         values = found[f"{role}_tokens"]
         assert values.dtype == torch.float16
         first, second, third, *others = values.tolist()
         assert first == pytest.approx(-np.log(3), rel=1e-3) and -3 < second < -2
-        assert third == -65504.0 and all(map(np.isnan, others)) and len(others) == 3
-    assert not {name for name in score_batch({role: model for role in roles}, batch, 3) if "token_" in name}
+        assert third == -65504.0 and all(map(np.isnan, others)) and len(others) == 4
+    assert not {name for name in score_batch({role: model for role in roles}, batch, 4) if "token_" in name}
 
 
 def test_batches_and_files_change_no_token(tiny_corpus, teacher, reference, with_tokens, tmp_path):
