@@ -196,6 +196,7 @@ def _corpus_rows(corpus: TrainingCorpus) -> list[Row]:
 def _score(rule: Rule) -> str:
     parts = [
         "summed over the tokens" if rule.aggregate == "sum" else "",
+        f"the quantile {rule.quantile} over the tokens" if rule.quantile is not None else "",
         "the mean over each document's chunks" if rule.document_scores else "",
     ]
     return SCORES[rule.score] + "".join(f", {part}" for part in parts if part)

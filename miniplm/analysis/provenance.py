@@ -22,7 +22,8 @@ class Rule(Record):
     domain_shares: dict[str, Figure] = Field(default_factory=dict)
     min_tokens: Count | None = None
     max_repeats: Count | None = None
-    aggregate: Literal["mean", "sum"] = "mean"
+    aggregate: Literal["mean", "sum", "quantile"] = "mean"
+    quantile: Figure | None = None
     document_scores: bool = False
     order: Literal["corpus", "score", "random"] = "corpus"
 

@@ -6,8 +6,15 @@ import numpy as np
 
 from ..runtime.errors import UserError
 from .corpus import Corpus
+from .token_scores import TokenScores
 
 CHUNKS_AT_ONCE = 1_000
+NEEDED = {  # the columns that a score is made of
+    "difference": ("score",),
+    "normalised": ("teacher_log_prob", "reference_log_prob"),
+    "teacher": ("teacher_log_prob",),
+    "reference": ("reference_log_prob",),
+}
 
 
 def summed(columns: Mapping[str, np.ndarray], names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -18,6 +25,55 @@ def summed(columns: Mapping[str, np.ndarray], names: tuple[str, ...]) -> dict[st
             **columns,
             **{name: columns[name] * columns["num_tokens"].astype(np.float32) for name in names},
         }
+
+
+def token_quantiles(
+    columns: Mapping[str, np.ndarray],
+    corpus: Corpus,
+    folders: Mapping[str, str],
+    names: tuple[str, ...],
+    quantile: float,
+) -> dict[str, np.ndarray]:
+    """The columns with a quantile of a chunk's tokens (nats) in place of the means `names` (float32 [chunks])
+    where those are finite. Between two tokens it is interpolated linearly, as numpy does.
+
+    The score of a token is the difference of the two models' log-probabilities of it.
+
+    Args:
+        folders: of the scores, by role.
+    Raises:
+        UserError: a folder holds no log-probabilities per token.
+    """
+    roles = [role for role in folders if f"{role}_log_prob" in names or "score" in names]
+    tokens = {role: TokenScores(folders[role], corpus, f"{role}_loss") for role in roles}
+    result = {name: np.full(len(corpus), np.nan, np.float32) for name in names}
+    for start in range(0, len(corpus), CHUNKS_AT_ONCE):
+        chunks = np.arange(start, min(start + CHUNKS_AT_ONCE, len(corpus)))
+        values = {f"{role}_log_prob": -each.of(chunks) for role, each in tokens.items()}
+        if "score" in names:
+            values["score"] = values["teacher_log_prob"] - values["reference_log_prob"]
+        rows = np.repeat(np.arange(len(chunks)), corpus.num_tokens[chunks] - 1)
+        for name in names:
+            result[name][chunks] = _quantiles(values[name], rows, len(chunks), quantile)
+    for name, found in result.items():
+        found[~np.isfinite(columns[name])] = np.nan
+    return {**columns, **result}
+
+
+def _quantiles(values: np.ndarray, rows: np.ndarray, count: int, quantile: float) -> np.ndarray:
+    """float64 [count]: that of the finite values [n] of each row (int [n], ascending); NaN of none."""
+    finite = np.isfinite(values)
+    values, rows = values[finite].astype(np.float64), rows[finite]
+    values = values[np.lexsort((values, rows))]
+    sizes = np.bincount(rows, minlength=count)
+    some = np.flatnonzero(sizes)
+    place = quantile * (sizes[some] - 1)
+    lower = np.floor(place).astype(np.int64)
+    first = (np.cumsum(sizes) - sizes)[some]
+    low, high = values[first + lower], values[first + np.ceil(place).astype(np.int64)]
+    result = np.full(count, np.nan)
+    result[some] = low + (high - low) * (place - lower)
+    return result
 
 
 def document_means(corpus: Corpus, score: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..analysis.overlap import print_overlap
 from ..config import SelectConfig
-from ..data.aggregation import document_means, summed
+from ..data.aggregation import NEEDED, document_means, summed, token_quantiles
 from ..data.corpus import Corpus, file_hashes, write_chunks, write_dataset_files, write_shard
 from ..data.derived import CARRIED, copy_tokenizer, what_is_lost
 from ..data.repeats import without_repeats
@@ -65,7 +65,7 @@ def select(config: SelectConfig) -> None:
 
     columns = _read_sources(sources, corpus)
     codes, names = corpus.domains
-    score, repeats = _compared(config, columns, corpus)
+    score, repeats = _compared(config, columns, corpus, {role: sources[role][0] for role in ROLES})
     keep = choose(config, score, corpus.num_tokens, codes, names)
     if not keep.any():
         raise UserError(f"nothing of corpus {config.data} is kept: {why_nothing(config, score)}")
@@ -100,6 +100,8 @@ def _rule(config: SelectConfig) -> dict[str, Any]:
         rule["document_scores"] = True
     if config.aggregate != "mean":
         rule["aggregate"] = config.aggregate
+    if config.aggregate == "quantile":
+        rule["quantile"] = config.quantile
     if config.domain_shares:
         rule["domain_shares"] = dict(sorted(config.shares.items()))
     if config.score != "difference":
@@ -112,12 +114,14 @@ def _rule(config: SelectConfig) -> dict[str, Any]:
 
 
 def _compared(
-    config: SelectConfig, columns: dict[str, np.ndarray], corpus: Corpus
+    config: SelectConfig, columns: dict[str, np.ndarray], corpus: Corpus, folders: dict[str, str]
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """What the chunks are compared by, float32 [chunks], and the figures of near-duplicates, if they were
     looked for."""
     if config.aggregate == "sum":
         columns = summed(columns, SCORE_COLUMNS)
+    elif config.aggregate == "quantile":
+        columns = token_quantiles(columns, corpus, folders, NEEDED[config.score], config.quantile)
     score = compared(config, columns, corpus.num_tokens, corpus.domains[0])
     if config.document_scores:
         score = document_means(corpus, score)

@@ -5,7 +5,7 @@ import pytest
 from corpora import write_corpus
 
 from miniplm.data import aggregation
-from miniplm.data.aggregation import document_means, summed
+from miniplm.data.aggregation import document_means, summed, token_quantiles
 from miniplm.data.corpus import Corpus
 from miniplm.runtime.errors import UserError
 
@@ -17,6 +17,46 @@ def test_sums():
     found = summed(columns, ("score",))
     np.testing.assert_array_equal(found["score"], np.float32([4.5, NAN, -INF, 0]))
     assert found["num_tokens"] is columns["num_tokens"] and columns["score"][0] == 1.5
+
+
+class Stored:
+    """Log-probabilities per token as TokenScores gives them: losses, one chunk after the other."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def of(self, chunks):
+        return np.concatenate([np.zeros(0, np.float32), *(-self.rows[chunk] for chunk in chunks)])
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.3, 0.5, 1.0])
+def test_quantiles_are_those_chunk_by_chunk(quantile, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(aggregation, "CHUNKS_AT_ONCE", 7)
+    rng, lengths = np.random.default_rng(5), [1, 2, 3, 9, 40, 1, 6, 5, 8, 30, 2, 4]
+    corpus = Corpus(write_corpus(tmp_path / "corpus", [[5] * length for length in lengths], tiny_tokenizer))
+    tokens = {}
+    for role in ("teacher", "reference"):
+        tokens[role] = [np.float32(rng.choice([-1.0, -2.5, -7.0, NAN], length - 1)) for length in lengths]
+        tokens[role][7][:] = NAN
+    monkeypatch.setattr(
+        aggregation, "TokenScores", lambda folder, corpus, rule: Stored(tokens[rule.removesuffix("_loss")])
+    )
+    mean = np.float32([NAN, -1, -1, -1, -1, NAN, -INF, -1, -1, -1, -1, -1])
+    columns = {"teacher_log_prob": mean, "reference_log_prob": mean, "score": mean, "num_tokens": lengths}
+    folders = {"teacher": "t", "reference": "r"}
+    for names in (("score",), ("reference_log_prob",), ("teacher_log_prob", "reference_log_prob")):
+        found = token_quantiles(columns, corpus, folders, names, quantile)
+        assert all(found[name] is columns[name] for name in columns if name not in names)
+        for name, row in ((name, row) for name in names for row in range(len(lengths))):
+            if name == "score":
+                values = tokens["teacher"][row] - tokens["reference"][row]
+            else:
+                values = tokens[name.removesuffix("_log_prob")][row]
+            values = values[np.isfinite(values)]
+            if len(values) and np.isfinite(mean[row]):
+                assert found[name][row] == pytest.approx(np.quantile(values, quantile), rel=1e-6)
+            else:
+                assert np.isnan(found[name][row])
 
 
 def streams(rng) -> tuple[list[list[int]], list[str], dict[str, list[list[tuple[int, int]]]]]:

@@ -170,7 +170,10 @@ def test_shares_that_cannot_be(shares, message):
         (dict(temperature=1e7), "at most 1,000,000"),
         (dict(min_tokens=0), "at least 1"),
         (dict(max_repeats=0), "at least 1"),
-        (dict(aggregate="sum", score="ratio"), "sum changes nothing with score ratio"),
+        (dict(aggregate="sum", score="ratio"), "score ratio is one of means: leave it or aggregate sum out"),
+        (dict(aggregate="quantile", quantile=1.5), "between 0 and 1, got 1.5"),
+        (dict(aggregate="quantile", quantile=math.nan), "between 0 and 1, got nan"),
+        (dict(quantile=0.9), "no say without aggregate quantile"),
     ],
     ids=str,
 )

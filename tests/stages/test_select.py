@@ -15,6 +15,7 @@ from miniplm.analysis.overlap import overlap
 from miniplm.analysis.provenance import Rule
 from miniplm.data import corpus as storage
 from miniplm.data.corpus import Corpus
+from miniplm.data.token_scores import TokenScores
 from miniplm.runtime.artifacts import read_manifest
 from miniplm.runtime.errors import UserError
 from miniplm.stages import select as stage
@@ -283,3 +284,30 @@ def test_sums_and_scores_of_documents(tmp_path, tiny_tokenizer, capsys):
     assert capsys.readouterr().out.count("(nats per token)") == 2
     card = model_card._score(Rule(ratio=0.5, aggregate="sum", document_scores=True))
     assert card.endswith(", summed over the tokens, the mean over each document's chunks")
+
+
+def test_quantiles_of_tokens(tmp_path, tiny_corpus, tiny_model, capsys):
+    """From stored log-probabilities, of one folder or of two; without them it is refused in one line."""
+    teacher, small = tiny_model(tmp_path / "teacher"), tiny_model(tmp_path / "small", seed=1)
+    run_score(tiny_corpus, tmp_path / "both", teacher=teacher, reference=small, tokens=True)
+    run_score(tiny_corpus, tmp_path / "t", teacher=teacher, tokens=True)
+    run_score(tiny_corpus, tmp_path / "r", reference=small, tokens=True)
+    run_score(tiny_corpus, tmp_path / "bare", reference=small)
+    rule = dict(ratio=0.5, aggregate="quantile", quantile=0.25)
+    run_select(tiny_corpus, tmp_path / "both", tmp_path / "one", **rule)
+    run_select(tiny_corpus, [tmp_path / "t", tmp_path / "r"], tmp_path / "two", **rule)
+    corpus = Corpus(tiny_corpus)
+    differences = TokenScores(tmp_path / "both", corpus, "difference")
+    quantiles = [np.nanquantile(differences.of([row]), 0.25) if row != 17 else -9 for row in range(40)]
+    best = sorted(sorted(range(40), key=lambda row: -quantiles[row])[:20])
+    kept = [corpus.rows([row])[0].tolist() for row in best]
+    assert chunks_of(tmp_path / "one") == chunks_of(tmp_path / "two") == kept
+    assert read_manifest(tmp_path / "one")["selection"]["rule"] == rule
+    assert "the quantile 0.25 over the tokens" in model_card._score(Rule(**rule))
+    with pytest.raises(
+        UserError, match=r"bare holds no log-probabilities per token: run miniplm score --tokens"
+    ):
+        run_select(tiny_corpus, [tmp_path / "t", tmp_path / "bare"], tmp_path / "none", **rule)
+    run_select(
+        tiny_corpus, [tmp_path / "t", tmp_path / "bare"], tmp_path / "three", score="teacher", **rule
+    )
