@@ -308,6 +308,4 @@ def test_quantiles_of_tokens(tmp_path, tiny_corpus, tiny_model, capsys):
         UserError, match=r"bare holds no log-probabilities per token: run miniplm score --tokens"
     ):
         run_select(tiny_corpus, [tmp_path / "t", tmp_path / "bare"], tmp_path / "none", **rule)
-    run_select(
-        tiny_corpus, [tmp_path / "t", tmp_path / "bare"], tmp_path / "three", score="teacher", **rule
-    )
+    run_select(tiny_corpus, [tmp_path / "t", tmp_path / "bare"], tmp_path / "three", score="teacher", **rule)
