@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from scoring_runs import needs_scaled_rows
 from transformers import LlamaConfig, Qwen3Config
 
 from miniplm.analysis.scoring import score_batch
@@ -95,6 +96,7 @@ def test_training(with_teacher, monkeypatch):
     assert difference < 1e-4, difference
 
 
+@needs_scaled_rows
 def test_float8_scores(monkeypatch):
     """Rounded to float8 in the kernel and in the reference; near those without float8 both times."""
     dtype = (
