@@ -39,7 +39,10 @@ SCORES = {  # what chunks were compared by
     "reference": REFERENCE,
 }
 
-PROXIES = {"ngram": "a linear model of hashed n-grams"}  # what scores were predicted by
+PROXIES = {  # what scores were predicted by
+    "ngram": "a linear model of hashed n-grams",
+    "transformer": "a small transformer",
+}
 TOKEN_RULES = {  # the tokens that count in the loss
     "difference": "the highest log-probability under {teacher} minus that under {reference}",
     "teacher_loss": "the lowest log-probability under {teacher}",

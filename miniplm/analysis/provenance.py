@@ -48,7 +48,7 @@ class Selection(Record):
 class Predicted(Record):
     """What predicted scores, and how well it ranks held-out chunks."""
 
-    kind: Literal["ngram"]
+    kind: Literal["ngram", "transformer"]
     spearman: Figure
 
 

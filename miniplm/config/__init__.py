@@ -8,7 +8,7 @@ from .arguments import from_arguments, from_dict
 from .checks import BATCH_CHUNKS, BATCH_TOKENS, MICRO_BATCH_TOKENS, SHARD_CHUNKS
 from .data import PrepareConfig, RetokenizeConfig, ScoreConfig, SelectConfig, SynthesizeConfig
 from .fields import shown
-from .proxy import NgramConfig, ProxyFitConfig, ProxyScoreConfig
+from .proxy import NgramConfig, ProxyFitConfig, ProxyScoreConfig, TransformerConfig
 from .publishing import (
     DemoConfig,
     EvaluateConfig,
@@ -72,6 +72,7 @@ __all__ = [
     "SynthesizeConfig",
     "TokensConfig",
     "TrainConfig",
+    "TransformerConfig",
     "from_arguments",
     "from_dict",
     "read_mapping",

@@ -77,6 +77,6 @@ class NgramProxy(NamedTuple):
         found = grams(chunks, self.eos_token_id, self.orders, len(self.weights))
         return found.counts, self.mean + found.means(self.weights)
 
-    def flops(self, positions: int) -> int:
+    def flops(self, positions: int, squares: int = 0) -> int:
         """Of the predictions for chunks with so many positions in all: a weight and its sum each."""
         return 2 * self.orders * positions

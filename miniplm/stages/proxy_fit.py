@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from ..analysis.agreement import held_out_agreement, print_agreement
 from ..config import ProxyFitConfig
@@ -19,7 +20,10 @@ from ..data.batches import split_by_tokens
 from ..data.corpus import Corpus
 from ..data.sampling import sampled_chunks
 from ..data.scores import ROLES, read_score_manifest, read_scores
+from ..data.tokenizer import check_same_tokens, load_tokenizer
+from ..models.loading import load_model, model_hash
 from ..models.ngram import Grams, NgramProxy, grams
+from ..models.regression import ScoreRegressor
 from ..runtime.artifacts import (
     MANIFEST,
     complete_output,
@@ -29,12 +33,22 @@ from ..runtime.artifacts import (
     recorded,
     reopen_output,
 )
+from ..runtime.devices import choose_device, choose_dtype
 from ..runtime.errors import UserError
 from ..runtime.progress import Progress, note
 from ..runtime.text import printable
 from ..runtime.wall_time import timed
 from ..training import ridge
-from ..training.proxies import forget_state, read_state, save_state, write_weights
+from ..training.checkpoints import latest_checkpoint
+from ..training.proxies import (
+    Proxy,
+    forget_state,
+    prediction_flops,
+    read_state,
+    save_state,
+    write_proxy,
+)
+from ..training.regression import Regression, TransformerProxy, steps_of
 
 BATCH_TOKENS = 2**18
 MIN_CHUNKS = 10  # to learn from
@@ -43,12 +57,16 @@ SAVE_SECONDS = 60.0  # of work that a kill may lose
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is learnt from, and the identity of the output. manifest: of the scores."""
+    """What is learnt from, and the identity of the output.
+
+    manifest: of the scores; device: of a transformer.
+    """
 
     config: ProxyFitConfig
     corpus: Corpus
     manifest: dict[str, Any]
     identity: dict[str, Any]
+    device: torch.device
 
     @property
     def output(self) -> Path:
@@ -79,13 +97,17 @@ def proxy_fit(config: ProxyFitConfig) -> None:
             return
         note(f"the proxy in {plan.output} was complete, but {lost}: it is fitted anew")
     sample, held_out = _read(plan)
+    regression = _regression(plan, sample) if config.kind == "transformer" else None
     open_output(
         plan.output, "proxy fit", plan.identity
-    )  # claimed only now: bad scores leave no folder behind
+    )  # claimed only now: bad input leaves no folder behind
     with exclusive(plan.output), timed(plan.output):
         reopen_output(plan.output)
-        proxy, flops = _fit_ngrams(plan, sample)
-        files = write_weights(plan.output, {"weights": proxy.weights, "mean": np.array(proxy.mean)})
+        if regression is None:
+            proxy, flops = _fit_ngrams(plan, sample)
+        else:
+            proxy, flops = _fit_transformer(plan, sample, regression)
+        files = write_proxy(plan.output, proxy)
         _finish(plan, proxy, flops, files, sample, held_out)
 
 
@@ -102,9 +124,21 @@ def _plan(config: ProxyFitConfig) -> _Plan:
         raise UserError(
             f"score folder {config.scores} has no scores of a {missing[0]}: score with both models"
         )
+    device = choose_device(config.device)
     names = ("held_out", "ratio", "seed", "kind")
-    settings = {name: getattr(config, name) for name in names} | {config.kind: asdict(config.ngram)}
-    return _Plan(config, corpus, manifest, {"corpus": corpus.fingerprint, "scores": scored, **settings})
+    settings = {name: getattr(config, name) for name in names}
+    if config.transformer.init_from is None:
+        settings["ngram"] = asdict(config.ngram)
+    else:
+        folder = latest_checkpoint(config.transformer.init_from)
+        check_same_tokens(
+            load_tokenizer(corpus.tokenizer), load_tokenizer(folder), config.transformer.init_from
+        )
+        settings["transformer"] = asdict(config.transformer) | {"init_from": model_hash(folder)}
+        settings["dtype"] = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
+        settings["device"] = device.type
+    identity = {"corpus": corpus.fingerprint, "scores": scored, **settings}
+    return _Plan(config, corpus, manifest, identity, device)
 
 
 def _read(plan: _Plan) -> tuple[_Scored, _Scored]:
@@ -123,7 +157,8 @@ def _read(plan: _Plan) -> tuple[_Scored, _Scored]:
             f"out; at least {MIN_CHUNKS} must be, and as many be left: score a larger sample"
         )
     held_out, rest = np.sort(order[:count]), np.sort(order[count:])
-    return tuple(_Scored(part, scores[part].astype(np.float64)) for part in (rest, held_out))
+    true = scores.astype(np.float64)
+    return _Scored(rest, true[rest]), _Scored(held_out, true[held_out])
 
 
 # ---- the n-gram model ----
@@ -148,7 +183,7 @@ def _fit_ngrams(plan: _Plan, sample: _Scored) -> tuple[NgramProxy, int]:
             progress.update(len(found.rows))
 
     with Progress("proxy fit", None) as progress:
-        state = ridge.load(read_state(plan.output, ridge.shapes(settings.buckets)))
+        state = ridge.load(read_state(plan.output))
         if state is None:
             state = ridge.begin(batches, settings.buckets)
         saved = time.monotonic()
@@ -164,11 +199,58 @@ def _fit_ngrams(plan: _Plan, sample: _Scored) -> tuple[NgramProxy, int]:
     ), flops
 
 
+# ---- the transformer ----
+
+
+def _regression(plan: _Plan, sample: _Scored) -> Regression:
+    """A fit at its beginning; UserError unless the model knows the corpus's ids."""
+    config, corpus = plan.config, plan.corpus
+    settings, name = config.transformer, str(config.transformer.init_from)
+    body = load_model(latest_checkpoint(name), torch.float32, plan.device)
+    if corpus.highest_id >= len(body.head_weight):
+        raise UserError(
+            f"model {name} knows {len(body.head_weight)} ids, corpus {config.data} has ids up to "
+            f"{corpus.highest_id}: start from a model that was made for its tokenizer"
+        )
+    proxy = TransformerProxy(
+        ScoreRegressor(body),
+        float(sample.scores.mean()),
+        float(sample.scores.std()) or 1.0,
+        corpus.eos_token_id,
+        plan.manifest["identity"]["document_mask"],
+        choose_dtype(config.dtype, plan.device),
+        settings.batch_tokens,
+    )
+    lengths = corpus.num_tokens[sample.chunks]
+    steps = steps_of(lengths, settings.batch_tokens, settings.epochs, config.seed)
+    return Regression(proxy, settings.lr, steps)
+
+
+def _fit_transformer(plan: _Plan, sample: _Scored, run: Regression) -> tuple[TransformerProxy, int]:
+    """(the fitted model, its FLOPs), from where a killed fit was."""
+    corpus, settings = plan.corpus, plan.config.transformer
+    if (state := read_state(plan.output)) is not None:
+        run.load(state)
+    positions = [int((corpus.num_tokens[sample.chunks[step]] - 1).sum()) for step in run.steps]
+    saved = time.monotonic()
+    with Progress("proxy fit", sum(positions), done=sum(positions[: run.done])) as progress:
+        while run.done < len(run.steps):
+            step = run.steps[run.done]
+            loss = run.train(corpus.rows(sample.chunks[step]), sample.scores[step])
+            progress.note(f"loss {loss:.4f}")
+            progress.update(positions[run.done - 1])
+            if time.monotonic() - saved >= SAVE_SECONDS:
+                save_state(plan.output, run.tensors())
+                saved = time.monotonic()
+    # Forward, and twice as much backward.
+    return run.proxy, 3 * settings.epochs * prediction_flops(run.proxy, corpus, sample.chunks)
+
+
 # ---- the end ----
 
 
 def _finish(
-    plan: _Plan, proxy: NgramProxy, flops: int, files: dict[str, str], sample: _Scored, held_out: _Scored
+    plan: _Plan, proxy: Proxy, flops: int, files: dict[str, str], sample: _Scored, held_out: _Scored
 ) -> None:
     """Measure on what was held out, mark the output complete, and print what came out."""
     corpus = plan.corpus
@@ -181,7 +263,7 @@ def _finish(
         "held_out": agreement,
         **{key: plan.manifest[key] for key in (*ROLES, "vocab_size")},
         **{key: corpus.manifest[key] for key in ("eos_token_id", "tokenizer_fingerprint")},
-        "flops": {"proxy": flops + proxy.flops(int((corpus.num_tokens[held_out.chunks] - 1).sum()))},
+        "flops": {"proxy": flops + prediction_flops(proxy, corpus, held_out.chunks)},
         "files": files,
     }
     complete_output(plan.output, results)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from ..config import ProxyScoreConfig
+from ..config import BATCH_TOKENS, ProxyScoreConfig
 from ..data.batches import split_by_tokens
 from ..data.corpus import Corpus
 from ..data.scores import ROLES, SCORE_COLUMNS, score_figures, shard_path, whole_hash, write_shard
-from ..models.ngram import NgramProxy
 from ..runtime.artifacts import (
     MANIFEST,
     complete_output,
@@ -25,13 +25,14 @@ from ..runtime.artifacts import (
     recorded,
     reopen_output,
 )
+from ..runtime.devices import choose_device, choose_dtype
 from ..runtime.errors import UserError
 from ..runtime.progress import Progress, note
 from ..runtime.text import printable
 from ..runtime.wall_time import timed
-from ..training.proxies import read_proxy
+from ..training.proxies import Proxy, prediction_flops, read_manifest_of, read_proxy
 
-BATCH_TOKENS = 2**18
+READ_TOKENS = 2**18  # at a time
 CARRIED = ("teacher", "reference", "dtype", "document_mask")  # of the scores' identity
 
 
@@ -39,15 +40,22 @@ CARRIED = ("teacher", "reference", "dtype", "document_mask")  # of the scores' i
 class _Plan:
     """What is predicted for, by what, and into which files.
 
-    manifest: of the proxy; shards: the chunks of each file; identity: of the output.
+    manifest: of the proxy; device, dtype, batch_tokens: for a transformer; shards: the chunks of each file;
+    identity: of the output.
     """
 
     corpus: Corpus
-    proxy: NgramProxy
+    config: ProxyScoreConfig
     manifest: dict[str, Any]
-    output: Path
+    device: torch.device
+    dtype: torch.dtype
+    batch_tokens: int
     shards: list[np.ndarray]
     identity: dict[str, Any]
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output)
 
 
 def proxy_score(config: ProxyScoreConfig) -> None:
@@ -64,18 +72,19 @@ def proxy_score(config: ProxyScoreConfig) -> None:
     if complete and not todo:
         print(printable(f"The scores in {plan.output} are complete, nothing to do."))
         return
+    proxy = read_proxy(plan.config.proxy, plan.manifest, plan.device, plan.dtype, plan.batch_tokens)
     open_output(plan.output, "proxy score", plan.identity)
     with exclusive(plan.output), timed(plan.output):
         if complete:
             note(f"score file {shard_path(plan.output, todo[0])} is missing or damaged: predicted anew")
         reopen_output(plan.output, {"files": _files(plan, whole)})
-        _write_shards(plan, todo, whole)
-        _finish(plan)
+        _write_shards(plan, proxy, todo, whole)
+        _finish(plan, proxy)
 
 
 def _plan(config: ProxyScoreConfig) -> _Plan:
     corpus = Corpus(config.data)
-    manifest, proxy = read_proxy(config.proxy)
+    manifest = read_manifest_of(config.proxy)
     for key in ("tokenizer_fingerprint", "eos_token_id"):
         if manifest[key] != corpus.manifest[key]:
             raise UserError(
@@ -94,11 +103,17 @@ def _plan(config: ProxyScoreConfig) -> _Plan:
         "proxy": manifest["checksum"],
         "shard_rows": config.shard_chunks,
     }
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    batch_tokens = config.batch_tokens or BATCH_TOKENS.on(device.type)
+    if learnt["kind"] == "transformer":
+        identity |= {"predicted_in": str(dtype).removeprefix("torch."), "batch_tokens": batch_tokens}
+        identity["device"] = device.type
     chunks = np.arange(len(corpus))
     shards = [
         chunks[start : start + config.shard_chunks] for start in range(0, len(chunks), config.shard_chunks)
     ]
-    return _Plan(corpus, proxy, manifest, Path(config.output), shards, identity)
+    return _Plan(corpus, config, manifest, device, dtype, batch_tokens, shards, identity)
 
 
 def _whole_shards(plan: _Plan) -> dict[int, str]:
@@ -116,7 +131,7 @@ def _files(plan: _Plan, whole: dict[int, str]) -> dict[str, str]:
     return {shard_path(plan.output, number).name: whole[number] for number in sorted(whole)}
 
 
-def _write_shards(plan: _Plan, todo: list[int], whole: dict[int, str]) -> None:
+def _write_shards(plan: _Plan, proxy: Proxy, todo: list[int], whole: dict[int, str]) -> None:
     """Write the score files that are not whole, and their hashes into the manifest as they come."""
     corpus = plan.corpus
     positions = corpus.num_tokens - 1
@@ -124,8 +139,8 @@ def _write_shards(plan: _Plan, todo: list[int], whole: dict[int, str]) -> None:
     with Progress("proxy score", total, done=total - left) as progress:
         for number in todo:
             chunks, parts = plan.shards[number], []
-            for part in split_by_tokens(corpus.num_tokens[chunks], BATCH_TOKENS):
-                parts.append(plan.proxy.predict(corpus.rows(chunks[part])))
+            for part in split_by_tokens(corpus.num_tokens[chunks], READ_TOKENS):
+                parts.append(proxy.predict(corpus.rows(chunks[part])))
                 progress.update(int(positions[chunks[part]].sum()))
             counts, scores = (np.concatenate(values) for values in zip(*parts, strict=True))
             nothing = np.full(len(chunks), np.nan)
@@ -134,9 +149,9 @@ def _write_shards(plan: _Plan, todo: list[int], whole: dict[int, str]) -> None:
             record_output(plan.output, {"files": _files(plan, whole)})
 
 
-def _finish(plan: _Plan) -> None:
+def _finish(plan: _Plan, proxy: Proxy) -> None:
     """Mark the output complete, and print what came out."""
-    figures, corpus = score_figures(plan.output, len(plan.shards), "score"), plan.corpus
+    figures = score_figures(plan.output, len(plan.shards), "score")
     agreement = plan.manifest["held_out"]
     predicted = {"kind": plan.manifest["identity"]["kind"]}
     predicted |= {key: agreement[key] for key in ("spearman", "equal_selections", "ratio")}
@@ -144,7 +159,7 @@ def _finish(plan: _Plan) -> None:
         **{key: plan.manifest[key] for key in (*ROLES, "vocab_size")},
         **figures,
         "predicted": predicted,
-        "flops": {"proxy": plan.proxy.flops(int((corpus.num_tokens - 1).sum()))},
+        "flops": {"proxy": prediction_flops(proxy, plan.corpus)},
     }
     complete_output(plan.output, results)
     print(

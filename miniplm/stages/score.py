@@ -146,7 +146,7 @@ def _plan(config: ScoreConfig) -> _Plan:
     dtype, reason = _choose_dtype(config, device)
     batch_tokens = config.batch_tokens or BATCH_TOKENS.on(device.type)
     shard_chunks = config.shard_chunks or SHARD_CHUNKS.on(device.type)
-    identity = {
+    identity: dict[str, Any] = {
         "corpus": corpus.fingerprint,
         **{role: model_hash(folders[role]) if role in names else None for role in ROLES},
         "dtype": str(dtype).removeprefix("torch."),

@@ -80,6 +80,14 @@ class RunCost(NamedTuple):
         return round(steps)
 
 
+def corpus_work(
+    corpus: Corpus, document_mask: bool, chunks: np.ndarray | slice = slice(None)
+) -> tuple[int, int]:
+    """(positions, squared lengths) of chunks of a corpus, in all: what forward passes cost by."""
+    squares = squared_lengths(corpus, document_mask)[chunks]
+    return int((corpus.num_tokens[chunks] - 1).sum()), int(squares.sum())
+
+
 def corpus_flops(
     models: Mapping[str, LanguageModel],
     corpus: Corpus,
@@ -87,8 +95,7 @@ def corpus_flops(
     chunks: np.ndarray | slice = slice(None),
 ) -> dict[str, int]:
     """What forward passes over chunks of a corpus (all, if they are not given) cost, by the models' names."""
-    tokens = int((corpus.num_tokens[chunks] - 1).sum())
-    squares = int(squared_lengths(corpus, document_mask)[chunks].sum())
+    tokens, squares = corpus_work(corpus, document_mask, chunks)
     return {name: forward_cost(model).of(tokens, squares) for name, model in models.items()}
 
 

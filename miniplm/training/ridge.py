@@ -70,13 +70,6 @@ def tensors(state: RidgeState) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in state._asdict().items()}
 
 
-def shapes(buckets: int) -> dict[str, tuple[int, ...]]:
-    """Of those tensors, by name."""
-    return {
-        name: (buckets,) if kind is np.ndarray else () for name, kind in RidgeState.__annotations__.items()
-    }
-
-
 def load(found: dict[str, np.ndarray] | None) -> RidgeState | None:
     """The state in the tensors of a file, if there are any."""
     if found is None:

@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from corpora import write_corpus
 from export_runs import make_students
+from proxy_runs import EOS, random_chunks
 from scoring_runs import run_score
 
 
@@ -40,3 +42,18 @@ def work(tiny_corpus, tiny_model, tmp_path_factory) -> Path:
 def student_run(work, tmp_path) -> Path:
     """A training output of one's own."""
     return Path(shutil.copytree(work / "refined-student", tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def proxy_corpus(tiny_tokenizer, tmp_path_factory) -> str:
+    chunks = random_chunks(0, 300)
+    chunks[7] = [EOS]  # nothing to score
+    domains = ["books" if row % 5 else "code" for row in range(len(chunks))]
+    return write_corpus(tmp_path_factory.mktemp("proxy") / "corpus", chunks, tiny_tokenizer, domains)
+
+
+@pytest.fixture(scope="session")
+def sample(proxy_corpus, teacher, reference, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sample") / "scores"
+    run_score(proxy_corpus, folder, teacher=teacher, reference=reference, sample=0.5, shard_chunks=20)
+    return folder

@@ -1,6 +1,5 @@
 """proxy fit and proxy score: what is learnt, what is written, resuming, and what is refused."""
 
-import random
 import shutil
 
 import numpy as np
@@ -8,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from corpora import chunks_of, forget_checksums, read_score_files, write_corpus
 from outputs import contents
+from proxy_runs import NGRAM, Stopped, fit, load_proxy, predict, random_chunks, stop_at_call
 from scoring_runs import run_score
 
 from miniplm.cli import main
@@ -22,34 +22,11 @@ from miniplm.stages.proxy_fit import proxy_fit
 from miniplm.stages.proxy_score import proxy_score
 from miniplm.stages.select import select
 from miniplm.training import ridge
-from miniplm.training.proxies import read_proxy
-
-EOS = 0
-NGRAM = NgramConfig(buckets=4096, ridge=0.01)
-
-
-def random_chunks(seed: int, count: int) -> list[list[int]]:
-    rng = random.Random(seed)
-    topics = [rng.sample(range(1, 500), 4) for _ in range(12)]
-    return [
-        rng.choices(rng.choice(topics), k=rng.randint(20, 60)) + [EOS] * rng.randint(0, 1)
-        for _ in range(count)
-    ]
 
 
 @pytest.fixture(scope="module")
-def corpus(tiny_tokenizer, tmp_path_factory) -> str:
-    chunks = random_chunks(0, 300)
-    chunks[7] = [EOS]  # nothing to score
-    domains = ["books" if row % 5 else "code" for row in range(len(chunks))]
-    return write_corpus(tmp_path_factory.mktemp("proxy") / "corpus", chunks, tiny_tokenizer, domains)
-
-
-@pytest.fixture(scope="module")
-def sample(corpus, teacher, reference, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sample") / "scores"
-    run_score(corpus, folder, teacher=teacher, reference=reference, sample=0.5, shard_chunks=20)
-    return folder
+def corpus(proxy_corpus) -> str:
+    return proxy_corpus
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +43,12 @@ def predicted(corpus, proxy, tmp_path_factory):
     return folder
 
 
-def columns(folder) -> dict[str, np.ndarray]:
-    """The scores of a folder that has one for every chunk, in the corpus's order."""
-    return read_score_files(folder)
-
-
 # ---- the sample ----
 
 
 def test_sample_is_marked_and_its_scores_are_those_of_the_whole(corpus, sample, teacher, reference, tmp_path):
     run_score(corpus, tmp_path / "whole", teacher=teacher, reference=reference)
-    whole, part = columns(tmp_path / "whole"), columns(sample)
+    whole, part = read_score_files(tmp_path / "whole"), read_score_files(sample)
     domain = np.arange(300) % 5 == 0
     assert (domain[part["index"]].sum(), len(part["index"])) == (30, 150)
     assert (np.diff(part["index"]) > 0).all()
@@ -88,22 +60,6 @@ def test_sample_is_marked_and_its_scores_are_those_of_the_whole(corpus, sample, 
         read_json(tmp_path / "whole" / "manifest.json")["flops"]["teacher"], rel=0.1
     )
     assert "sample" not in read_json(tmp_path / "whole" / "manifest.json")["identity"]
-
-
-class Stopped(BaseException):
-    """As a kill: nothing catches it."""
-
-
-def stop_at_call(monkeypatch, module, name: str, number: int) -> None:
-    calls, original = [], getattr(module, name)
-
-    def stopping(*arguments):
-        calls.append(1)
-        if len(calls) == number:
-            raise Stopped
-        return original(*arguments)
-
-    monkeypatch.setattr(module, name, stopping)
 
 
 def test_a_stopped_sample_ends_in_the_same_bytes(corpus, sample, teacher, reference, tmp_path, monkeypatch):
@@ -143,19 +99,15 @@ def test_an_incomplete_sample_is_not_learnt_from(corpus, sample, tmp_path):
 # ---- the fit ----
 
 
-def fit(corpus, scores, output, **settings) -> None:
-    proxy_fit(ProxyFitConfig(str(corpus), str(scores), str(output), **{"ngram": NGRAM, **settings}))
-
-
 def test_what_is_learnt_ranks_what_was_held_out(corpus, proxy, sample, capsys):
     manifest = read_json(proxy / "manifest.json")
-    found, part = manifest["held_out"], columns(sample)
+    found, part = manifest["held_out"], read_score_files(sample)
     finite = part["index"][np.isfinite(part["score"])]
     order = np.random.default_rng(0).permutation(finite)
     held_out = np.sort(order[: round(0.1 * len(finite))])
     assert (found["rows"], manifest["chunks"]) == (len(held_out), len(finite) - len(held_out))
     true = part["score"][np.searchsorted(part["index"], held_out)].astype(float)
-    predicted = read_proxy(proxy)[1].predict([np.array(chunks_of(corpus)[chunk]) for chunk in held_out])[1]
+    predicted = load_proxy(proxy).predict([np.array(chunks_of(corpus)[chunk]) for chunk in held_out])[1]
     ranks = [np.argsort(np.argsort(values)) for values in (true, predicted)]
     assert found["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-6) and found["spearman"] > 0.7
     kept = [rank >= len(rank) - len(rank) // 2 for rank in ranks]
@@ -240,16 +192,15 @@ def test_scores_that_cannot_be_learnt_from(corpus, sample, predicted, teacher, t
 # ---- the predictions ----
 
 
-def predict(corpus, proxy, output, **settings) -> None:
-    proxy_score(ProxyScoreConfig(str(corpus), str(proxy), str(output), **{"shard_chunks": 70, **settings}))
-
-
 def test_predictions_have_the_form_of_scores(corpus, proxy, predicted, sample):
-    found, chunks = columns(predicted), [np.array(ids) for ids in chunks_of(corpus)]
-    counts, scores = read_proxy(proxy)[1].predict(chunks)
+    found, chunks = read_score_files(predicted), [np.array(ids) for ids in chunks_of(corpus)]
+    counts, scores = load_proxy(proxy).predict(chunks)
     assert found["index"].tolist() == list(range(300))
     assert found["num_tokens"].tolist() == counts.tolist()
-    assert found["num_tokens"][columns(sample)["index"]].tolist() == columns(sample)["num_tokens"].tolist()
+    assert (
+        found["num_tokens"][read_score_files(sample)["index"]].tolist()
+        == read_score_files(sample)["num_tokens"].tolist()
+    )
     np.testing.assert_array_equal(found["score"], scores.astype(np.float32))
     assert np.flatnonzero(np.isnan(found["score"])).tolist() == [7]
     assert np.isnan(found["teacher_log_prob"]).all() and np.isnan(found["reference_log_prob"]).all()
@@ -293,7 +244,7 @@ def select_ratio(corpus, scores, output, **settings) -> None:
 
 def test_select_takes_predictions_as_they_are(corpus, predicted, tmp_path, capsys):
     select_ratio(corpus, predicted, tmp_path / "r", ratio=0.3, compare=corpus)
-    score = columns(predicted)["score"]
+    score = read_score_files(predicted)["score"]
     best = sorted(np.argsort(-np.where(np.isnan(score), -np.inf, score), kind="stable")[:90].tolist())
     assert chunks_of(tmp_path / "r") == [chunks_of(corpus)[chunk] for chunk in best]
     table = Corpus(tmp_path / "r").table
