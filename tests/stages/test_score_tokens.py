@@ -16,12 +16,14 @@ from scoring_runs import SMALL, run_score
 
 from miniplm.analysis.scoring import score_batch
 from miniplm.cli import main
+from miniplm.config import SelectConfig
 from miniplm.data.batches import IGNORE_INDEX, pack
 from miniplm.data.corpus import Corpus
 from miniplm.data.token_scores import TokenScores, write_tokens
 from miniplm.models.base import LanguageModel
 from miniplm.runtime.errors import UserError
 from miniplm.runtime.files import hash_files, read_json
+from miniplm.stages.select import select
 
 EOS = 0
 
@@ -205,6 +207,14 @@ def test_a_run_with_tokens_is_another_one(
         command += f" --shard-chunks {SMALL['shard_chunks']} --batch-tokens {SMALL['batch_tokens']}"
         code = main([*command.split(), "--device", "cpu", "--dtype", "float32", *flags])
         assert code == 2 and "holds another score run (tokens was " in capsys.readouterr().err
+
+
+def test_select_takes_them_as_other_scores(with_tokens, scores, tiny_corpus, tmp_path):
+    for name, folder in (("tokens", with_tokens), ("plain", scores)):
+        select(SelectConfig(data=tiny_corpus, scores=[str(folder)], output=str(tmp_path / name)))
+    found, plain = (contents(tmp_path / name) for name in ("tokens", "plain"))
+    assert found.pop("manifest.json") != plain.pop("manifest.json")
+    assert found == plain
 
 
 def test_read_by_their_numbers(with_tokens, tiny_corpus):

@@ -208,6 +208,7 @@ def test_the_command(tiny_corpus, token_scores, tmp_path, capsys):
 @pytest.mark.parametrize("damage", [flip_bit, cut, remove, swap])
 def test_damaged_scores_are_told(damage, tiny_corpus, token_scores, tmp_path, capsys):
     folder = Path(shutil.copytree(token_scores, tmp_path / "s"))
+    TokenScores(folder, Corpus(tiny_corpus), "difference")  # what is remembered of them holds no longer
     damage(folder / "tokens-00002.arrow", random.Random(0))
     assert main(command(tiny_corpus, folder, tmp_path / "out")) == 2
     (line,) = capsys.readouterr().err.splitlines()
