@@ -288,7 +288,7 @@ def _rms_norm_backward(where: Target, width: int, itemsize: int) -> list[Config]
         blocks = _whole_rows(elements, width)
         warps = min(16, max(4, blocks["BLOCK_R"] * blocks["BLOCK_D"] // 512))
         per_processor = max(1, 16 // warps)
-        together = blocks["BLOCK_D"] * itemsize <= 32768  # beyond, registers do not hold the row and the sum
+        together = blocks["BLOCK_D"] <= 8192  # beyond, registers do not hold the row and the sum
         return Config({**blocks, "SUM": together}, warps if together else 32, per_processor=per_processor)
 
     if where.backend == "cpu":

@@ -76,6 +76,8 @@ def load(text: str) -> Any:
         return _construct(loader, node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
+        if "nest" in (error.problem or ""):  # PyYAML 6.0.4 and newer have a limit of their own
+            raise ValueError("nested too deeply") from None
         where = f" (line {mark.line + 1:,}, column {mark.column + 1:,})" if mark else ""
         raise ValueError(f"not valid YAML{where}") from None
     except yaml.YAMLError:
