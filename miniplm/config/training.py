@@ -27,6 +27,7 @@ MAX_HEAD_DIM = 256  # what the attention kernels are tested with
 MAX_POSITIONS = 2**31 - 1
 MAX_STEP_TOKENS = 2**26  # a step's ids are in memory at once
 MAX_STEPS = 2**31 - 1
+MAX_TIMEOUT = 604_800  # a week
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,22 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How a run that torchrun starts is spread over its processes, the ranks. None of it changes the
+    mathematics."""
+
+    replicate: int = 1
+    """Copies of the model, each in slices on as many ranks; as many as ranks: every rank has all of it."""
+    timeout: float = 600.0
+    """Seconds after which a rank that does not answer ends the run."""
+
+    def __post_init__(self) -> None:
+        require_count(self, "replicate", high=MAX_STEPS, group="parallel.")
+        require_finite(self, "timeout", positive=True, group="parallel.")
+        require(self.timeout <= MAX_TIMEOUT, f"parallel.timeout must be at most {MAX_TIMEOUT:,} seconds")
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """The loss on a corpus that is not trained on."""
 
@@ -253,6 +270,8 @@ class TrainConfig:
     """Evaluation on a held-out corpus."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Several processes."""
     log_interval: int = 10
     """Steps between lines of metrics.jsonl."""
     max_skipped_steps: int = 10

@@ -76,6 +76,25 @@ class DataOrder:
         return self._cached[1:]
 
 
+def size_for_ranks(num_tokens: int, longest: int, micro_batch_tokens: int, world: int) -> int:
+    """Tokens of a micro-batch, at most micro_batch_tokens, of which `world` ranks get equally many of a
+    global batch of num_tokens predictions in rows of up to `longest`. For one rank it stays."""
+    if world == 1 or micro_batch_tokens <= longest:
+        return micro_batch_tokens
+    # Less than a row is missing in a micro-batch: of num_tokens / n + longest there are at most n.
+    rounds = -(-num_tokens // (world * (micro_batch_tokens - longest)))
+    return min(micro_batch_tokens, -(-num_tokens // (world * rounds)) + longest)
+
+
+def share_of_rank(batches: list[Batch], eos_token_id: int, rank: int, world: int) -> list[Batch]:
+    """The micro-batches of a rank. All ranks get equally many: where there is none left, one without a
+    target. Of one rank all."""
+    share = batches[rank::world]
+    if len(share) < -(-len(batches) // world):
+        share.append(pack([np.array([eos_token_id, eos_token_id])], eos_token_id))
+    return share
+
+
 def global_batch(
     rows: Sequence[np.ndarray], eos_token_id: int, micro_batch_tokens: int, document_mask: bool = False
 ) -> list[Batch]:

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,9 +115,12 @@ class TransformersLM(LanguageModel):
         causal attention if any."""
         return estimated_flops(self.wrapped, context)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        own = weights and {name.removeprefix("wrapped."): tensor for name, tensor in weights.items()}
         with quiet_transformers():
-            self.wrapped.save_pretrained(folder)
+            self.wrapped.save_pretrained(folder, state_dict=own)
 
 
 def estimated_flops(model: Any, context: int) -> int:

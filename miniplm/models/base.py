@@ -1,6 +1,7 @@
 """LanguageModel: what every stage works with."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,8 +31,14 @@ class LanguageModel(nn.Module):
         """Forward FLOPs per token in documents of `context` tokens."""
         raise NotImplementedError
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write config.json, generation_config.json and the weights for transformers."""
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write config.json, generation_config.json and the weights for transformers.
+
+        Args:
+            weights: instead of the model's own: whole, under the names of its state dict.
+        """
         raise NotImplementedError
 
     def num_parameters(self) -> int:

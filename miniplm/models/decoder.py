@@ -6,7 +6,7 @@ So a Hugging Face checkpoint is its state dict as it is, and its state dict is o
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -215,9 +215,11 @@ class Decoder(LanguageModel):
             self.config.num_attention_heads * _head_dim(self.config),
         )
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], weights: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Write config.json, generation_config.json and model.safetensors (shards and an index above 5 GB)
-        for transformers."""
+        for transformers; see LanguageModel."""
         from huggingface_hub import save_torch_state_dict
         from transformers import GenerationConfig
 
@@ -230,7 +232,9 @@ class Decoder(LanguageModel):
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
         ).save_pretrained(folder)
-        save_torch_state_dict(self.state_dict(), os.fspath(folder), max_shard_size=MAX_SHARD_SIZE)
+        save_torch_state_dict(
+            dict(weights or self.state_dict()), os.fspath(folder), max_shard_size=MAX_SHARD_SIZE
+        )
 
 
 def _head_dim(config: "PreTrainedConfig") -> int:

@@ -29,6 +29,7 @@ from ..runtime.artifacts import (
     reopen_output,
 )
 from ..runtime.devices import choose_device, choose_dtype
+from ..runtime.distributed import ALONE, Ranks, device_of_rank, ranks_of_run
 from ..runtime.errors import UserError
 from ..runtime.files import fingerprint, read_json
 from ..runtime.interrupts import stop_signals
@@ -37,16 +38,20 @@ from ..runtime.progress import note
 from ..runtime.text import printable
 from ..runtime.wall_time import timed
 from ..training.checkpoints import (
+    Checkpoint,
     checkpoint_folder,
     checkpoint_folders,
     find_checkpoint,
     latest_checkpoint,
     load_optimizer,
+    read_checkpoint,
 )
 from ..training.cost import RunCost, TrainingFlops, flops_of_run
-from ..training.loop import Setup, TrainingRun
-from ..training.metrics import Metrics, read_lines
+from ..training.loop import TrainingRun
+from ..training.metrics import Metrics, NoMetrics, read_lines
+from ..training.parallel import check_replicas, spread
 from ..training.results import is_complete, run_results
+from ..training.setup import Setup
 from ..training.starting import Sources, initial_model, load_teacher, set_checkpointing
 from ..training.state import TrainState
 from ..training.step import learning_rate, make_optimizer, num_targets
@@ -68,43 +73,88 @@ def train(config: TrainConfig) -> None:
     Raises:
         UserError: the inputs cannot be used or do not fit together, or the output holds another run.
         TrainingDiverged: max_skipped_steps steps in a row had a loss or gradient that is not finite.
-        Interrupted: SIGTERM or SIGINT came; the last finished step is saved.
+        RankFailed, RankLost: another rank met an error, died, or hangs.
+        Interrupted: SIGTERM or SIGINT came, to one of the ranks; the last finished step is saved.
     """
-    (setup, sources), output = _set_up(config), Path(config.output)
-    if is_complete(output, setup):
+    with (
+        ranks_of_run(choose_device(config.device), config.parallel.timeout) as ranks,
+        ranks.first_speaks(),
+        ranks.naming_lost(),
+    ):
+        _train(config, ranks)
+
+
+def _train(config: TrainConfig, ranks: Ranks) -> None:
+    output, complete = Path(config.output), False
+    with ranks.together():
+        setup, sources = _set_up(config, ranks)
+        if ranks.is_first:
+            complete = is_complete(output, setup)
+    if ranks.any(complete):
         print(printable(f"training {output} is complete, nothing to do"))
         return
-    # Made before the output is claimed: weights that cannot be read must not leave a run behind.
-    first_model = None if checkpoint_folders(output) else initial_model(config, setup, sources)
-    teacher = load_teacher(config, setup, sources.teacher) if sources.teacher else None
-    open_output(output, "train", setup.identity)
+    with ranks.together():
+        # Made before the output is claimed: weights that cannot be read must not leave a run behind.
+        first_model = None if checkpoint_folders(output) else initial_model(config, setup, sources)
+        teacher = load_teacher(config, setup, sources.teacher) if sources.teacher else None
+        if ranks.is_first:
+            open_output(output, "train", setup.identity)
     if budget := setup.identity.get("flops"):
         note(f"{setup.steps:,} steps cost nearest to {budget:.4g} FLOPs")
     _warn_of_long_warm_up(config, setup.steps)
-    with exclusive(output), timed(output), stop_signals() as raise_if_interrupted:
-        checkpoint = find_checkpoint(output, fingerprint(setup.identity))
-        reopen_output(output)  # a complete one gets here where a part of it is lost
-        if checkpoint:
-            state = checkpoint.state
-            note(f"continuing after step {state.step:,} of {setup.steps:,}")
-            model = load_model(checkpoint.folder, torch.float32, setup.device)
-            set_checkpointing(model, config)
-        else:
-            state, model = TrainState(), first_model or initial_model(config, setup, sources)
-        model.eval()  # no dropout, as published; so a step depends on no random numbers
+    with contextlib.ExitStack() as held, stop_signals() as raise_if_interrupted:
+        checkpoint = _find_checkpoint(output, setup, ranks, held)
+        with ranks.together():
+            if checkpoint:
+                state = checkpoint.state
+                note(f"continuing after step {state.step:,} of {setup.steps:,}")
+                model = load_model(checkpoint.folder, torch.float32, setup.device)
+                set_checkpointing(model, config)
+            else:
+                state, model = TrainState(), first_model or initial_model(config, setup, sources)
+            model.eval()  # no dropout, as published; so a step depends on no random numbers
+        spread(model, ranks, config.parallel.replicate, setup.dtype)
         optimizer = make_optimizer(model, config.optimizer)
         if checkpoint:
             load_optimizer(optimizer, model, checkpoint.folder, state.optimizer_steps)
-        with contextlib.closing(Metrics(output, state)) as metrics, _memory_errors(config):
-            run = TrainingRun(config, setup, model, teacher, optimizer, state, metrics, raise_if_interrupted)
+        metrics = held.enter_context(contextlib.closing(_metrics(output, state, ranks)))
+        with _memory_errors(config):
+            run = TrainingRun(
+                config, setup, model, teacher, optimizer, state, metrics, raise_if_interrupted, ranks
+            )
             tokens_per_second = run.run()
-    cost = RunCost(
-        setup.order,
-        squared_lengths(setup.corpus, config.document_mask),
-        forward_cost(model),
-        forward_cost(teacher.model) if teacher else None,
-    )
-    _finish(config, setup, cost, model, state, metrics.last, tokens_per_second)
+    with ranks.together():
+        if ranks.is_first:
+            cost = RunCost(
+                setup.order,
+                squared_lengths(setup.corpus, config.document_mask),
+                forward_cost(model),
+                forward_cost(teacher.model) if teacher else None,
+            )
+            _finish(config, setup, cost, model, state, metrics.last, tokens_per_second)
+
+
+def _find_checkpoint(
+    output: Path, setup: Setup, ranks: Ranks, held: contextlib.ExitStack
+) -> Checkpoint | None:
+    """The checkpoint that the run continues from, if any, with the output kept from others."""
+    checkpoint = None
+    with ranks.together():
+        if ranks.is_first:
+            held.enter_context(exclusive(output))
+            held.enter_context(timed(output))
+            checkpoint = find_checkpoint(output, fingerprint(setup.identity))
+            reopen_output(output)  # a complete one gets here where a part of it is lost
+    step = ranks.of_first(checkpoint.state.step if checkpoint else -1)
+    with ranks.together():
+        return checkpoint if ranks.is_first or step < 0 else read_checkpoint(checkpoint_folder(output, step))
+
+
+def _metrics(output: Path, state: TrainState, ranks: Ranks) -> Metrics | NoMetrics:
+    with ranks.together():
+        metrics = Metrics(output, state) if ranks.is_first else None
+    last_step = ranks.of_first(metrics.last["step"] if metrics else 0)
+    return metrics or NoMetrics(last_step)
 
 
 @contextlib.contextmanager
@@ -123,10 +173,11 @@ def _memory_errors(config: TrainConfig) -> Iterator[None]:
 # ---- before the first step ----
 
 
-def _set_up(config: TrainConfig) -> tuple[Setup, Sources]:
+def _set_up(config: TrainConfig, ranks: Ranks = ALONE) -> tuple[Setup, Sources]:
     """Read and check all that the run is made of, but for the models' weights."""
     check_trace(config.profile)
-    device = choose_device(config.device)
+    check_replicas(config.parallel.replicate, ranks.world)
+    device = device_of_rank(choose_device(config.device), ranks.place)
     dtype = choose_dtype(config.dtype, device)
     corpus = Corpus(config.data)
     if not (manifest := corpus.manifest)["predictions"]:

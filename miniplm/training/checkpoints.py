@@ -14,6 +14,7 @@ torch.distributed.checkpoint is not used: its .metadata file is a pickle, and no
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from ..runtime.artifacts import MANIFEST, damaged_file, is_as_written
 from ..runtime.errors import UserError, system_error
 from ..runtime.files import atomic_folder, fingerprint, hash_files, read_json, write_json
 from ..runtime.progress import note
+from .parallel import sliced_like
 from .state import TrainState, state_from_json, state_to_json
 
 STATE_FILE, OPTIMIZER_FILE = "trainer_state.json", "optimizer.safetensors"
@@ -167,28 +169,24 @@ def save_checkpoint(
     state: TrainState,
     tokenizer: str,
     identity: str,
+    gathered: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]] | None = None,
 ) -> None:
     """Write a checkpoint.
 
     Args:
         tokenizer: the folder whose files are copied.
         identity: fingerprint of the run's identity.
+        gathered: of a model that lies in slices on several ranks, (its state dict, optimizer_tensors), whole.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic_folder(folder) as temporary:
         shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
-        tensors = {}
-        for name, parameter in model.named_parameters():
-            for key in OPTIMIZER_STATE:
-                has_state = state.optimizer_steps > 0
-                tensors[f"{key}.{name}"] = (
-                    optimizer.state[parameter][key] if has_state else torch.zeros_like(parameter)
-                )
+        weights, tensors = gathered or (None, optimizer_tensors(model, optimizer, state))
         try:
-            model.save_pretrained(temporary)
-            save_file(tensors, temporary / OPTIMIZER_FILE)
+            model.save_pretrained(temporary, weights)
+            save_file(dict(tensors), temporary / OPTIMIZER_FILE)
         except SafetensorError as error:  # how the library reports a full disk
             raise system_error(error, folder) or error from None
         files = {
@@ -197,6 +195,20 @@ def save_checkpoint(
             if file.is_file()
         }
         write_json(temporary / STATE_FILE, state_to_json(identity, state, files))
+
+
+def optimizer_tensors(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, state: TrainState
+) -> dict[str, torch.Tensor]:
+    """AdamW's state by its names in a checkpoint; before the first step, when there is none, zeros."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key in OPTIMIZER_STATE:
+            has_state = state.optimizer_steps > 0
+            tensors[f"{key}.{name}"] = (
+                optimizer.state[parameter][key] if has_state else torch.zeros_like(parameter)
+            )
+    return tensors
 
 
 def read_checkpoint(folder: Path, with_optimizer: bool = True) -> Checkpoint:
@@ -241,7 +253,7 @@ def load_optimizer(
         for index, (name, parameter) in enumerate(model.named_parameters()):
             # Copies, because the tensors of an open file are the file.
             states[index] = {
-                key: file.get_tensor(f"{key}.{name}").to(parameter.device, copy=True)
+                key: sliced_like(file.get_tensor(f"{key}.{name}").to(parameter.device, copy=True), parameter)
                 for key in OPTIMIZER_STATE
             }
             states[index]["step"] = torch.tensor(float(optimizer_steps))

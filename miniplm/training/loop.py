@@ -7,46 +7,37 @@ it alone, so a run that was stopped and continued computes the same bits as one 
 import math
 import time
 from collections.abc import Callable, Generator
-from typing import NamedTuple
 
 import torch
 
 from ..config import TrainConfig
-from ..data.batches import Batch, pinned, prefetch
-from ..data.corpus import Corpus
-from ..data.order import DataOrder, global_batch
-from ..data.token_masks import keep_best_tokens
-from ..data.token_scores import TokenScores
+from ..data.order import share_of_rank
 from ..models.base import LanguageModel
 from ..models.flops import training_flops
 from ..runtime.devices import peak_flops
+from ..runtime.distributed import ALONE, Ranks
 from ..runtime.errors import RunError
 from ..runtime.files import fingerprint
 from ..runtime.interrupts import Interrupted
 from ..runtime.profiling import trace
 from ..runtime.progress import Progress, note
-from .checkpoints import checkpoint_folder, checkpoint_folders, prune_checkpoints, save_checkpoint
+from .checkpoints import (
+    checkpoint_folder,
+    checkpoint_folders,
+    optimizer_tensors,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from .memory import MIN_MICRO_BATCH_TOKENS, choose_micro_batch_tokens
-from .metrics import Metrics
+from .metrics import Metrics, NoMetrics
+from .parallel import gathered, only_slices
+from .setup import GlobalBatch, Setup, global_batches
 from .state import TrainState
-from .step import LOSS_COMPONENTS, Teacher, eval_loss, learning_rate, num_targets, train_step
+from .step import LOSS_COMPONENTS, Teacher, eval_loss, learning_rate, train_step
 
 
 class TrainingDiverged(RunError):
     """Too many steps in a row had a loss or a gradient that is not finite."""
-
-
-class Setup(NamedTuple):
-    """What a run is made of, settled before anything is written."""
-
-    device: torch.device
-    dtype: torch.dtype
-    corpus: Corpus
-    order: DataOrder
-    steps: int
-    eval_batches: list[Batch]  # of the evaluation corpus; empty without one
-    identity: dict  # all that determines the result
-    token_scores: TokenScores | None  # by which the tokens to train on are chosen; None: all are
 
 
 class TrainingRun:
@@ -55,6 +46,8 @@ class TrainingRun:
     Args:
         setup: its model and teacher computing on setup.device.
         raise_if_interrupted: raises Interrupted once the run is to stop; called between micro-batches too.
+        ranks: takes its share of each global batch, of a model spread over all. Each calls the same; rank 0
+            writes.
     """
 
     def __init__(
@@ -65,20 +58,23 @@ class TrainingRun:
         teacher: Teacher | None,
         optimizer: torch.optim.Optimizer,
         state: TrainState,
-        metrics: Metrics,
+        metrics: Metrics | NoMetrics,
         raise_if_interrupted: Callable[[], None],
+        ranks: Ranks = ALONE,
     ):
         self.config, self.setup, self.model, self.teacher = config, setup, model, teacher
         self.optimizer, self.state, self.metrics = optimizer, state, metrics
-        self.raise_if_interrupted = raise_if_interrupted
+        self.raise_if_interrupted = ranks.stop_together(raise_if_interrupted)
+        self.ranks = ranks
         context = setup.order.epoch_tokens // len(setup.order.rows)
         self.flops = training_flops(model, context, teacher.model if teacher else None)  # per token
         self.student_flops = training_flops(model, context)
-        self.peak_flops = 1e12 * config.peak_tflops if config.peak_tflops else peak_flops(setup.device)
+        peak = 1e12 * config.peak_tflops if config.peak_tflops else peak_flops(setup.device)
+        self.peak_flops = ranks.world * peak
         self.last_saved_step = state.step
         self.step_times: list[tuple[float, int]] = []  # (seconds, tokens) of each step
         self.logged_step_times = 0  # how many of them are in a line of the metrics
-        self.batches: Generator[list[Batch], None, None]
+        self.batches: Generator[GlobalBatch, None, None]
         if metrics.last["step"] == state.step:  # this step's line was written after its checkpoint
             self.start_new_line()
 
@@ -103,7 +99,7 @@ class TrainingRun:
         )
         tokens_per_step, steps = self.config.batch_tokens, self.setup.steps
         self.progress = Progress("train", steps * tokens_per_step, done=self.state.step * tokens_per_step)
-        with trace(self.config.profile) as profiler_step, self.progress:
+        with trace(self.config.profile if self.ranks.is_first else None) as profiler_step, self.progress:
             try:
                 while True:
                     self.save_and_log()
@@ -127,32 +123,32 @@ class TrainingRun:
         """Take the next step. False where it did not fit into memory: it is still to come, in smaller
         micro-batches."""
         start = time.perf_counter()
-        micro_batches = next(self.batches)
+        batch = next(self.batches)
         lr = learning_rate(self.state.step + 1, self.setup.steps, self.config.optimizer)
         smaller = None
         try:
             loss, grad_norm, *loss_components = train_step(
                 self.model,
                 self.optimizer,
-                micro_batches,
+                batch.micro_batches,
                 lr,
                 self.config.optimizer.max_grad_norm,
                 self.setup.dtype,
                 self.raise_if_interrupted,
                 self.teacher,
+                self.ranks,
             )
         except torch.OutOfMemoryError:
             smaller = (self.state.micro_batch_tokens or 0) // 2
-            if smaller < MIN_MICRO_BATCH_TOKENS:
+            if smaller < MIN_MICRO_BATCH_TOKENS or self.ranks.world > 1:  # the others are within the step
                 raise
         if smaller:  # the error, which holds on to memory, is gone by now
             self.retry_smaller(smaller)
             return False
-        tokens = sum(len(batch.targets) for batch in micro_batches)
         if self.setup.token_scores:
-            self.state.trained_tokens += num_targets(micro_batches)
-        self.step_times.append((time.perf_counter() - start, tokens))
-        self.count(tokens, loss, grad_norm, loss_components)
+            self.state.trained_tokens += batch.targets
+        self.step_times.append((time.perf_counter() - start, batch.tokens))
+        self.count(batch.tokens, loss, grad_norm, loss_components)
         self.progress.note(f"loss {loss:.4f}, lr {lr:.2e}")
         return True
 
@@ -174,28 +170,21 @@ class TrainingRun:
 
     def make_batches(self, micro_batch_tokens: int) -> None:
         """Make the batches of the steps to come, in the background."""
-        setup, config = self.setup, self.config
-        self.state.micro_batch_tokens = None if config.micro_batch_tokens else micro_batch_tokens
-
-        def step_batches(step: int) -> list[Batch]:
-            chunks = setup.order.step(step)
-            rows = setup.corpus.rows(chunks)
-            batches = global_batch(rows, setup.corpus.eos_token_id, micro_batch_tokens, config.document_mask)
-            if setup.token_scores:
-                batches = keep_best_tokens(batches, setup.token_scores.of(chunks), config.tokens.ratio)
-            return list(pinned(batches, setup.device))
-
-        self.batches = prefetch(step_batches(step) for step in range(self.state.step, setup.steps))
+        self.state.micro_batch_tokens = None if self.config.micro_batch_tokens else micro_batch_tokens
+        self.batches = global_batches(
+            self.config, self.setup, self.ranks, self.state.step, micro_batch_tokens
+        )
 
     def chosen_size(self) -> int:
         """Tokens of a micro-batch where neither the config nor an earlier process says how many."""
-        return choose_micro_batch_tokens(
+        size = choose_micro_batch_tokens(
             self.model,
             self.setup.device,
             self.setup.dtype,
             with_teacher=self.teacher is not None,
             checkpointing=self.config.activation_checkpointing,
         )
+        return self.ranks.smallest(size)
 
     def retry_smaller(self, micro_batch_tokens: int) -> None:
         """After a step that ran out of memory: free it, and go on in micro-batches of this size."""
@@ -236,6 +225,18 @@ class TrainingRun:
 
     def save(self) -> None:
         """Write a checkpoint of this step, and remove those that are not to be kept."""
+        whole = None
+        if self.ranks.world > 1:
+            only_slices(self.model)
+            slices = self.model.state_dict(keep_vars=True)
+            moments = optimizer_tensors(self.model, self.optimizer, self.state)
+            whole = gathered(slices, self.ranks), gathered(moments, self.ranks)
+        with self.ranks.together():
+            if self.ranks.is_first:
+                self.write_checkpoint(whole)
+        self.last_saved_step = self.state.step
+
+    def write_checkpoint(self, whole: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None) -> None:
         self.metrics.sync()
         save_checkpoint(
             checkpoint_folder(self.config.output, self.state.step),
@@ -244,10 +245,10 @@ class TrainingRun:
             self.state,
             self.setup.corpus.tokenizer,
             fingerprint(self.setup.identity),
+            *([whole] if whole else []),
         )
         if not self.state.skipped_in_a_row:  # else the weights may be past rescue: the older ones are kept
             prune_checkpoints(self.config.output, self.config.checkpoint.keep)
-        self.last_saved_step = self.state.step
 
     def log(self) -> None:
         """Write a line of metrics, with an evaluation if it is due."""
@@ -266,7 +267,9 @@ class TrainingRun:
             "mfu": rate and self.flops * rate / self.peak_flops,
         }
         if self.is_eval_due():
-            loss = eval_loss(self.model, self.setup.eval_batches, self.setup.dtype, self.raise_if_interrupted)
+            ranks, eos = self.ranks, self.setup.corpus.eos_token_id
+            batches = share_of_rank(self.setup.eval_batches, eos, ranks.rank, ranks.world)
+            loss = eval_loss(self.model, batches, self.setup.dtype, self.raise_if_interrupted, self.ranks)
             line["eval_loss"] = _finite(loss)
         if state.skipped_in_a_row:
             line["skipped"] = True

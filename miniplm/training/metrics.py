@@ -101,6 +101,22 @@ def _is_figure(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isfinite(value))
 
 
+class NoMetrics:
+    """In the place of Metrics where another rank writes them."""
+
+    def __init__(self, last_step: int):
+        self.last: dict = {"step": last_step}
+
+    def write(self, line: dict) -> None:
+        self.last = line
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class Metrics:
     """Writes the lines of a run.
 

@@ -6,8 +6,8 @@ from ..runtime.artifacts import MANIFEST, open_output, read_manifest
 from ..runtime.errors import UserError
 from ..runtime.progress import note
 from .checkpoints import DamagedCheckpoint, checkpoint_folders, read_checkpoint
-from .loop import Setup
 from .metrics import read_lines
+from .setup import Setup
 from .state import TrainState
 from .step import LOSS_COMPONENTS
 

@@ -10,7 +10,7 @@ from ..models.base import LanguageModel
 from ..models.decoder import Decoder, unsupported_reason
 from ..models.loading import TransformersLM, load_model
 from ..runtime.errors import UserError
-from .loop import Setup
+from .setup import Setup
 from .step import Teacher
 
 

@@ -3,7 +3,7 @@
 With data/order.py it trains a model on rows of ids; no corpus on disk is needed.
 
 One optimiser step takes a global batch in micro-batches; its loss is the mean over all targets of the global
-batch, −(1/n) Σ log p, however it is cut. With a teacher (Vanilla KD) it is the mean of
+batch, −(1/n) Σ log p, however it is cut and spread over ranks. With a teacher (Vanilla KD) it is the mean of
 (1 − α)·(−log p) + α·KL(teacher ‖ student) over the same targets. Weights, gradients and the optimiser's state
 are float32; forward and backward compute in `dtype`.
 """
@@ -19,7 +19,9 @@ from ..config import OptimizerConfig
 from ..data.batches import IGNORE_INDEX, Batch
 from ..kernels import linear_cross_entropy, linear_distillation_loss
 from ..models.base import LanguageModel
+from ..runtime.distributed import ALONE, Ranks
 from .memory import head_logits_bytes
+from .parallel import sum_gradients_after, whole
 
 LOSS_COMPONENTS = ("cross_entropy", "kl_divergence")  # of the loss with a teacher
 
@@ -123,34 +125,44 @@ def train_step(
     dtype: torch.dtype,
     raise_if_interrupted: Callable[[], None] = lambda: None,
     teacher: Teacher | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[float, ...]:
     """One optimiser step on a global batch; the weights stay as they are where the loss or the gradient norm
     is not finite.
 
     Args:
+        model: on several ranks one of parallel.spread.
         optimizer: that of make_optimizer.
+        micro_batches: of this rank; each has as many.
         dtype: of forward and backward; the parameters are float32.
-        raise_if_interrupted: called between micro-batches; if it raises, the weights stay as they are.
+        raise_if_interrupted: called between micro-batches; if it raises, the weights stay as they are. On
+            several ranks it raises on all or on none.
     Returns:
         (loss, gradient norm before clipping), with a teacher (loss, gradient norm, cross-entropy, KL
         divergence). Losses are means over all targets of the global batch, in nats; NaN if there are none.
     """
     counts = [num_targets([batch]) for batch in micro_batches]
-    count = sum(counts) or math.nan
+    count = ranks.sum(sum(counts)) or math.nan
     device = model.head_weight.device
     optimizer.zero_grad()
     total = torch.zeros(3 if teacher else 1, device=device)
     # All are moved now: a copy from memory that is not pinned waits for the device, and between micro-batches
     # that would drain its queue.
-    for batch, targets in zip([batch.to(device) for batch in micro_batches], counts, strict=True):
+    on_device = [batch.to(device) for batch in micro_batches]
+    for number, (batch, targets) in enumerate(zip(on_device, counts, strict=True), 1):
         raise_if_interrupted()
+        if ranks.world > 1:
+            sum_gradients_after(model, is_last=number == len(on_device))
         if teacher:
             losses = distillation_losses(model, teacher, batch, dtype) * (targets / count)
         else:
             losses = summed_loss(model, batch, dtype)[None] / count
         losses[0].backward()
         total += losses.detach()
+    ranks.add_up(total)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    if ranks.world > 1:
+        grad_norm = whole(grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     # Where found_inf is 1 the fused step leaves all as it is: the device decides, the host need not wait
@@ -169,11 +181,12 @@ def eval_loss(
     batches: list[Batch],
     dtype: torch.dtype,
     raise_if_interrupted: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> float:
-    """Mean −log p over all targets of the batches, in nats. `raise_if_interrupted` is called between
-    batches."""
+    """Mean −log p over all targets of the batches of all ranks, in nats; each rank has as many batches.
+    `raise_if_interrupted` is called between batches."""
     total = torch.zeros((), dtype=torch.float64, device=model.head_weight.device)
     for batch in batches:
         raise_if_interrupted()
         total += summed_loss(model, batch.to(total.device), dtype)
-    return total.item() / num_targets(batches)
+    return ranks.add_up(total).item() / ranks.sum(num_targets(batches))

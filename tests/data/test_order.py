@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from miniplm.data.order import DataOrder
+from miniplm.data.order import DataOrder, global_batch, share_of_rank, size_for_ranks
 from miniplm.runtime.errors import UserError
+from miniplm.training.step import num_targets
 
 
 def stream(num_tokens, seed, shuffle, epochs):
@@ -75,3 +76,29 @@ def test_totals_are_those_of_the_steps(lengths):
     for steps in range(12):
         rows = np.concatenate([np.zeros(0, np.int64), *(order.step(step) for step in range(steps))])
         assert order.total(values, steps) == values[rows].sum()
+
+
+@pytest.mark.parametrize("longest, micro_batch_tokens", [(40, 400), (40, 100), (40, 41), (64, 70), (90, 70)])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_ranks_share_a_global_batch(longest, micro_batch_tokens, world):
+    """Each row once, as many micro-batches for all, none larger than asked for where rows are shorter; and no
+    more of them than such micro-batches that miss a row each would be."""
+    generator = np.random.default_rng(world)
+    rows = [np.full(n + 1, number + 1) for number, n in enumerate(generator.integers(1, longest + 1, 150))]
+    total = sum(len(row) - 1 for row in rows)
+    size = size_for_ranks(total, longest, micro_batch_tokens, world)
+    batches = global_batch(rows, 0, size)
+    shares = [share_of_rank(batches, 0, rank, world) for rank in range(world)]
+    assert {len(share) for share in shares} == {-(-len(batches) // world)}
+    assert sum(num_targets(share) for share in shares) == total
+    found = [int(batch.input_ids[start]) for share in shares for batch in share for start in starts_of(batch)]
+    assert sorted(number for number in found if number) == list(range(1, 151))
+    assert all(len(batch.targets) <= max(micro_batch_tokens, longest) for batch in batches)
+    if world > 1 and micro_batch_tokens > longest:
+        assert len(shares[0]) <= -(-total // (world * (micro_batch_tokens - longest)))
+    if world == 1:
+        assert size == micro_batch_tokens
+
+
+def starts_of(batch):
+    return batch.row_cu_seqlens[:-1].tolist()
