@@ -103,6 +103,7 @@ def proxy_fit(config: ProxyFitConfig) -> None:
     )  # claimed only now: bad input leaves no folder behind
     with exclusive(plan.output), timed(plan.output):
         reopen_output(plan.output)
+        proxy: Proxy
         if regression is None:
             proxy, flops = _fit_ngrams(plan, sample)
         else:
