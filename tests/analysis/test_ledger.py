@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from corpora import chunks_of
 from scoring_runs import needs_scaled_rows
 from torch.utils.flop_counter import FlopCounterMode
 from training_runs import make_config, metrics, scores_again
@@ -17,6 +18,9 @@ from miniplm.cli import main
 from miniplm.config import (
     DistillConfig,
     EvalConfig,
+    NgramConfig,
+    ProxyFitConfig,
+    ProxyScoreConfig,
     RetokenizeConfig,
     ScoreConfig,
     SelectConfig,
@@ -24,6 +28,8 @@ from miniplm.config import (
 )
 from miniplm.runtime.files import read_json, write_json
 from miniplm.runtime.wall_time import wall_time
+from miniplm.stages.proxy_fit import proxy_fit
+from miniplm.stages.proxy_score import proxy_score
 from miniplm.stages.retokenize import retokenize
 from miniplm.stages.score import score
 from miniplm.stages.select import select
@@ -131,6 +137,34 @@ def test_scores_of_tokens_are_offline_work(house, tmp_path):
     assert found["missing"] == [
         f"scores of corpus {read_json(tmp_path / 'run' / 'manifest.json')['identity']['corpus']}"
     ]
+
+
+@pytest.mark.slow
+def test_predicted_scores_cost_the_sample_the_fit_and_the_prediction(house, tmp_path):
+    corpus, here = str(house.runs / "pool"), tmp_path / "proxies"
+    sample, proxy, predicted, refined = (
+        str(here / name) for name in ("sample", "proxy", "predicted", "refined")
+    )
+    models = dict(teacher=house.teacher, reference=str(house.runs / "reference"))
+    score(ScoreConfig(data=corpus, output=sample, sample=0.9, device="cpu", dtype="float32", **models))
+    proxy_fit(ProxyFitConfig(corpus, sample, proxy, held_out=0.3, ngram=NgramConfig(buckets=99)))
+    proxy_score(ProxyScoreConfig(corpus, proxy, predicted))
+    select(SelectConfig(data=corpus, scores=[predicted], output=refined))
+    train(replace(house.student, data=refined, output=str(here / "run"), steps=2))
+    (found,) = miniplm.ledger(runs=[str(here / "run")], inputs=[str(house.runs)], json=True)["runs"]
+    costs = {
+        name: sum(read_json(here / name / "manifest.json")["flops"].values())
+        for name in ("sample", "proxy", "predicted")
+    }
+    expected = costs | {"refined": 0, "reference": house.training, "pool": 0}
+    assert {entry["name"]: entry["flops"] for entry in found["offline"]} == expected
+    assert costs["predicted"] == 2 * 3 * 1 * sum(len(ids) - 1 for ids in chunks_of(corpus))
+    assert costs["predicted"] < costs["proxy"] < costs["sample"] < house.scores
+    assert found["missing"] == [] and found["offline_flops"] == sum(costs.values()) + house.training
+    shutil.rmtree(proxy)
+    (found,) = miniplm.ledger(runs=[str(here / "run")], inputs=[str(house.runs)], json=True)["runs"]
+    identity = read_json(here / "predicted" / "manifest.json")["identity"]
+    assert found["missing"] == [f"proxy {identity['proxy']}"] and found["all_in_flops"] is None
 
 
 @pytest.mark.slow

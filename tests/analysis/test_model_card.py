@@ -15,6 +15,7 @@ from miniplm.analysis.evaluation import Evaluation
 from miniplm.analysis.model_card import CardFacts, model_card
 from miniplm.analysis.provenance import read_provenance
 from miniplm.config import ExportConfig
+from miniplm.runtime.errors import UserError
 
 LOSSES = {"rows": 3, "non_finite_rows": 0, "tokens": 90, "loss": 2.5, "perplexity": 12.18}
 OPTIMIZER = {
@@ -61,8 +62,15 @@ def manifest(name: str) -> dict:
     }
 
 
-def make_card(name: str, front: str = "en", location: str = "model", domains: dict | None = None) -> str:
-    """The card with `name` in every place of the body, and `front` in the front matter."""
+def make_card(
+    name: str,
+    front: str = "en",
+    location: str = "model",
+    domains: dict | None = None,
+    predicted: dict | None = None,
+) -> str:
+    """The card with `name` in every place of the body, and `front` in the front matter; of a selection by
+    predicted scores, if they are."""
     evaluation = Evaluation(
         **LOSSES,
         model=name,
@@ -73,7 +81,9 @@ def make_card(name: str, front: str = "en", location: str = "model", domains: di
         dtype=name,
         domains={name: LOSSES} if domains is None else domains,
     )
-    provenance = read_provenance(manifest(name), "manifest.json")
+    found = manifest(name)
+    found["corpus"]["scores"][0] |= {"predicted": predicted} if predicted else {}
+    provenance = read_provenance(found, "manifest.json")
     losses = {"loss": (150, 2.25), "eval_loss": (150, None)}
     architecture = {"architectures": [name], "hidden_size": 32, "intermediate_size": [1, 2]}
     facts = CardFacts(name, architecture, provenance, 150, 4096, losses, evaluation)
@@ -189,6 +199,15 @@ def test_only_ids_of_the_hub_are_links(name, linked):
     given = ExportConfig(checkpoint="x", output="y")
     facts = CardFacts("n", {}, read_provenance(manifest(name), "m"), 1, 1, {}, None)
     assert ModelCard(model_card(given, facts, "m")).data.datasets == ([name] if linked else None)
+
+
+def test_predicted_scores_are_told():
+    card = make_card("plain", predicted={"kind": "ngram", "spearman": 0.8391, "ratio": 0.5})
+    (line,) = [line for line in card.splitlines() if line.startswith("| Predicted by")]
+    assert "a linear model of hashed n-grams" in line and "0.839" in line
+    assert "Predicted by" not in make_card("plain")
+    with pytest.raises(UserError, match="predicted"):
+        make_card("plain", predicted={"kind": "oracle", "spearman": 1.0})
 
 
 def test_many_domains():
