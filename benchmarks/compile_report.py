@@ -49,7 +49,11 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 304, 64 << 10, "v_mfma"),
 }
 BY_DEFAULT = ("sm_80", "sm_90", "sm_100", "gfx942")  # the others' few spills are known: docs/facts.md
-HOPPER_ONLY = ("gluon_logits._gluon_logits_kernel",)
+HOPPER_ONLY = (
+    "gluon_logits._gluon_logits_kernel",
+    "attention_backward_single._rows_kernel",
+    "attention_backward_single._single_kernel",
+)
 COLUMNS = ("op", "kernel", "variant", "registers", "spilled", "shared", "matrix", "tma", "broken")
 
 

@@ -139,13 +139,19 @@ def _logits(where: Target, itemsize: int, descriptors: bool, conditional: bool =
     return found[:1] if conditional else found
 
 
+def _blackwell(where: Target) -> bool:
+    """Where some of the tiles that Hopper holds in registers spill, and take more shared memory."""
+    return where.backend == "cuda" and int(where.arch) >= 100
+
+
 def _exponentials(where: Target, itemsize: int, descriptors: bool, conditional: bool = False) -> list[Config]:
     """As _logits, with a tile of the result in shared memory on its way out."""
     if not (descriptors and where.backend == "cuda" and itemsize == 2):
         return _logits(where, itemsize, descriptors, conditional)
     wide = {"BLOCK_T": 128, "BLOCK_V": 256, "BLOCK_D": 64}
     narrow = {**wide, "BLOCK_V": 128}
-    found = [Config(wide, 8, 3), Config(narrow, 8, 4), Config(narrow, 4, 2, per_processor=2)]
+    stages = 2 if _blackwell(where) else 3  # there the sums pass through shared memory too
+    found = [Config(wide, 8, stages), Config(narrow, 8, 4), Config(narrow, 4, 2, per_processor=2)]
     return found[:1] if conditional else found
 
 
@@ -175,15 +181,12 @@ def _attention(where: Target, dim: int, itemsize: int, descriptors: bool) -> lis
             _queries_and_keys(128, 128, 8, 2),
             _queries_and_keys(128, 64, 8, 3),
         ]
+    if _blackwell(where):
+        return [_queries_and_keys(128, 64, 8, 3), _queries_and_keys(128, 128, 8, 2)]
     found = [_queries_and_keys(128, 64, 8, 3, registers=128), _queries_and_keys(128, 128, 8, 2)]
     if dim > 32:
         found.append(_queries_and_keys(64, 64, 4, 3))
     return found
-
-
-def _blackwell(where: Target) -> bool:
-    """Where the backward pass's other tiles, which Hopper holds in registers, spill some of them."""
-    return where.backend == "cuda" and int(where.arch) >= 100
 
 
 def _attention_dq(where: Target, dim: int, itemsize: int, descriptors: bool) -> list[Config]:
@@ -293,7 +296,10 @@ def _rms_norm_backward(where: Target, width: int, itemsize: int) -> list[Config]
 
     if where.backend == "cpu":
         return [Config({**_whole_rows(1, width), "BLOCK_R": 4, "SUM": width < 500})]
-    return [config(4096 // itemsize), config(8192 // itemsize)]
+    found = [config(4096 // itemsize), config(8192 // itemsize)]
+    if where.backend == "cuda" and 90 <= int(where.arch) < 100:
+        return found
+    return found[1:] if _blackwell(where) else found[:1]  # the other one spills 8 bytes for some arguments
 
 
 def _rotary(where: Target, dim: int, itemsize: int) -> list[Config]:
