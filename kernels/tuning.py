@@ -117,10 +117,7 @@ def _time(candidates: list[Config], run: Callable[[Config], Any]) -> Config:
 def _logits(where: Target, itemsize: int, descriptors: bool, conditional: bool = False) -> list[Config]:
     """GEMM-shaped kernels over [BLOCK_T, BLOCK_V] tiles of logits with an accumulator tile in registers. What
     is launched on condition mostly returns at once: there is nothing to time."""
-
-    def blocks(tokens: int, vocabulary: int, width: int) -> dict[str, int]:
-        return {"BLOCK_T": tokens, "BLOCK_V": vocabulary, "BLOCK_D": width}
-
+    blocks = lambda tokens, vocabulary, width: {"BLOCK_T": tokens, "BLOCK_V": vocabulary, "BLOCK_D": width}
     if where.backend == "cpu":
         return [Config(blocks(32, 64, 32))]
     if itemsize == 4:  # no matrix unit computes exact float32 products: small tiles
@@ -274,13 +271,8 @@ def _rms_norm(where: Target, width: int, itemsize: int) -> list[Config]:
     threads."""
     if where.backend == "cpu":
         return [Config({**_whole_rows(1, width), "BLOCK_R": 4})]
-
-    def config(elements: int) -> Config:
-        blocks = _whole_rows(elements, width)
-        warps = min(16, max(4, blocks["BLOCK_R"] * blocks["BLOCK_D"] // 1024))
-        return Config(blocks, warps)
-
-    return [config(8192 // itemsize), config(4096 // itemsize)]
+    blocks = [_whole_rows(size // itemsize, width) for size in (8192, 4096)]
+    return [Config(each, min(16, max(4, each["BLOCK_R"] * each["BLOCK_D"] // 1024))) for each in blocks]
 
 
 def _rms_norm_backward(where: Target, width: int, itemsize: int) -> list[Config]:
@@ -297,9 +289,9 @@ def _rms_norm_backward(where: Target, width: int, itemsize: int) -> list[Config]
     if where.backend == "cpu":
         return [Config({**_whole_rows(1, width), "BLOCK_R": 4, "SUM": width < 500})]
     found = [config(4096 // itemsize), config(8192 // itemsize)]
-    if where.backend == "cuda" and 90 <= int(where.arch) < 100:
-        return found
-    return found[1:] if _blackwell(where) else found[:1]  # the other one spills 8 bytes for some arguments
+    if _blackwell(where):
+        return found[1:]  # the other one spills 8 bytes for some arguments
+    return found if where.descriptors else found[:1]  # as the second does on sm_80
 
 
 def _rotary(where: Target, dim: int, itemsize: int) -> list[Config]:
