@@ -179,7 +179,8 @@ def _attention(where: Target, dim: int, itemsize: int, descriptors: bool) -> lis
             _queries_and_keys(128, 64, 8, 3),
         ]
     if _blackwell(where):
-        return [_queries_and_keys(128, 64, 8, 3), _queries_and_keys(128, 128, 8, 2)]
+        found = [_queries_and_keys(128, 64, 8, 3), _queries_and_keys(128, 128, 8, 2)]
+        return found if dim <= 64 else found[1:]
     found = [_queries_and_keys(128, 64, 8, 3, registers=128), _queries_and_keys(128, 128, 8, 2)]
     if dim > 32:
         found.append(_queries_and_keys(64, 64, 4, 3))
