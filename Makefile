@@ -61,7 +61,7 @@ peers: $(VENV)/installed-test
 # llama.cpp on what export --gguf writes. It is compiled first: a quarter of an hour on two cores.
 llama-cpp: $(VENV)/installed-test
 	$(PIP) llama-cpp-python
-	$(VENV)/bin/python -m pytest tests/stages/test_export_gguf.py
+	$(VENV)/bin/python -m pytest tests/stages/test_export_gguf.py tests/models/test_gguf_file.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'

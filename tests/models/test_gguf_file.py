@@ -1,10 +1,11 @@
 """GGUF files that we write, read by transformers and, where it is installed, by llama.cpp."""
 
+import itertools
 import json
 
-import numpy as np
 import pytest
 import torch
+from llama_cpp_arithmetic import assert_computes, expected_logits
 from random_models import SIZES, documents, logits, random_model, saved, transformers_logits
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
@@ -245,13 +246,6 @@ def test_without_the_package(tokenizer, tmp_path, monkeypatch):
 # ---- llama.cpp ----
 
 
-def llama_cpp_logits(llama, ids) -> np.ndarray:
-    """[T, V] of one document."""
-    llama.reset()
-    llama.eval(ids)
-    return np.array(llama.scores[: len(ids)], copy=True)
-
-
 TEXTS = ["the teacher keeps 1234 rare  data;\n\n漢字 é🙂 don't DON'T\n", " x1 3.14\t(small) [large]?!", "a"]
 
 
@@ -268,15 +262,8 @@ def test_llama_cpp_computes_the_same(name, rules, tokenizer, tmp_path):
         assert llama.tokenize(text.encode(), add_bos=True) == ids
         assert llama.detokenize(ids).decode() == text
     ids = tokenizer(TEXTS[0])["input_ids"][:40]
-    with torch.inference_mode():
-        expected = rounded_to_half(theirs)(torch.tensor([ids])).logits[0]
-        torch.testing.assert_close(
-            torch.from_numpy(llama_cpp_logits(llama, ids)), expected, atol=0.02, rtol=2e-3
-        )
-        new = theirs.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=0)
-    generated = []
-    for token in llama.generate(ids, temp=0.0):
-        generated.append(token)
-        if len(generated) == 8 or token == tokenizer.eos_token_id:
-            break
-    assert generated == new[0, len(ids) :].tolist()
+    assert_computes(llama, theirs, ids, "f16")
+    generated = list(itertools.islice(llama.generate(ids, temp=0.0), 8))
+    logits = expected_logits(theirs, ids + generated, "f16")[len(ids) - 1 : -1]
+    taken = logits.gather(1, torch.tensor(generated)[:, None])[:, 0]
+    assert (logits.amax(1) - taken <= 0.03).all()  # greedy, but for ties within the error of the logits

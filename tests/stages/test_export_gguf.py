@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from export_runs import PLAN, TINY, publish
+from llama_cpp_arithmetic import assert_computes
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from miniplm.models.loading import load_model
@@ -49,8 +50,8 @@ def test_a_qwen2_student_stays_one(tiny_corpus, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize(("encoding", "error"), [("f16", 5e-3), ("q8_0", 0.05)])
-def test_llama_cpp_computes_the_same(tiny_corpus, tmp_path, family, encoding, error):
+@pytest.mark.parametrize("encoding", ["f16", "q8_0"])
+def test_llama_cpp_computes_the_same(tiny_corpus, tmp_path, family, encoding):
     """Needs the package llama-cpp-python, which is compiled where it is installed (make llama-cpp)."""
     llama_cpp = pytest.importorskip("llama_cpp")
     model = dataclasses.replace(TINY, model_type=family)
@@ -63,11 +64,7 @@ def test_llama_cpp_computes_the_same(tiny_corpus, tmp_path, family, encoding, er
     text = "The teacher keeps what the reference drops: 3.14 (small) [large]\n  é 漢字 🙂!"
     ids = tokenizer(text)["input_ids"]
     assert llama.tokenize(text.encode(), add_bos=False, special=False) == ids
-    llama.eval(ids)
-    found = torch.from_numpy(llama.scores[: len(ids)].copy())
-    with torch.inference_mode():
-        exact = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([ids])).logits[0]
-    assert 0 < (found - exact).norm() < error * exact.norm()
+    assert_computes(llama, AutoModelForCausalLM.from_pretrained(folder), ids, encoding)
     said = llama.create_completion(text, max_tokens=6, temperature=0.0)["choices"][0]
     assert said["finish_reason"] in ("length", "stop")
 
