@@ -25,6 +25,7 @@ from .interrupts import Interrupted
 HEARTBEAT = 1.0  # seconds
 SILENCE = 6.0  # seconds without a heartbeat after which a rank counts as gone
 ANSWER = 10.0  # seconds that the store has for its answer
+FAILED = 1000  # beside the exit codes of interrupts, 128 + n
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 
 
@@ -121,24 +122,35 @@ class Ranks:
             with contextlib.suppress(RuntimeError):  # others are gone too: this one's error is to be told
                 self._all(1)
             raise
-        if failed := [rank for rank, flag in enumerate(self._all(0)) if flag]:
-            raise RankFailed(f"rank {failed[0]} of {self.world} could not go on, and says why: so all stop")
+        if 1 in (flags := self._all(0)):
+            raise self._failed(flags.index(1))
 
-    def stop_together(self, raise_if_interrupted: Callable[[], None]) -> Callable[[], None]:
-        """The same function for all ranks at once: a signal to one interrupts all, at the same call."""
+    def stop_together(self, raise_if_stopped: Callable[[], None]) -> Callable[[], None]:
+        """The same function for all ranks at once: a signal to one interrupts all, at the same call; what
+        fails on one ends all, the others with RankFailed."""
         if self.world == 1:
-            return raise_if_interrupted
+            return raise_if_stopped
 
-        def raise_if_any_is_interrupted() -> None:
-            code = 0
+        def raise_if_any_is_stopped() -> None:
+            code, failure = 0, None
             try:
-                raise_if_interrupted()
+                raise_if_stopped()
             except Interrupted as stopped:
                 code = int(stopped.code or 0)
-            if code := self.largest(code):
+            except Exception as error:
+                code, failure = FAILED, error
+            codes = self._all(code)
+            if failure:
+                raise failure
+            if FAILED in codes:
+                raise self._failed(codes.index(FAILED))
+            if code := max(codes):
                 raise Interrupted(code)
 
-        return raise_if_any_is_interrupted
+        return raise_if_any_is_stopped
+
+    def _failed(self, rank: int) -> RankFailed:
+        return RankFailed(f"rank {rank} of {self.world} could not go on, and says why: so all stop")
 
     @contextlib.contextmanager
     def first_speaks(self) -> Iterator[None]:

@@ -14,7 +14,6 @@ torch.distributed.checkpoint is not used: its .metadata file is a pickle, and no
 import json
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,10 +25,10 @@ from ..runtime.errors import UserError, system_error
 from ..runtime.files import atomic_folder, fingerprint, hash_files, read_json, write_json
 from ..runtime.progress import note
 from .parallel import sliced_like
+from .snapshot import OPTIMIZER_STATE, Snapshot
 from .state import TrainState, state_from_json, state_to_json
 
 STATE_FILE, OPTIMIZER_FILE = "trainer_state.json", "optimizer.safetensors"
-OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq")  # AdamW's names
 STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -163,30 +162,24 @@ def read_training_output(name: str | Path) -> tuple[Checkpoint, dict]:
 
 
 def save_checkpoint(
-    folder: Path,
-    model: LanguageModel,
-    optimizer: torch.optim.Optimizer,
-    state: TrainState,
-    tokenizer: str,
-    identity: str,
-    gathered: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]] | None = None,
+    folder: Path, model: LanguageModel, snapshot: Snapshot, tokenizer: str, identity: str
 ) -> None:
-    """Write a checkpoint.
+    """Write a checkpoint of a snapshot.
 
     Args:
+        model: of its kind the snapshot is; it may be training by now.
         tokenizer: the folder whose files are copied.
         identity: fingerprint of the run's identity.
-        gathered: of a model that lies in slices on several ranks, (its state dict, optimizer_tensors), whole.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic_folder(folder) as temporary:
         shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
-        weights, tensors = gathered or (None, optimizer_tensors(model, optimizer, state))
+        snapshot.wait()
         try:
-            model.save_pretrained(temporary, weights)
-            save_file(dict(tensors), temporary / OPTIMIZER_FILE)
+            model.save_pretrained(temporary, snapshot.weights)
+            save_file(snapshot.moments, temporary / OPTIMIZER_FILE)
         except SafetensorError as error:  # how the library reports a full disk
             raise system_error(error, folder) or error from None
         files = {
@@ -194,21 +187,7 @@ def save_checkpoint(
             for file in sorted(temporary.rglob("*"))
             if file.is_file()
         }
-        write_json(temporary / STATE_FILE, state_to_json(identity, state, files))
-
-
-def optimizer_tensors(
-    model: LanguageModel, optimizer: torch.optim.Optimizer, state: TrainState
-) -> dict[str, torch.Tensor]:
-    """AdamW's state by its names in a checkpoint; before the first step, when there is none, zeros."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key in OPTIMIZER_STATE:
-            has_state = state.optimizer_steps > 0
-            tensors[f"{key}.{name}"] = (
-                optimizer.state[parameter][key] if has_state else torch.zeros_like(parameter)
-            )
-    return tensors
+        write_json(temporary / STATE_FILE, state_to_json(identity, snapshot.state, files))
 
 
 def read_checkpoint(folder: Path, with_optimizer: bool = True) -> Checkpoint:

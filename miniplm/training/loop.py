@@ -4,6 +4,7 @@ The rows, the learning rate and the update of a step are functions of (seed, ste
 it alone, so a run that was stopped and continued computes the same bits as one that was not.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Generator
@@ -14,6 +15,7 @@ from ..config import TrainConfig
 from ..data.order import share_of_rank
 from ..models.base import LanguageModel
 from ..models.flops import training_flops
+from ..runtime.background import Background
 from ..runtime.devices import peak_flops
 from ..runtime.distributed import ALONE, Ranks
 from ..runtime.errors import RunError
@@ -24,14 +26,13 @@ from ..runtime.progress import Progress, note
 from .checkpoints import (
     checkpoint_folder,
     checkpoint_folders,
-    optimizer_tensors,
     prune_checkpoints,
     save_checkpoint,
 )
 from .memory import MIN_MICRO_BATCH_TOKENS, choose_micro_batch_tokens
 from .metrics import Metrics, NoMetrics
-from .parallel import gathered, only_slices
 from .setup import GlobalBatch, Setup, global_batches
+from .snapshot import Snapshot, take_snapshot
 from .state import TrainState
 from .step import LOSS_COMPONENTS, Teacher, eval_loss, learning_rate, train_step
 
@@ -64,7 +65,13 @@ class TrainingRun:
     ):
         self.config, self.setup, self.model, self.teacher = config, setup, model, teacher
         self.optimizer, self.state, self.metrics = optimizer, state, metrics
-        self.raise_if_interrupted = ranks.stop_together(raise_if_interrupted)
+        self.writer = Background("the checkpoint that was being written")
+
+        def raise_if_stopped() -> None:
+            self.writer.raise_if_failed()
+            raise_if_interrupted()
+
+        self.raise_if_interrupted = ranks.stop_together(raise_if_stopped)
         self.ranks = ranks
         context = setup.order.epoch_tokens // len(setup.order.rows)
         self.flops = training_flops(model, context, teacher.model if teacher else None)  # per token
@@ -99,11 +106,13 @@ class TrainingRun:
         )
         tokens_per_step, steps = self.config.batch_tokens, self.setup.steps
         self.progress = Progress("train", steps * tokens_per_step, done=self.state.step * tokens_per_step)
-        with trace(self.config.profile if self.ranks.is_first else None) as profiler_step, self.progress:
+        profile = self.config.profile if self.ranks.is_first else None
+        with trace(profile) as profiler_step, self.progress, self.writer:
             try:
                 while True:
                     self.save_and_log()
                     if self.state.step == steps:
+                        self.wait_for_checkpoint()
                         return self.tokens_per_second(0)
                     self.raise_if_interrupted()
                     if self.step():
@@ -112,6 +121,7 @@ class TrainingRun:
             except Interrupted:
                 if self.last_saved_step < self.state.step:
                     self.save()
+                self.wait_for_checkpoint()
                 note(f"stopped at step {self.state.step:,}: the same command continues")
                 raise
             finally:
@@ -199,7 +209,7 @@ class TrainingRun:
     # ---- checkpoints and metrics ----
 
     def save_and_log(self) -> None:
-        """Write the checkpoint, then the line of metrics, that this step is due.
+        """Begin the checkpoint, then write the line of metrics, that this step is due.
 
         In this order each checkpoint is that of a step whose line is still to come, whenever it is made.
         """
@@ -211,6 +221,7 @@ class TrainingRun:
         if state.last_logged_step < state.step and line_due:
             self.log()
         if diverged:
+            self.wait_for_checkpoint()
             latest = next(reversed(checkpoint_folders(config.output)), None)
             raise TrainingDiverged(
                 f"{state.skipped_in_a_row} steps in a row, up to step {state.step}, had a loss or gradient "
@@ -224,31 +235,30 @@ class TrainingRun:
         return bool(self.setup.eval_batches) and self.is_due(self.config.eval.interval)
 
     def save(self) -> None:
-        """Write a checkpoint of this step, and remove those that are not to be kept."""
-        whole = None
-        if self.ranks.world > 1:
-            only_slices(self.model)
-            slices = self.model.state_dict(keep_vars=True)
-            moments = optimizer_tensors(self.model, self.optimizer, self.state)
-            whole = gathered(slices, self.ranks), gathered(moments, self.ranks)
-        with self.ranks.together():
-            if self.ranks.is_first:
-                self.write_checkpoint(whole)
+        """Begin to write a checkpoint of this step, once the one before is written."""
+        self.wait_for_checkpoint()
+        snapshot = take_snapshot(self.model, self.optimizer, self.state, self.ranks)
+        if self.ranks.is_first:
+            self.writer.start(functools.partial(self.write_checkpoint, snapshot))
         self.last_saved_step = self.state.step
 
-    def write_checkpoint(self, whole: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None) -> None:
+    def write_checkpoint(self, snapshot: Snapshot) -> None:
+        """In the background: write a checkpoint, and remove those that are not to be kept."""
         self.metrics.sync()
         save_checkpoint(
-            checkpoint_folder(self.config.output, self.state.step),
+            checkpoint_folder(self.config.output, snapshot.state.step),
             self.model,
-            self.optimizer,
-            self.state,
+            snapshot,
             self.setup.corpus.tokenizer,
             fingerprint(self.setup.identity),
-            *([whole] if whole else []),
         )
-        if not self.state.skipped_in_a_row:  # else the weights may be past rescue: the older ones are kept
+        if not snapshot.state.skipped_in_a_row:  # else the weights may be past rescue: the older ones stay
             prune_checkpoints(self.config.output, self.config.checkpoint.keep)
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait for the checkpoint that is being written. Where that fails, all ranks stop."""
+        with self.ranks.together():
+            self.writer.wait()
 
     def log(self) -> None:
         """Write a line of metrics, with an evaluation if it is due."""

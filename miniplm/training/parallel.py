@@ -6,7 +6,7 @@ are gathered in float32 once per step: the residual stream starts in it, norm we
 the loss takes the head's weight after the forward pass. Gradients are summed in float32, once per step.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,20 +92,6 @@ def whole(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def gathered(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The tensors whole, in the memory of rank 0's machine; on the other ranks nothing. One at a time is
-    gathered. Those that are one tensor stay one."""
-    found: dict[int, Tensor] = {}
-    result = {}
-    for name, tensor in tensors.items():
-        if id(tensor) not in found:
-            one = whole(tensor.detach())
-            found[id(tensor)] = one.cpu() if ranks.is_first else one.new_empty(0)
-        if ranks.is_first:
-            result[name] = found[id(tensor)]
-    return result
 
 
 def sliced_like(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -33,9 +33,9 @@ def initial_model(config: TrainConfig, setup: Setup, sources: Sources) -> Langua
                 f"for it"
             )
     else:
-        # Float32 weights are made in the machine's memory; trained there, gradients and AdamW's two moments
-        # lie beside them.
-        itemsizes, what = (16 if setup.device.type == "cpu" else 4), config.model_config or "model.*"
+        # Float32 weights and AdamW's two moments are copied to the machine's memory while they are written;
+        # trained there, they and the gradients lie beside the copies.
+        itemsizes, what = (28 if setup.device.type == "cpu" else 12), config.model_config or "model.*"
         check_memory(sources.architecture, itemsizes, what)
         model = _random_model(config, sources.architecture).to(setup.device)
     set_checkpointing(model, config)

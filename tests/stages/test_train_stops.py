@@ -118,6 +118,7 @@ def killed_while(module, function, call, config):
 @pytest.mark.parametrize(
     "module, function, call",
     [
+        ("training.step", "summed_loss", 30),  # within a step
         ("training.loop", "eval_loss", 2),
         ("training.loop", "save_checkpoint", 4),
         ("training.loop", "prune_checkpoints", 5),

@@ -12,6 +12,7 @@ from training_runs import STUDENT, flip_bit, truncate
 
 from miniplm.config import OptimizerConfig
 from miniplm.models.decoder import Decoder, student_config
+from miniplm.runtime.distributed import ALONE
 from miniplm.runtime.errors import UserError
 from miniplm.runtime.files import fingerprint, read_json
 from miniplm.training.checkpoints import (
@@ -27,6 +28,7 @@ from miniplm.training.checkpoints import (
     read_training_output,
     save_checkpoint,
 )
+from miniplm.training.snapshot import take_snapshot
 from miniplm.training.state import TrainState, state_from_json, state_to_json
 from miniplm.training.step import make_optimizer
 
@@ -52,7 +54,7 @@ def trained(tiny_tokenizer, tmp_path_factory):
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     folder = checkpoint_folder(tmp_path_factory.mktemp("run"), 7)
-    save_checkpoint(folder, model, optimizer, STATE, tiny_tokenizer, "abcd")
+    save_checkpoint(folder, model, take_snapshot(model, optimizer, STATE, ALONE), tiny_tokenizer, "abcd")
     return model, optimizer, folder
 
 
@@ -77,7 +79,7 @@ def test_what_is_saved_is_read(trained, folder):
 def test_equal_states_write_equal_bytes(trained, tiny_tokenizer, tmp_path):
     model, optimizer, folder = trained
     again = checkpoint_folder(tmp_path, 7)
-    save_checkpoint(again, model, optimizer, STATE, tiny_tokenizer, "abcd")
+    save_checkpoint(again, model, take_snapshot(model, optimizer, STATE, ALONE), tiny_tokenizer, "abcd")
     for path in folder.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes()
 
