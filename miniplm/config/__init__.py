@@ -6,7 +6,7 @@ field.
 
 from .arguments import from_arguments, from_dict
 from .checks import BATCH_CHUNKS, BATCH_TOKENS, MICRO_BATCH_TOKENS, SHARD_CHUNKS
-from .data import PrepareConfig, RetokenizeConfig, ScoreConfig, SelectConfig, SynthesizeConfig
+from .data import PrepareConfig, RetokenizeConfig, ScoreConfig, SynthesizeConfig
 from .fields import shown
 from .proxy import NgramConfig, ProxyFitConfig, ProxyScoreConfig, TransformerConfig
 from .publishing import (
@@ -17,6 +17,7 @@ from .publishing import (
     LedgerConfig,
     RunConfig,
 )
+from .selection import SelectConfig
 from .training import (
     MAX_STEPS,
     CheckpointConfig,

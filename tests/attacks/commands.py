@@ -56,12 +56,12 @@ BUILD = [
 STOPPED = [
     (PREPARE + "corpus-half", "stages.prepare", "write_chunks", 3),
     (RETOKENIZE + "retokenized-half", "stages.retokenize", "write_chunks", 3),
-    (SCORE + "{t}/scores-half", "stages.score", "write_shard", 3),
-    (TOKENS + "{t}/tokens-half", "stages.score", "write_tokens", 3),
+    (SCORE + "{t}/scores-half", "analysis.score_shards", "write_shard", 3),
+    (TOKENS + "{t}/tokens-half", "analysis.score_shards", "write_tokens", 3),
     (TOKEN_STUDENT + "{t}/token-student-half", "training.loop", "train_step", 7),
     (STUDENT + "{t}/student-half", "training.loop", "train_step", 7),
     (SYNTHESIZE + "{t}/text-half", "stages.synthesize", "write_chunks", 3),
-    (SCORE + "{t}/sample-half --sample 0.4", "stages.score", "write_shard", 2),
+    (SCORE + "{t}/sample-half --sample 0.4", "analysis.score_shards", "write_shard", 2),
     (PREDICT + "predicted-half", "stages.proxy_score", "write_shard", 3),
 ]
 # name: (command, what it writes, the folders and files that are attacked for it). {t}: the tree; what a

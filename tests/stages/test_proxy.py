@@ -10,6 +10,7 @@ from outputs import contents
 from proxy_runs import NGRAM, Stopped, fit, load_proxy, predict, random_chunks, stop_at_call
 from scoring_runs import run_score
 
+from miniplm.analysis import score_shards
 from miniplm.cli import main
 from miniplm.config import NgramConfig, ProxyFitConfig, ProxyScoreConfig, SelectConfig
 from miniplm.data.corpus import Corpus
@@ -17,7 +18,6 @@ from miniplm.runtime.errors import UserError
 from miniplm.runtime.files import read_json
 from miniplm.stages import proxy_fit as fit_stage
 from miniplm.stages import proxy_score as predict_stage
-from miniplm.stages import score as score_stage
 from miniplm.stages.proxy_fit import proxy_fit
 from miniplm.stages.proxy_score import proxy_score
 from miniplm.stages.select import select
@@ -65,7 +65,7 @@ def test_sample_is_marked_and_its_scores_are_those_of_the_whole(corpus, sample, 
 def test_a_stopped_sample_ends_in_the_same_bytes(corpus, sample, teacher, reference, tmp_path, monkeypatch):
     options = dict(teacher=teacher, reference=reference, sample=0.5, shard_chunks=20)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_at_call(patch, score_stage, "write_shard", 4)
+        stop_at_call(patch, score_shards, "write_shard", 4)
         run_score(corpus, tmp_path / "s", **options)
     assert len(list((tmp_path / "s").glob("*.parquet"))) == 3
     with pytest.raises(UserError, match=r"sample was 0\.5, is now 0\.4"):

@@ -7,12 +7,13 @@ from corpora import chunks_of, read_score_files
 from outputs import contents
 from scoring_runs import run_score
 
+from miniplm.analysis import score_plan
+from miniplm.analysis import score_shards as stage
 from miniplm.analysis.scoring import score_batch
 from miniplm.data.batches import pack
 from miniplm.data.selection import rank_agreement
 from miniplm.models.loading import load_model
 from miniplm.runtime.files import read_json
-from miniplm.stages import score as stage
 
 AGREES, DISAGREES = 0.9951, 0.995
 
@@ -23,7 +24,7 @@ def cpu(monkeypatch):
     or dropped alike."""
 
     def stand_in(has: bool, equal: float | None = None):
-        monkeypatch.setattr(stage, "cpu_multiplies_bf16", lambda: has)
+        monkeypatch.setattr(score_plan, "cpu_multiplies_bf16", lambda: has)
         if equal is not None:
             agreement = {"rows": 40, "spearman": 0.99, "equal_selections": equal}
             monkeypatch.setattr(stage, "rank_agreement", lambda before, after: agreement)
