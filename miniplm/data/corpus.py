@@ -6,7 +6,7 @@ A corpus is a folder that `datasets.load_from_disk` opens: Arrow files `data-000
 `tokenizer/`. A row is a chunk.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -144,6 +144,18 @@ class Corpus:
         if pieces:
             yield pa.Table.from_batches(pieces).combine_chunks()
 
+    def taken(self, indices: np.ndarray) -> Any:
+        """The chunks at `indices` (int64, at least one), in that order, as an Arrow table of COLUMNS. They
+        are read where they lie: of a corpus larger than memory slowly."""
+        import pyarrow as pa
+
+        codes, names = self.domains
+        parts = np.split(indices, range(ROWS_PER_RECORD_BATCH, len(indices), ROWS_PER_RECORD_BATCH))
+        ids = [_list_array(self.rows(part)) for part in parts]
+        domains = [pa.DictionaryArray.from_arrays(codes[part], names).cast(pa.string()) for part in parts]
+        lengths = pa.array(self.num_tokens[indices], pa.int32())
+        return pa.table([pa.chunked_array(ids), pa.chunked_array(domains), lengths], names=list(COLUMNS))
+
     def _batches(self) -> Iterator[Any]:
         import pyarrow as pa
 
@@ -222,12 +234,19 @@ def write_chunks(
     ids, domains = [], []
     for start in range(0, len(chunks), ROWS_PER_RECORD_BATCH):
         part = chunks[start : start + ROWS_PER_RECORD_BATCH]
-        offsets = np.cumsum([0, *(len(chunk) for _, chunk in part)], dtype=np.int32)
-        ids.append(pa.ListArray.from_arrays(offsets, np.concatenate([chunk for _, chunk in part])))
+        ids.append(_list_array([chunk for _, chunk in part]))
         domains.append(pa.array([domain for domain, _ in part], pa.string()))
     lengths = pa.array([len(chunk) for _, chunk in chunks], pa.int32())
     columns = {"input_ids": pa.chunked_array(ids), "domain": pa.chunked_array(domains), "num_tokens": lengths}
     return write_shard(folder, number, columns | (scores or {}))
+
+
+def _list_array(chunks: Sequence[np.ndarray]) -> Any:
+    """The chunks (at least one) as a list array of Arrow."""
+    import pyarrow as pa
+
+    offsets = np.cumsum([0, *(len(chunk) for chunk in chunks)], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, np.concatenate(chunks))
 
 
 def _features(with_scores: bool) -> Any:

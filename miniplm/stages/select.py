@@ -1,6 +1,7 @@
 """Stage 3, select: Difference Sampling. Scores → refined corpus. The rule itself is in data/selection.py."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from ..analysis.overlap import print_overlap
 from ..config import SelectConfig
 from ..data.aggregation import NEEDED, document_means, summed, token_quantiles
-from ..data.corpus import Corpus, file_hashes, write_chunks, write_dataset_files, write_shard
+from ..data.corpus import Corpus, file_hashes, write_dataset_files, write_shard
 from ..data.derived import CARRIED, copy_tokenizer, what_is_lost
 from ..data.repeats import without_repeats
 from ..data.scores import ROLES, SCORE_COLUMNS, read_score_manifest, read_scores
@@ -77,9 +78,10 @@ def select(config: SelectConfig) -> None:
     with exclusive(output), timed(output):
         reopen_output(output)  # a complete one gets here where a part of it is lost
         if config.order == "corpus":
-            hashes = _write_kept(corpus, keep, columns, output)
+            tables = corpus.filtered(keep, SHARD_BYTES)
         else:
-            hashes = _write_in_order(corpus, order, columns, output)
+            tables = _in_order(corpus, order)
+        hashes = _write_tables(tables, columns, output)
         copy_tokenizer(corpus, output)
         content = write_dataset_files(output, hashes, with_scores=True)
         predictions = int(columns["num_tokens"].sum(dtype=np.int64))
@@ -242,13 +244,21 @@ def _read_folder(
 # ---- the refined corpus ----
 
 
-def _write_kept(corpus: Corpus, keep: np.ndarray, columns: dict[str, np.ndarray], output: Path) -> list[str]:
-    """Write the kept chunks with their score columns (of the kept chunks) and return the hashes of the
-    files."""
+def _in_order(corpus: Corpus, order: np.ndarray) -> Iterator[Any]:
+    """The chunks `order`, in that order, as Arrow tables of the size of a file."""
+    files = np.cumsum(corpus.num_tokens[order] * np.dtype(np.int32).itemsize) // SHARD_BYTES
+    ends = np.flatnonzero(np.diff(files, append=-1)) + 1
+    for start, end in pairwise([0, *ends.tolist()]):
+        yield corpus.taken(order[start:end])
+
+
+def _write_tables(tables: Iterable[Any], columns: dict[str, np.ndarray], output: Path) -> list[str]:
+    """Write a file of each table of kept chunks, with their score columns (of the kept chunks in that order),
+    and return the hashes of the files."""
     hashes: list[str] = []
     written = 0
     with Progress("select", len(columns["score"]), unit="chunks") as progress:
-        for number, table in enumerate(corpus.filtered(keep, SHARD_BYTES)):
+        for number, table in enumerate(tables):
             arrays = dict(zip(table.column_names, table.columns, strict=True))
             arrays |= _score_arrays(columns, slice(written, written + table.num_rows))
             hashes.append(write_shard(output, number, arrays))
@@ -257,25 +267,7 @@ def _write_kept(corpus: Corpus, keep: np.ndarray, columns: dict[str, np.ndarray]
     return hashes
 
 
-def _write_in_order(
-    corpus: Corpus, order: np.ndarray, columns: dict[str, np.ndarray], output: Path
-) -> list[str]:
-    """The same for the chunks `order`, written in that order. They are read where they lie: of a corpus
-    larger than memory slowly."""
-    hashes: list[str] = []
-    codes, names = corpus.domains
-    files = np.cumsum(corpus.num_tokens[order] * np.dtype(np.int32).itemsize) // SHARD_BYTES
-    with Progress("select", len(order), unit="chunks") as progress:
-        for number, rows in enumerate(np.split(np.arange(len(order)), np.flatnonzero(np.diff(files)) + 1)):
-            chunks = order[rows]
-            texts = [names[code] for code in codes[chunks]]
-            pairs = list(zip(texts, corpus.rows(chunks), strict=True))
-            hashes.append(write_chunks(output, number, pairs, _score_arrays(columns, rows)))
-            progress.update(len(rows))
-    return hashes
-
-
-def _score_arrays(columns: dict[str, np.ndarray], rows: Any) -> dict[str, Any]:
+def _score_arrays(columns: dict[str, np.ndarray], rows: slice) -> dict[str, Any]:
     """The score columns of some of the kept chunks, null where they are not finite."""
     import pyarrow as pa
 
