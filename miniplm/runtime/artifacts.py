@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import fingerprint, hash_files, lock, read_json, write_json
+from .files import fingerprint, hash_files, read_json, write_json
+from .locks import lock
 from .progress import note
 from .schema import Record, read_record
 
@@ -74,7 +75,9 @@ def damaged_file(folder: Path, files: Mapping[str, str]) -> str | None:
     return None
 
 
-def open_output(folder: str | os.PathLike, stage: str, identity: Mapping[str, Any]) -> bool:
+def open_output(
+    folder: str | os.PathLike, stage: str, identity: Mapping[str, Any], wait: float = 0.0
+) -> bool:
     """Claim `folder` for a run of `stage`. True when an equal run has completed there; False to start, to
     continue, or to find out again what came of a run whose manifest is damaged.
 
@@ -82,6 +85,7 @@ def open_output(folder: str | os.PathLike, stage: str, identity: Mapping[str, An
         folder: made if missing. A non-empty folder without a manifest is refused: it is somebody's.
         stage: "prepare", "score", …
         identity: JSON-able; all that determines the result.
+        wait: seconds to wait for a process that claims it at the same moment.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -90,7 +94,7 @@ def open_output(folder: str | os.PathLike, stage: str, identity: Mapping[str, An
     identity = json.loads(json.dumps(identity))
     path = folder / MANIFEST
     if not path.exists():
-        with exclusive(folder):  # runs that begin at the same moment would get into each other's way
+        with exclusive(folder, wait):  # runs that begin at the same moment would get into each other's way
             if not path.exists():
                 _claim(folder, {"stage": stage, "complete": False, "identity": identity})
                 return False
@@ -118,11 +122,12 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(folder: str | os.PathLike) -> Iterator[None]:
-    """Keep other processes out of an output folder while the block runs; UserError if one is in it. A kill
-    ends it too: what is left of the lock file counts as nothing (see open_output)."""
+def exclusive(folder: str | os.PathLike, wait: float = 0.0) -> Iterator[None]:
+    """Keep other processes out of an output folder while the block runs; Occupied, a UserError, if one is in
+    it for more than `wait` seconds. A kill ends it too: what is left of the lock file counts as nothing (see
+    open_output)."""
     refusal = f"another process is writing to {folder}: wait for it, stop it, or choose another --output"
-    with lock(Path(folder) / ".lock.tmp", refusal):
+    with lock(Path(folder) / ".lock.tmp", refusal, wait):
         yield
 
 

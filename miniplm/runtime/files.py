@@ -10,9 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import filelock
-
 from .errors import UserError, reason
+from .locks import lock
 
 
 def fingerprint(value: Any) -> str:
@@ -50,34 +49,6 @@ def _fsync(path: Path) -> None:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
-
-
-@contextlib.contextmanager
-def lock(path: str | os.PathLike, refusal: str) -> Iterator[None]:
-    """Hold a lock file while the block runs. A kill ends that too, and leaves a file that is in nobody's way.
-
-    Where the file system knows no locks, or the file cannot be made, nobody is kept out.
-
-    Raises:
-        UserError: another process holds it; the text is `refusal`.
-    """
-    held, is_ours = filelock.FileLock(path), True
-    try:
-        held.acquire(blocking=False)
-    except filelock.Timeout:
-        raise UserError(refusal) from None
-    except PermissionError:  # the file is another account's, or the folder is: writing there will tell
-        is_ours = False
-    except (OSError, NotImplementedError):  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        # Removed while it is held: who opens it in between finds that it has lost its name, and tries anew.
-        if is_ours:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-        held.release()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .errors import UserError
 from .files import read_json, write_json
+from .locks import Occupied, lock
 
 WALL_TIME = "wall_time.json"
 INTERVAL = 10.0  # seconds: what a kill may lose
@@ -31,13 +32,20 @@ def wall_time(folder: str | os.PathLike) -> float | None:
 
 @contextlib.contextmanager
 def timed(folder: str | os.PathLike) -> Iterator[None]:
-    """Add the time that the block takes to that of `folder`, every INTERVAL and at its end. A disk that takes
-    no more is for the work itself to tell."""
-    before, start, done = wall_time(folder) or 0.0, time.monotonic(), threading.Event()
+    """Add the time that the block takes to that of `folder`, every INTERVAL and at its end; processes at work
+    on it at the same time each add theirs. A disk that takes no more is for the work itself to tell."""
+    saved, done = time.monotonic(), threading.Event()
 
     def save() -> None:
-        with contextlib.suppress(OSError):
-            write_json(Path(folder) / WALL_TIME, {"seconds": round(before + time.monotonic() - start, 3)})
+        nonlocal saved
+        with (
+            contextlib.suppress(OSError, Occupied),
+            lock(Path(folder) / ".wall_time.lock.tmp", "", wait=INTERVAL),
+        ):
+            now = time.monotonic()
+            seconds = (wall_time(folder) or 0.0) + now - saved
+            write_json(Path(folder) / WALL_TIME, {"seconds": round(seconds, 3)})
+            saved = now
 
     def keep_saving() -> None:
         while not done.wait(INTERVAL):

@@ -24,7 +24,8 @@ from ..models.base import LanguageModel
 from ..models.loading import load_model, model_hash
 from ..runtime.devices import choose_device, choose_dtype
 from ..runtime.errors import UserError
-from ..runtime.files import lock, read_json, write_json
+from ..runtime.files import read_json, write_json
+from ..runtime.locks import lock
 from ..runtime.progress import Progress
 from ..runtime.text import printable
 from ..training.checkpoints import latest_checkpoint

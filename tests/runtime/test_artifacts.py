@@ -123,16 +123,23 @@ def test_a_killed_process_keeps_nobody_out_and_what_it_leaves_counts_as_nothing(
     assert [found.name for found in folder.iterdir()] == ["manifest.json"]
 
 
-def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_keeps_others_out_too(tmp_path, monkeypatch):
     import fcntl
 
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with exclusive(tmp_path), exclusive(tmp_path):
+    open_output(tmp_path, "score", {})
+    with (
+        exclusive(tmp_path),
+        pytest.raises(UserError, match="another process is writing"),
+        exclusive(tmp_path),
+    ):
+        pytest.fail("two at once")
+    with exclusive(tmp_path):
         pass
-    assert list(tmp_path.iterdir()) == []
+    assert [found.name for found in tmp_path.iterdir()] == ["manifest.json"]
 
 
 CORPUS = {

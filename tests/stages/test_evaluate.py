@@ -16,7 +16,8 @@ from miniplm.config import EvaluateConfig
 from miniplm.data.corpus import Corpus
 from miniplm.runtime.artifacts import open_output
 from miniplm.runtime.errors import UserError
-from miniplm.runtime.files import lock, read_json
+from miniplm.runtime.files import read_json
+from miniplm.runtime.locks import lock
 from miniplm.stages import evaluate as evaluation
 from miniplm.stages.evaluate import evaluate
 
