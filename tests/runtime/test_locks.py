@@ -76,12 +76,16 @@ def test_a_heartbeat_ends_with_its_holder(tmp_path, holder):
 
 
 def _take_over(path, barrier, answers):
-    locks.STALE, locks.SETTLE = 1.0, 0.3
+    locks.STALE, locks.SETTLE = 1.0, 0.5
 
     def flock(*_):
         raise OSError(errno.ENOLCK, "none here")
 
-    fcntl.flock = flock
+    def replace_later(*names):  # by then all have seen that it is old
+        time.sleep(0.2)
+        replace(*names)
+
+    replace, os.replace, fcntl.flock = os.replace, replace_later, flock
     barrier.wait()
     try:
         with lock(path, "taken"):
@@ -95,7 +99,7 @@ def _take_over(path, barrier, answers):
 def test_of_those_who_take_over_at_the_same_moment_one_holds_it(tmp_path):
     path, beat = tmp_path / ".lock.tmp", tmp_path / ".lock.heartbeat.tmp"
     context = multiprocessing.get_context("fork")
-    for _ in range(4):
+    for _ in range(2):
         beat.write_text("who was killed")
         os.utime(beat, (1, 1))
         barrier, answers = context.Barrier(3, timeout=30), context.Queue()
