@@ -203,7 +203,8 @@ def test_kill_and_restart_ends_in_the_same_bytes(tiny_tokenizer, tmp_path, monke
 @pytest.mark.parametrize("order", ["score", "random"])
 def test_the_order_of_writing(tmp_path, corpus, order, monkeypatch):
     scores = write_scores(tmp_path / "scores", corpus, TEACHER, REFERENCE)
-    monkeypatch.setattr(stage, "SHARD_BYTES", 40)
+    monkeypatch.setattr(stage, "SHARD_BYTES", 60)
+    monkeypatch.setattr("miniplm.data.corpus.ROWS_PER_RECORD_BATCH", 2)  # the first file has three chunks
     run_select(corpus, scores, tmp_path / "plain")
     run_select(corpus, scores, tmp_path / "out", order=order, seed=1)
     assert len(list((tmp_path / "out").glob("data-*.arrow"))) > 1
