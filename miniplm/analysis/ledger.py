@@ -73,7 +73,7 @@ def ledger(config: LedgerConfig) -> dict[str, Any]:
         UserError: a folder holds no finished training run.
     """
     manifests = [read_manifest(run, "train", what="run", schema=_Run) for run in config.runs]
-    folders = _folders([*(Path(run).resolve().parent for run in config.runs), *map(Path, config.inputs)])
+    folders = complete_outputs([*(Path(run).resolve().parent for run in config.runs), *map(Path, config.inputs)])
     first, *others = [
         Run(path, manifest, run_costs(path, manifest, folders))
         for path, manifest in zip(config.runs, manifests, strict=True)
@@ -126,7 +126,7 @@ def _sum(parts: Iterable[Any]) -> Any:
     return None if None in parts else sum(parts)
 
 
-def _folders(places: Sequence[Path]) -> Folders:
+def complete_outputs(places: Sequence[Path]) -> Folders:
     """The complete outputs that are at these places, or in folders there."""
     found: Folders = {}
     for place in places:
@@ -211,7 +211,7 @@ class _Offline:
     def add_model(self, weights: str) -> None:
         """The training of the model with this hash, and what is behind its corpus."""
         for folder, manifest in self.folders.items():
-            if manifest["stage"] == "train" and _last_hash(folder) == weights:
+            if manifest["stage"] == "train" and last_hash(folder) == weights:
                 flops = training_flops_of(manifest, folder / MANIFEST)
                 total = None if flops is None else flops.training + flops.evaluation
                 self.enter(folder, total)
@@ -220,7 +220,7 @@ class _Offline:
         self.lost[f"training of the reference model {weights}"] = None
 
 
-def _last_hash(training_output: Path) -> str | None:
+def last_hash(training_output: Path) -> str | None:
     """Of the model in the last checkpoint; None where there is no whole one."""
     try:
         return model_hash(checkpoint_folders(training_output)[-1])

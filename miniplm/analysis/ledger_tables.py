@@ -22,30 +22,30 @@ def print_tables(result: dict[str, Any]) -> None:
     for label, cells in [
         ("steps", [f"{run['steps']:,}" for run in runs]),
         ("tokens seen", [f"{run['tokens']:,}" for run in runs]),
-        ("held-out loss", [_shown(run["eval_loss"], ".4f") for run in runs]),
-        ("training FLOPs", [_shown(run["training_flops"], ".4g") for run in runs]),
-        ("all-in FLOPs", [_shown(run["all_in_flops"], ".4g", _unknown(run)) for run in runs]),
-        ("training time", [_time(run["training_seconds"]) for run in runs]),
-        ("all-in time", [_time(run["all_in_seconds"], _unknown(run)) for run in runs]),
+        ("held-out loss", [shown(run["eval_loss"], ".4f") for run in runs]),
+        ("training FLOPs", [shown(run["training_flops"], ".4g") for run in runs]),
+        ("all-in FLOPs", [shown(run["all_in_flops"], ".4g", _unknown(run)) for run in runs]),
+        ("training time", [time_shown(run["training_seconds"]) for run in runs]),
+        ("all-in time", [time_shown(run["all_in_seconds"], _unknown(run)) for run in runs]),
     ]:
         table.add_row(label, *cells)
     Console().print(table)
     for run in runs:
         for entry in run["offline"]:
-            cost = f"{_shown(entry['flops'], '.4g')} FLOPs, {_time(entry['seconds'])}"
+            cost = f"{shown(entry['flops'], '.4g')} FLOPs, {time_shown(entry['seconds'])}"
             print(printable(f"offline work for {run['name']}: {entry['stage']} {entry['name']}: {cost}"))
         for missing in run["missing"]:
             print(printable(f"{run['name']}: not found: {missing}: name its folder with --inputs"))
     for comparison in result["comparisons"]:
-        print(printable(_sentence(comparison)))
+        print(printable(sentence(comparison)))
 
 
-def _sentence(comparison: dict[str, Any]) -> str:
+def sentence(comparison: dict[str, Any]) -> str:
     names = f"{comparison['run']} against {comparison['baseline']}"
     if "reason" in comparison:
         return f"{names}: not compared: {comparison['reason']}"
     saving, tokens, all_in = (
-        _shown(comparison[key], ".2f") for key in ("saving", "token_saving", "all_in_saving")
+        shown(comparison[key], ".2f") for key in ("saving", "token_saving", "all_in_saving")
     )
     repaid = comparison["students"]
     end = {None: "", 0: "; there is none to repay", "never": "; never repaid"}.get(
@@ -62,9 +62,9 @@ def _unknown(run: dict[str, Any]) -> str:
     return "incomplete" if run["missing"] else NOT_RECORDED
 
 
-def _shown(value: float | None, form: str, unknown: str = NOT_RECORDED) -> str:
+def shown(value: float | None, form: str, unknown: str = NOT_RECORDED) -> str:
     return unknown if value is None else format(value, form)
 
 
-def _time(seconds: float | None, unknown: str = NOT_RECORDED) -> str:
+def time_shown(seconds: float | None, unknown: str = NOT_RECORDED) -> str:
     return unknown if seconds is None else tqdm.format_interval(seconds)

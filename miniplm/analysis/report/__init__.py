@@ -1,0 +1,1 @@
+"""report: what runs came to, as one HTML file."""
