@@ -49,7 +49,7 @@ def _commands() -> list[str]:
     """The commands that are functions here; `miniplm.demo` is the package of that name."""
     from .config import STAGES
 
-    return [*STAGES, "ledger", "run"]
+    return [*STAGES, "ledger", "report", "run"]
 
 
 def __getattr__(name: str) -> Any:

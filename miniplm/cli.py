@@ -26,6 +26,7 @@ from .runtime.text import printable
 COMMANDS = {
     **{name: (settings, f"stages.{name}") for name, settings in config.STAGES.items()},
     "ledger": (config.LedgerConfig, "analysis.ledger"),
+    "report": (config.ReportConfig, "stages.report"),
     "run": (config.RunConfig, "pipeline"),
     "demo": (config.DemoConfig, "demo.command"),
 }

@@ -16,7 +16,7 @@ from miniplm.cli import COMMANDS
 from miniplm.config.fields import Schema
 from miniplm.runtime.errors import UserError
 
-FUNCTIONS = [*config.STAGES, "ledger", "run"]
+FUNCTIONS = [*config.STAGES, "ledger", "report", "run"]
 SCORE = dict(data="d", output="o", teacher="t")
 
 

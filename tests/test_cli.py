@@ -15,7 +15,7 @@ from miniplm.runtime.errors import RunError, UserError
 
 
 def test_the_table_of_commands_is_the_table_of_stages_and_three_more():
-    assert [*COMMANDS] == [*config.STAGES, "ledger", "run", "demo"]
+    assert [*COMMANDS] == [*config.STAGES, "ledger", "report", "run", "demo"]
     for name, (settings, module) in COMMANDS.items():
         function = getattr(importlib.import_module(f"miniplm.{module}"), name)
         assert next(iter(inspect.get_annotations(function, eval_str=True).values())) is settings

@@ -73,7 +73,9 @@ def ledger(config: LedgerConfig) -> dict[str, Any]:
         UserError: a folder holds no finished training run.
     """
     manifests = [read_manifest(run, "train", what="run", schema=_Run) for run in config.runs]
-    folders = complete_outputs([*(Path(run).resolve().parent for run in config.runs), *map(Path, config.inputs)])
+    folders = complete_outputs(
+        [*(Path(run).resolve().parent for run in config.runs), *map(Path, config.inputs)]
+    )
     first, *others = [
         Run(path, manifest, run_costs(path, manifest, folders))
         for path, manifest in zip(config.runs, manifests, strict=True)

@@ -41,6 +41,7 @@ def print_tables(result: dict[str, Any]) -> None:
 
 
 def sentence(comparison: dict[str, Any]) -> str:
+    """A comparison (of ledger, with "run" and "baseline") in words."""
     names = f"{comparison['run']} against {comparison['baseline']}"
     if "reason" in comparison:
         return f"{names}: not compared: {comparison['reason']}"
@@ -63,8 +64,10 @@ def _unknown(run: dict[str, Any]) -> str:
 
 
 def shown(value: float | None, form: str, unknown: str = NOT_RECORDED) -> str:
+    """A figure in this form, or the word for one that is not known."""
     return unknown if value is None else format(value, form)
 
 
 def time_shown(seconds: float | None, unknown: str = NOT_RECORDED) -> str:
+    """Hours, minutes and seconds, or the word for a time that is not known."""
     return unknown if seconds is None else tqdm.format_interval(seconds)

@@ -15,6 +15,7 @@ from .publishing import (
     ExportConfig,
     GenerateConfig,
     LedgerConfig,
+    ReportConfig,
     RunConfig,
 )
 from .selection import SelectConfig
@@ -67,6 +68,7 @@ __all__ = [
     "PrepareConfig",
     "ProxyFitConfig",
     "ProxyScoreConfig",
+    "ReportConfig",
     "RetokenizeConfig",
     "RunConfig",
     "ScoreConfig",

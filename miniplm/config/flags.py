@@ -48,7 +48,8 @@ def _flags(schema: Schema, arguments: Sequence[str]) -> list[tuple[str, list[str
     takes_more = False
     if positional and arguments and not arguments[0].startswith("-"):
         found, takes_more = [(positional, [])], True
-    for argument in arguments:
+    short = getattr(schema.config_class, "SHORT", {})
+    for argument in (short.get(argument, argument) for argument in arguments):
         if argument.startswith("--"):
             flag, equals, value = argument[2:].partition("=")
             found.append((flag.replace("-", "_"), [value] if equals else []))

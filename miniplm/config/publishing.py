@@ -1,4 +1,4 @@
-"""Settings of evaluate, generate, export and ledger, and of run and demo, which chain the stages."""
+"""Settings of evaluate, generate, export, ledger and report, and of run and demo, which chain the stages."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, List, Literal, Optional, Tuple
@@ -131,6 +131,25 @@ class LedgerConfig:
     def __post_init__(self) -> None:
         require(bool(self.runs), "give at least one training output")
         require_texts(self)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """One HTML file of what runs came to: scores, selection, losses, costs."""
+
+    POSITIONAL: ClassVar[str] = "runs"
+    SHORT: ClassVar[dict[str, str]] = {"-o": "--output"}
+
+    runs: List[str]
+    """Outputs of any stage, folders of such outputs (what run and demo write), and files of evaluate; they
+    may stand first, without --runs. What they were made from is found beside them."""
+    output: str = "report.html"
+    """The HTML file; -o for short. A report that is there is replaced."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.runs), "give at least one output")
+        require_texts(self)
+        require_output(self.output)
 
 
 @dataclass(frozen=True)

@@ -125,13 +125,19 @@ def histogram(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
 def extremes(score: np.ndarray, among: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(those with the highest, those with the lowest finite score, the most extreme first) of the chunks where
     `among` (bool [chunks]) holds: int64."""
-    best, worst = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    best, worst, negated = np.zeros(0, np.int64), np.zeros(0, np.int64), -score
     for part in _slices(len(score)):
         rows = np.flatnonzero(among[part] & np.isfinite(score[part])) + part.start
-        best, worst = np.concatenate([best, rows]), np.concatenate([worst, rows])
-        best = best[np.argsort(-score[best], kind="stable")][:count]
-        worst = worst[np.argsort(score[worst], kind="stable")][:count]
+        best = _lowest(negated, np.concatenate([best, rows]), count)
+        worst = _lowest(score, np.concatenate([worst, rows]), count)
     return best, worst
+
+
+def _lowest(values: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+    """Of these rows the `count` with the lowest values, the lowest first."""
+    if len(rows) > count:
+        rows = rows[np.argpartition(values[rows], count - 1)[:count]]
+    return rows[np.lexsort((rows, values[rows]))]
 
 
 def _keys(columns: Mapping[str, np.ndarray], part: slice) -> np.ndarray:

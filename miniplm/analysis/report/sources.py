@@ -16,7 +16,9 @@ from ..ledger import Folders, complete_outputs, last_hash
 
 MAX_EVALUATION_BYTES = 16 * 2**20  # a larger .json file beside the runs is not looked into
 
-Content = tuple[str, Any]  # ("corpus", fingerprint), ("scores", of their identity), ("model" or "proxy", hash)
+Content = tuple[
+    str, Any
+]  # ("corpus", fingerprint), ("scores", of their identity), ("model" or "proxy", hash)
 
 
 @dataclass
@@ -40,7 +42,9 @@ class Sources:
 
     def corpus(self, content: object) -> Path | None:
         """The folder of the corpus with this fingerprint."""
-        found = (path for path, each in self.of(*CORPUS_WRITERS).items() if each.get("fingerprint") == content)
+        found = (
+            path for path, each in self.of(*CORPUS_WRITERS).items() if each.get("fingerprint") == content
+        )
         return next(found, None)
 
     def scores(self, identity: Mapping[str, Any]) -> Path | None:
