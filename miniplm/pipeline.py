@@ -13,7 +13,8 @@ A pipeline file lists the stages in order, each under a name of its own:
 
 Every other key is a setting of that stage's command. A stage writes to OUTPUT/<name> (evaluate: to
 OUTPUT/<name>.json), and `${name}` in a later stage is that place. All settings are checked before the first
-stage runs. A stage that is complete is skipped; one that was killed continues.
+stage runs. A stage that is complete is skipped; one that was killed continues. At the end a
+report of all of them is written to OUTPUT/report.html.
 """
 
 import importlib
@@ -23,8 +24,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import config
-from .runtime.errors import UserError
+from .runtime.errors import UserError, reason
+from .runtime.progress import note
+from .runtime.text import printable
 
+REPORT = "report.html"
 NAME_LENGTH = 100  # of a stage: it is a file's name too
 
 
@@ -43,6 +47,19 @@ def run(settings: config.RunConfig) -> None:
         UserError: the file asks for something that does not exist (before anything runs), or a stage failed.
     """
     run_stages(read_stages(settings.config), settings.output)
+    add_report(settings.output)
+
+
+def add_report(output: str | Path) -> None:
+    """Write OUTPUT/report.html, and say so. Where there is none to make, a line says why: all that was to be
+    done is done."""
+    path = Path(output) / REPORT
+    try:
+        importlib.import_module(".analysis.report.page", __package__).write_report([str(output)], path)
+    except Exception as error:
+        note(f"no report {path}: {error if isinstance(error, UserError) else reason(error)}")
+    else:
+        print(f"report: {printable(path)}")
 
 
 def read_stages(path: str | Path) -> dict[str, dict[str, Any]]:

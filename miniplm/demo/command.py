@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..config import DemoConfig
-from ..pipeline import read_stages, run_stages
+from ..pipeline import add_report, read_stages, run_stages
 from .result import print_result
 from .text import train_tokenizer, write_text
 
@@ -19,3 +19,4 @@ def demo(settings: DemoConfig) -> None:
     tokenizer = train_tokenizer(text, output / "tokenizer")
     run_stages(read_stages(PIPELINE), output, {"text": str(text), "tokenizer": str(tokenizer)})
     print_result(output)
+    add_report(output)

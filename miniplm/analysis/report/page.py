@@ -66,7 +66,7 @@ def _refuse_another_file(path: Path) -> None:
 def render(sources: Sources) -> str:
     """The page."""
     trainings = _each(sources, sources.of("train"), lambda path: read_training(sources, path))
-    trainings.sort(key=lambda each: each.role != "student")
+    trainings.sort(key=_place)
     if len(trainings) > MAX_RUNS:
         sources.left_out.append(f"{len(trainings) - MAX_RUNS} runs beyond the first {MAX_RUNS}.")
         trainings = trainings[:MAX_RUNS]
@@ -114,6 +114,11 @@ def _each(sources: Sources, paths: Iterable[Path], read: Callable[[Path], Result
 def _title(trainings: Sequence[Training], sources: Sources) -> str:
     students = [each.name for each in trainings if each.role == "student"]
     return " · ".join((students or [path.name for path in sources.outputs])[:4]) or "evaluations"
+
+
+def _place(training: Training) -> tuple[bool, bool]:
+    """Students first, among them those of selected text."""
+    return training.role != "student", not training.learnt_from_selected
 
 
 def _environment() -> jinja2.Environment:

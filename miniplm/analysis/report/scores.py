@@ -55,20 +55,22 @@ class Scored:
         return histogram(self.score, self.edges)
 
     @cached_property
-    def density(self) -> tuple[np.ndarray, tuple[float, float]] | None:
-        """(int64 [CELLS, CELLS], chunks by the reference's and the teacher's log-probability; the interval
-        that both axes show). None where the models' own are not there."""
+    def density(self) -> tuple[np.ndarray, list[tuple[float, float]]] | None:
+        """(int64 [CELLS, CELLS], chunks by the reference's and the teacher's log-probability; what the two
+        axes show). None where the models' own are not there."""
         teacher, reference = (self.columns[f"{role}_log_prob"] for role in ROLES)
-        ranges = [_range(each) for each in (teacher, reference) if np.isfinite(_thinned(each)).any()]
-        if len(ranges) < len(ROLES):
+        if not all(np.isfinite(_thinned(each)).any() for each in (teacher, reference)):
             return None
-        low, high = min(each[0] for each in ranges), max(each[1] for each in ranges)
+        ranges = [_range(reference), _range(teacher)]
         counts = np.zeros(CELLS * CELLS, np.int64)
         for part in _slices(len(teacher)):
             both = np.isfinite(teacher[part]) & np.isfinite(reference[part])
-            y, x = (_bin(each[part][both], low, high, CELLS) for each in (teacher, reference))
+            x, y = (
+                _bin(each[part][both], *limits, CELLS)
+                for each, limits in zip((reference, teacher), ranges, strict=True)
+            )
             counts += np.bincount(x * CELLS + y, minlength=CELLS * CELLS)
-        return counts.reshape(CELLS, CELLS), (low, high)
+        return counts.reshape(CELLS, CELLS), ranges
 
     def is_kept(self, refined: Mapping[str, np.ndarray]) -> np.ndarray:
         """bool [chunks]: whether a refined corpus has a chunk with these scores. (Its rows do not say which
@@ -123,8 +125,8 @@ def histogram(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def extremes(score: np.ndarray, among: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(those with the highest, those with the lowest finite score, the most extreme first) of the chunks where
-    `among` (bool [chunks]) holds: int64."""
+    """(those with the highest, those with the lowest finite score, the most extreme first) of the chunks
+    where `among` (bool [chunks]) holds: int64."""
     best, worst, negated = np.zeros(0, np.int64), np.zeros(0, np.int64), -score
     for part in _slices(len(score)):
         rows = np.flatnonzero(among[part] & np.isfinite(score[part])) + part.start

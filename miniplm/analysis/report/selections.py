@@ -94,7 +94,9 @@ class ScoredSection(NamedTuple):
 def scored_sections(sources: Sources) -> list[ScoredSection]:
     """One for each scoring of a corpus; why something is missing goes to sources.left_out."""
     groups: dict[tuple[Path, ...], list[Path]] = {}
-    for path, manifest in sources.of("select").items():
+    selected = sources.of("select").items()
+    # those by score first, controls at random after them
+    for path, manifest in sorted(selected, key=lambda each: "random_seed" in each[1]["identity"]["rule"]):
         identities = manifest["identity"]["scores"].values()
         found = [sources.scores(identity) for identity in identities]
         if None in found:
@@ -146,9 +148,7 @@ def _section(sources: Sources, paths: tuple[Path, ...], refined: list[Path]) -> 
         finite=len(finite),
         mean=float(finite.mean(dtype=np.float64)) if len(finite) else None,
         below_zero=float((finite < 0).mean()) if len(finite) else None,
-        chart=_distribution(scored.edges, None, scored.distribution, None)
-        if scored and not refined
-        else None,
+        chart=_distribution(scored, None, None) if scored and not refined else None,
         bins=_bins(scored, None) if scored and not refined else [],
         density=_density(scored, cut) if scored else None,
         selections=selections,
@@ -159,39 +159,23 @@ def _selection(sources: Sources, path: Path, scored: Scored | None, reader: Chun
     manifest = sources.outputs[path]
     what = f"{path / MANIFEST} is not as select wrote it"
     counted = read_record(_Counted, manifest["selection"], what, "run select again")
-    shares = [
-        Share(
-            name,
-            each.kept,
-            each.kept + each.dropped,
-            each.kept_tokens,
-            each.kept_tokens + each.dropped_tokens,
-        )
-        for name, each in sorted(counted.domains.items(), key=lambda item: -item[1].kept - item[1].dropped)
-    ]
-    whole = Share(
-        "all",
-        counted.kept,
-        counted.kept + counted.dropped,
-        counted.kept_tokens,
-        counted.kept_tokens + counted.dropped_tokens,
-    )
+    shares = [_share(name, each) for name, each in counted.domains.items()]
+    shares.sort(key=lambda each: -each.chunks)
     chart, bins, examples, cut = None, [], list[Examples](), None
     by_score = counted.rule.random_seed is None
     if scored:
         columns = refined_columns(Corpus(path))
         kept = histogram(columns["score"], scored.edges)
         cut = float(columns["score"].min()) if _has_one_cut(counted.rule) else None
-        chart = _distribution(scored.edges, kept, scored.distribution, cut)
+        chart = _distribution(scored, kept, cut)
         bins = _bins(scored, kept)
         if reader and by_score:
             examples = reader.examples(scored.is_kept(columns))
     coloured = bool(reader and reader.is_coloured)
-    rule = _rule_in_words(counted.rule)
     return Selection(
         path.name,
-        rule,
-        whole,
+        _rule_in_words(counted.rule),
+        _share("all", counted),
         shares[:MAX_DOMAINS],
         len(shares[MAX_DOMAINS:]),
         cut,
@@ -200,6 +184,11 @@ def _selection(sources: Sources, path: Path, scored: Scored | None, reader: Chun
         examples,
         coloured,
     )
+
+
+def _share(name: str, counts: _Counts | _Counted) -> Share:
+    chunks, tokens = counts.kept + counts.dropped, counts.kept_tokens + counts.dropped_tokens
+    return Share(name, counts.kept, chunks, counts.kept_tokens, tokens)
 
 
 def _has_one_cut(rule: Rule) -> bool:
@@ -245,7 +234,8 @@ def _bins(scored: Scored, kept: np.ndarray | None) -> list[Bin]:
     return [Bin(*each) for each in zip(edges[:-1], edges[1:], kept.tolist(), dropped, strict=True)]
 
 
-def _distribution(edges: np.ndarray, kept: np.ndarray | None, every: np.ndarray, cut: float | None) -> Chart:
+def _distribution(scored: Scored, kept: np.ndarray | None, cut: float | None) -> Chart:
+    edges, every = scored.edges, scored.distribution
     x = Axis("difference score, nats per token", float(edges[0]), float(edges[-1]))
     y = Axis("chunks", 0.0, max(1.0, float(every.max()) * 1.06))
     if kept is None:
@@ -257,9 +247,9 @@ def _distribution(edges: np.ndarray, kept: np.ndarray | None, every: np.ndarray,
             Layer("bar kept", bars(kept, dropped, y)),
         ]
         legend = [("bar kept", "kept"), ("bar dropped", "dropped")]
-    marker = (
-        (x.at(cut) / SIZE * 100, f"cut {cut:.3f}") if cut is not None and x.low <= cut <= x.high else None
-    )
+    marker = None
+    if cut is not None and x.low <= cut <= x.high:
+        marker = x.at(cut) / SIZE * 100, f"cut {cut:.3f}"
     return Chart("Distribution of the difference score", x, y, layers, marker, legend=legend)
 
 
@@ -267,12 +257,14 @@ def _density(scored: Scored, cut: float | None) -> Chart | None:
     """Chunks by both models, with the line of equal log-probabilities and that of the cut."""
     if scored.density is None:
         return None
-    counts, (low, high) = scored.density
-    x = Axis("reference, nats per token", low, high)
-    y = Axis("teacher, nats per token", low, high)
+    counts, ranges = scored.density
+    x, y = (
+        Axis(f"{role}, nats per token", *limits)
+        for role, limits in zip(("reference", "teacher"), ranges, strict=True)
+    )
     layers, legend = density(counts), [("diagonal", "both alike")]
     layers.append(Layer("diagonal", _line_above(0.0, x, y)))
-    if cut is not None and abs(cut) < high - low:
+    if cut is not None:
         layers.append(Layer("cut", _line_above(cut, x, y)))
         legend.append(("cut", "the cut: kept above it"))
     return Chart("Teacher against reference, log-probability", x, y, layers, legend=legend)

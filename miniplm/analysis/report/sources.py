@@ -1,6 +1,7 @@
 """What a report is of: the outputs that are named, and what is behind them, found by its content in the
 folders beside them."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,9 +82,11 @@ def gather(runs: Sequence[str]) -> Sources:
             seeds.append(run.resolve())
             places += [run.resolve(), run.resolve().parent]
         else:
-            if not (found := complete_outputs([run.resolve()])):
+            found, evaluations = complete_outputs([run.resolve()]), _evaluations(run.resolve())
+            if not found and not evaluations:
                 raise UserError(f"run {run} holds no complete output of miniplm: name a folder that it wrote")
             seeds += found
+            files |= evaluations
             places.append(run.resolve())
     sources = Sources(complete_outputs(places))
     for path, manifest in sources.pool.items():
@@ -91,7 +94,7 @@ def gather(runs: Sequence[str]) -> Sources:
             sources.hashes[path] = found_hash
     seeds += [path for path, each in sources.hashes.items() if each in _weights(files)]
     _add(sources, seeds)
-    beside = {path: found for place in places for path in _json_files(place) if (found := _equal(path))}
+    beside = {path: found for place in places for path, found in _evaluations(place).items()}
     known = {sources.hashes.get(path) for path in sources.outputs}
     sources.evaluations = files | {path: each for path, each in beside.items() if each["weights"] in known}
     return sources
@@ -151,17 +154,14 @@ def _needs(manifest: Mapping[str, Any]) -> Iterator[Content]:
 # ---- evaluations ----
 
 
-def _json_files(place: Path) -> list[Path]:
-    found = sorted(place.glob("*.json")) if place.is_dir() else []
-    return [path for path in found if path.is_file() and path.stat().st_size <= MAX_EVALUATION_BYTES]
-
-
-def _equal(path: Path) -> dict[str, Any] | None:
-    """The content of a file of evaluate; None where it is something else, or damaged."""
-    try:
-        return _read_evaluation(path)
-    except UserError:
-        return None
+def _evaluations(place: Path) -> dict[Path, dict[str, Any]]:
+    """The files of evaluate in a folder; what is something else, or damaged, is none."""
+    found = {}
+    for path in sorted(place.glob("*.json")) if place.is_dir() else []:
+        if path.is_file() and path.stat().st_size <= MAX_EVALUATION_BYTES:
+            with contextlib.suppress(UserError):
+                found[path] = _read_evaluation(path)
+    return found
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:

@@ -29,6 +29,11 @@ class Training(NamedTuple):
     lines: list[dict[str, Any]]
     costs: dict[str, Any]
 
+    @property
+    def learnt_from_selected(self) -> bool:
+        """Whether its corpus was selected by Difference Sampling."""
+        return self.provenance.corpus is not None and self.provenance.corpus.by_score
+
     def median(self, key: str) -> float | None:
         """Of a figure of its lines."""
         values = [value for each in self.lines if (value := each.get(key)) is not None]
@@ -79,7 +84,7 @@ def curves(trainings: Sequence[Training], key: str, title: str) -> Chart | None:
     style = styles(trainings)
     layers = [Layer(f"line {style[path]}", line(found, x, y)) for path, found in points.items()]
     legend = [
-        (f"line {style[each.path]}", f"{each.name}{'' if each.role == 'student' else f' ({each.role})'}")
+        (f"line {style[each.path]}", each.name + _role(each.name, each.role))
         for each in trainings
         if each.path in points
     ]
@@ -90,7 +95,7 @@ def comparisons(trainings: Sequence[Training]) -> list[str]:
     """What the students that learnt from selected text save against the first that did not, a sentence
     each."""
     students = [each for each in trainings if each.role == "student"]
-    chosen = [each for each in students if each.provenance.corpus and each.provenance.corpus.by_score]
+    chosen = [each for each in students if each.learnt_from_selected]
     baseline = next((each for each in students if each not in chosen), None)
     if baseline is None:
         return []
@@ -163,7 +168,7 @@ def _rows(
     roles = {each: sources.role(path) for path, each in sources.hashes.items()}
     students = [number for number, each in enumerate(found) if roles.get(each["weights"]) == "student"]
     rows: list[tuple[str, list[Cell]]] = [
-        (f"{each['model']}{_role(roles.get(each['weights']))}", []) for each in found
+        (each["model"] + _role(each["model"], roles.get(each["weights"])), []) for each in found
     ]
     for column in columns:
         values = [value for number in students if (value := column[number]) is not None]
@@ -174,5 +179,6 @@ def _rows(
     return rows
 
 
-def _role(role: str | None) -> str:
-    return f" ({role})" if role in ("teacher", "reference") else ""
+def _role(name: str, role: str | None) -> str:
+    """What to add to a model's name."""
+    return f" ({role})" if role in ("teacher", "reference") and role != name else ""
