@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import jinja2
 from markupsafe import Markup
 
-from ... import __version__
 from ...runtime.errors import UserError
 from ...runtime.files import atomic_write
 from ...runtime.progress import note
@@ -30,7 +29,7 @@ MARK = '<meta name="generator" content="miniplm report">'  # by which a report i
 MAX_NAME = 80  # letters of a name
 MAX_SETTINGS = 6_000  # letters of an output's settings
 MAX_OUTPUTS = 60  # in the provenance
-PACKAGES = ("torch", "transformers", "tokenizers", "pyarrow", "numpy", "triton")
+PACKAGES = ("miniplm", "torch", "transformers", "tokenizers", "pyarrow", "numpy", "triton")
 
 Result = TypeVar("Result")
 
@@ -176,7 +175,7 @@ def _provenance(sources: Sources) -> list[dict[str, Any]]:
 
 def _versions() -> dict[str, str]:
     """What made this page."""
-    versions = {"miniplm": __version__, "Python": platform.python_version()}
+    versions = {"Python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
