@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jinja2
-from markupsafe import Markup
 
 from ...runtime.errors import UserError
 from ...runtime.files import atomic_write
@@ -25,7 +24,7 @@ from .sources import Sources, gather
 from .training import MAX_RUNS, Training, comparisons, curves, loss_tables, read_training, styles, task_table
 
 TEMPLATE = "report.html.jinja"
-MARK = '<meta name="generator" content="miniplm report">'  # by which a report is known
+MARK = '<meta name="generator" content="miniplm report">'  # in the template; by it a report is known
 MAX_NAME = 80  # letters of a name
 MAX_SETTINGS = 6_000  # letters of an output's settings
 MAX_OUTPUTS = 60  # in the provenance
@@ -81,7 +80,6 @@ def render(sources: Sources) -> str:
         _environment()
         .get_template(TEMPLATE)
         .render(
-            mark=Markup(MARK),
             title=_title(trainings, sources),
             scored=scored,
             trainings=trainings,
@@ -134,7 +132,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _seen(value: Any) -> Any:
-    return printable(value, IN_PROSE) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return printable(value, IN_PROSE) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def _name(value: object) -> str:
