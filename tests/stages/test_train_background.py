@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import resource
 import shutil
 import signal
 import threading
@@ -12,12 +13,12 @@ from pathlib import Path
 
 import pytest
 from ranks import exit_codes, forked, run_ranks, started
-from training_runs import check_equal_runs, make_config, metrics
+from training_runs import check_equal_runs, make_config, metrics, truncate
 
 from miniplm.config import CheckpointConfig
 from miniplm.runtime.interrupts import Interrupted
 from miniplm.stages.train import train
-from miniplm.training import loop
+from miniplm.training import checkpoints, loop
 from miniplm.training.checkpoints import checkpoint_folder, checkpoint_folders
 
 
@@ -71,12 +72,17 @@ def test_steps_are_taken_while_a_checkpoint_is_written(config, whole, monkeypatc
 
 
 def test_an_interrupt_waits_for_the_write_in_flight(config, whole, monkeypatch):
-    save, waited = loop.save_checkpoint, []
+    """And so does its own checkpoint: there is one copy at a time."""
+    save, snapshot, waited, copies = loop.save_checkpoint, loop.take_snapshot, [], []
 
     def slow(*arguments):
         time.sleep(0.5)
         save(*arguments)
         waited.append(1)
+
+    def copied(*arguments):
+        copies.append(len(waited))
+        return snapshot(*arguments)
 
     step, taken = loop.train_step, itertools.count(1)
 
@@ -88,10 +94,12 @@ def test_an_interrupt_waits_for_the_write_in_flight(config, whole, monkeypatch):
     said = []
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(loop, "save_checkpoint", slow)
+        patch.setattr(loop, "take_snapshot", copied)
         patch.setattr(loop, "train_step", stopping)
         patch.setattr(loop, "note", lambda text: said.append((text, len(waited))))
         train(config)
     assert said == [("stopped at step 7: the same command continues", 2)]
+    assert copies == [0, 1]
     assert names(config) == ["step-00000006", "step-00000007"]
     train(config)
     shutil.rmtree(checkpoint_folder(config.output, 7))
@@ -133,42 +141,50 @@ def train_rank(rank, config):
     train(config)
 
 
-def failing_write(rank, config, call, what):
-    """Train; the given write of a checkpoint fails, or is the rank's last, in the middle of it."""
-    save, calls = loop.save_checkpoint, itertools.count(1)
+def failing_write(rank, config, step, what):
+    """Train; the write of a step's checkpoint meets a full disk, or is its rank's last, in the middle of it:
+    the files are there, but not what they are."""
+    save, hash_files, number = loop.save_checkpoint, checkpoints.hash_files, f"{step:08d}"
 
-    def failing(folder, *arguments):
-        if next(calls) < call:
-            return save(folder, *arguments)
-        time.sleep(0.2)  # other steps are under way
-        if what == "full":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        temporary.mkdir()
-        (temporary / "model.safetensors").write_bytes(b"half")
-        os.kill(os.getpid(), signal.SIGKILL)
+    def limited(folder, *arguments):
+        if number in folder.name:
+            time.sleep(0.2)  # other steps are under way
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+        save(folder, *arguments)
 
-    loop.save_checkpoint = failing
+    def dying(files):
+        if number in str(files[0]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return hash_files(files)
+
+    if what == "full":
+        signal.signal(
+            signal.SIGXFSZ, signal.SIG_IGN
+        )  # so that a write past the limit fails as on a full disk
+        loop.save_checkpoint = limited
+    else:
+        checkpoints.hash_files = dying
     train(config)
 
 
 def test_ranks_end_together_where_a_write_fails_or_its_rank_dies(config, context, tmp_path):
     """Then they go on from the checkpoint before, and where that one is damaged from the one before it."""
     config = replace(config, checkpoint=CheckpointConfig(interval=6))
-    with started(context, tmp_path / "full", 2, failing_write, config, 2, "full") as ranks:
+    with started(context, tmp_path / "full", 2, failing_write, config, 12, "full") as ranks:
         assert exit_codes(ranks, 60) == [2, 1], [rank.said() for rank in ranks]
-    assert ranks[0].said().splitlines()[-1].startswith("[Errno 28] No space left on device")
+    assert ranks[0].said().splitlines()[-1].startswith("[Errno 27] File too large: ")
     assert ranks[1].said().splitlines()[-1].startswith("rank 0 of 2 could not go on")
+    assert not any("Traceback" in rank.said() for rank in ranks)
     assert names(config) == ["step-00000006"]
 
-    with started(context, tmp_path / "dies", 2, failing_write, config, 2, "dies") as ranks:
+    with started(context, tmp_path / "dies", 2, failing_write, config, 18, "dies") as ranks:
         assert exit_codes(ranks, 60) == [-signal.SIGKILL, 1], [rank.said() for rank in ranks]
     assert ranks[1].said().splitlines()[-1].startswith("rank 0 of 2 no longer answers")
     assert names(config) == ["step-00000006", "step-00000012"]
-    assert Path(config.output, "checkpoints", ".step-00000018.tmp").exists()
+    half = Path(config.output, "checkpoints", ".step-00000018.tmp")
+    assert {file.name for file in half.iterdir()} >= {"model.safetensors", "optimizer.safetensors"}
 
-    path = Path(config.output, "checkpoints", "step-00000012", "optimizer.safetensors")
-    path.write_bytes(path.read_bytes()[:-100])
+    truncate(Path(config.output, "checkpoints", "step-00000012", "optimizer.safetensors"))
     [first, _] = run_ranks(context, tmp_path / "again", 2, train_rank, config)
     assert "step-00000012 is damaged (optimizer.safetensors is not as it was written)" in first.said()
     assert "continuing from step-00000006" in first.said()
