@@ -10,12 +10,15 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 from training_runs import check_equal_runs, files, make_config, metrics, stop_after
 
+from miniplm.data.corpus import Corpus
+from miniplm.data.order import DataOrder
 from miniplm.runtime.files import read_json
 from miniplm.runtime.interrupts import Interrupted
 from miniplm.stages.train import train
@@ -170,6 +173,24 @@ def test_stopped_at_a_given_call_it_ends_alike(config, whole, module, function, 
         )
     assert stops >= 1
     train(config)
+    check_equal_runs(config.output, whole.output)
+
+
+def test_at_the_ends_of_epochs_it_ends_alike(config, monkeypatch, start, tmp_path):
+    """Stopped where an epoch ends, killed between two micro-batches of the next one's first step, and stopped
+    where that ends."""
+    config = replace(config, batch_tokens=216)
+    assert DataOrder(Corpus(config.data).num_tokens, 216, config.seed).epoch_tokens == 8 * 216
+    stop_after(config, 8, monkeypatch)
+    process = start(killed_while, "training.step", "summed_loss", 2, config)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert latest_checkpoint(config.output).endswith("step-00000008")
+    stop_after(config, 8, monkeypatch)
+    assert latest_checkpoint(config.output).endswith("step-00000016")
+    train(config)
+    whole = replace(config, output=str(tmp_path / "whole"))
+    train(whole)
     check_equal_runs(config.output, whole.output)
 
 
