@@ -244,3 +244,9 @@ def test_the_whole_at_toy_size(experiment, in_process, data, tiny_model, tmp_pat
     results = tmp_path / "results"
     assert (results / "runs" / "C-S-11-clean.json").exists() and (results / "kept.json").exists()
     assert not list(results.rglob("*.safetensors")) and not list(results.rglob("*.arrow"))
+    tables = ["--runs", str(results), "--pack", str(pack), "--output", str(tmp_path / "tables")]
+    experiment("tables").main(tables)
+    student = json.loads((tmp_path / "tables" / "result.json").read_text())["students"]["S"]
+    assert student["decision"] == "inconclusive: fewer than two seeds"
+    assert set(student["arms"]) == set(versions[version].seeds)
+    assert student["costs"]["M"]["all_in"] > 2 * student["costs"]["C"]["all_in"] > 0
