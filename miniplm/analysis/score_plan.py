@@ -1,5 +1,6 @@
 """What score is to do: which chunks, with which models, into which files, and which of those are there."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import torch
 from ..config import BATCH_TOKENS, SHARD_CHUNKS, ScoreConfig
 from ..data.corpus import Corpus
 from ..data.sampling import sampled_chunks
-from ..data.scores import ROLES, columns_of, shard_path, whole_hash
+from ..data.scores import ROLES, columns_of, shard_hashes, shard_path, whole_hash
 from ..data.token_scores import token_path, whole_token_hash
 from ..data.tokenizer import check_same_tokens, load_tokenizer
 from ..models.loading import model_hash
 from ..runtime.artifacts import recorded
-from ..runtime.devices import choose_device, choose_dtype, cpu_multiplies_bf16
+from ..runtime.devices import choose_dtype, cpu_multiplies_bf16
+from ..runtime.distributed import Place
+from ..runtime.launchers import device_among_shards
 from ..runtime.profiling import check_trace
 from ..training.checkpoints import latest_checkpoint
 
@@ -25,7 +28,8 @@ class ScorePlan:
     """What is to be scored, with what, and into which files.
 
     tokenizer: the corpus's; names: of the models, by role; folders: where they are, likewise; reason: why
-    auto is float32; shards: the chunks of each file; identity: of the output.
+    auto is float32; shards: the chunks of each file; identity: of the output;
+    place: of this process among those that share the files.
     """
 
     config: ScoreConfig
@@ -39,6 +43,7 @@ class ScorePlan:
     batch_tokens: int
     shards: list[np.ndarray]
     identity: dict[str, Any]
+    place: Place
 
     @property
     def output(self) -> Path:
@@ -49,11 +54,16 @@ class ScorePlan:
         return columns_of(self.names)
 
     @property
+    def own(self) -> range:
+        """The numbers of the files that are this process's."""
+        return range(self.place.rank, len(self.shards), self.place.world)
+
+    @property
     def chunks(self) -> np.ndarray:
         return np.concatenate([np.zeros(0, np.int64), *self.shards])
 
 
-def make_plan(config: ScoreConfig) -> ScorePlan:
+def make_plan(config: ScoreConfig, place: Place) -> ScorePlan:
     """Read and check all that the run is made of, but for the models' weights."""
     check_trace(config.profile)
     corpus = Corpus(config.data)
@@ -62,7 +72,7 @@ def make_plan(config: ScoreConfig) -> ScorePlan:
     tokenizer = load_tokenizer(corpus.tokenizer)
     for role, name in names.items():
         check_same_tokens(tokenizer, load_tokenizer(folders[role], config.trust_remote_code), name)
-    device = choose_device(config.device)
+    device = device_among_shards(config.device, place)
     dtype, reason = _choose_dtype(config, device)
     batch_tokens = config.batch_tokens or BATCH_TOKENS.on(device.type)
     shard_chunks = config.shard_chunks or SHARD_CHUNKS.on(device.type)
@@ -86,7 +96,18 @@ def make_plan(config: ScoreConfig) -> ScorePlan:
         chunks = sampled_chunks(corpus, config.sample, config.seed)
     shards = [chunks[start : start + shard_chunks] for start in range(0, len(chunks), shard_chunks)]
     return ScorePlan(
-        config, corpus, tokenizer, names, folders, device, dtype, reason, batch_tokens, shards, identity
+        config,
+        corpus,
+        tokenizer,
+        names,
+        folders,
+        device,
+        dtype,
+        reason,
+        batch_tokens,
+        shards,
+        identity,
+        place,
     )
 
 
@@ -105,14 +126,13 @@ def _choose_dtype(config: ScoreConfig, device: torch.device) -> tuple[torch.dtyp
     return torch.bfloat16, None
 
 
-def whole_shards(plan: ScorePlan) -> tuple[dict[int, list[str]], list[Path]]:
-    """(by their numbers, the hashes of the score file and, with tokens, of that of the tokens, where both are
-    there and undamaged; the files that are not)."""
-    files, token_files = (recorded(plan.output).get(key) for key in ("files", "token_files"))
-    if not isinstance(files, dict | None):
-        files = {}
-    whole, lost = {}, []
-    for number, chunks in enumerate(plan.shards):
+def whole_shards(plan: ScorePlan, numbers: Iterable[int]) -> tuple[dict[int, list[str]], list[Path]]:
+    """(by their numbers, of these shards the hashes of the score file and, with tokens, of that of the
+    tokens, where both are there and undamaged; the files that are not)."""
+    begun, whole, lost = recorded(plan.output), {}, []
+    for number in numbers:
+        files, token_files = _known_hashes(plan, begun, number)
+        chunks = plan.shards[number]
         hashes = {
             shard_path(plan.output, number): whole_hash(plan.output, number, chunks, plan.columns, files)
         }
@@ -123,6 +143,30 @@ def whole_shards(plan: ScorePlan) -> tuple[dict[int, list[str]], list[Path]]:
         else:
             whole[number] = [digest for digest in hashes.values() if digest is not None]
     return whole, lost
+
+
+def _known_hashes(
+    plan: ScorePlan, begun: dict[str, Any], number: int
+) -> tuple[dict[str, str] | None, dict[str, str] | None]:
+    """The hashes by name of the files of a shard and, first of all, of others: of score files, None in a
+    folder from before there were any; of those of tokens."""
+    own = shard_hashes(plan.output, number)
+    files, token_files = (begun.get(key) for key in ("files", "token_files"))
+    if files is None and begun.get("complete"):
+        return None, token_files
+    return tuple({**(known if isinstance(known, dict) else {}), **own} for known in (files, token_files))
+
+
+def unfinished(plan: ScorePlan) -> list[Path]:
+    """The score files that nobody has finished; what is in the others is not looked at."""
+    begun = recorded(plan.output)
+    missing = []
+    for number in range(len(plan.shards)):
+        path = shard_path(plan.output, number)
+        files, _ = _known_hashes(plan, begun, number)
+        if (files is not None and path.name not in files) or not path.exists():
+            missing.append(path)
+    return missing
 
 
 def hashes_by_file(plan: ScorePlan, whole: dict[int, list[str]]) -> dict[str, dict[str, str]]:

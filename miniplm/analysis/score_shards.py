@@ -1,6 +1,6 @@
 """The models of score, and the files that they write."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
@@ -10,16 +10,15 @@ import numpy as np
 import torch
 
 from ..data.batches import Batch, pinned, prefetch
-from ..data.scores import write_shard
+from ..data.scores import shard_path, write_shard, writing_shard
 from ..data.selection import rank_agreement
-from ..data.token_scores import write_tokens
+from ..data.token_scores import token_path, write_tokens
 from ..models.float8 import to_float8
 from ..models.loading import load_model
-from ..runtime.artifacts import record_output, recorded
+from ..runtime.artifacts import recorded
 from ..runtime.errors import UserError
 from ..runtime.profiling import trace
-from ..runtime.progress import Progress
-from .score_plan import ScorePlan, hashes_by_file
+from .score_plan import ScorePlan
 from .scoring import Models, score_batch, score_batches
 
 AGREEMENT_CHUNKS = 1024  # on which a lower precision is compared
@@ -45,7 +44,8 @@ def load(plan: ScorePlan) -> tuple[ScorePlan, Models, int, dict[str, Any] | None
         models, _ = _load_models(plan, torch.bfloat16)
     agreement = rank_agreement(before, _sample_scores(models, vocab_size, plan))
     equal = agreement["equal_selections"] or 0.0
-    if fp8 or plan.config.dtype != "auto" or recorded(plan.output) or equal > MIN_EQUAL_SELECTIONS:
+    begun = recorded(plan.output).get("identity", {}).get("dtype") == plan.identity["dtype"]
+    if fp8 or plan.config.dtype != "auto" or begun or equal > MIN_EQUAL_SELECTIONS:
         return plan, models, vocab_size, agreement
     reason = (
         f"bfloat16 selects or drops {equal:.1%} of {agreement['rows']:,} chunks alike, more than "
@@ -77,24 +77,26 @@ def _load_models(plan: ScorePlan, dtype: torch.dtype) -> tuple[Models, int]:
     return models, vocab_size
 
 
-def score_shards(plan: ScorePlan, whole: dict[int, list[str]], models: Models, vocab_size: int) -> None:
-    """Write the score files that are not whole, and their hashes into the manifest as they come."""
-    todo = [number for number in range(len(plan.shards)) if number not in whole]
-    positions = plan.corpus.num_tokens - 1
-    total, left = (
-        int(positions[plan.chunks].sum()),
-        sum(int(positions[plan.shards[number]].sum()) for number in todo),
-    )
+def score_shards(
+    plan: ScorePlan,
+    numbers: Iterable[int],
+    models: Models,
+    vocab_size: int,
+    advance: Callable[[int], None],
+) -> dict[int, list[str]]:
+    """Write the score files with these numbers, and their hashes beside them, which are returned too: by
+    number, that of the score file and, with tokens, that of the tokens.
+
+    Args:
+        advance: is told the positions that were scored, as they are.
+    """
+    written: dict[int, list[str]] = {}
     batches = (
         (number, batch)
-        for number in todo
+        for number in numbers
         for batch in pinned(_batches(plan, plan.shards[number]), plan.device)
     )
-    with (
-        torch.inference_mode(),
-        trace(plan.config.profile) as profiler_step,
-        Progress("score", total, done=total - left) as progress,
-    ):
+    with torch.inference_mode(), trace(plan.config.profile) as profiler_step:
         for number, group in groupby(prefetch(batches), key=itemgetter(0)):
             parts = []
             for _, batch in group:
@@ -105,21 +107,24 @@ def score_shards(plan: ScorePlan, whole: dict[int, list[str]], models: Models, v
                         f"out of GPU memory: lower batch_tokens (now {plan.batch_tokens:,}) for a new output "
                         f"folder"
                     ) from error
-                progress.update(len(batch.input_ids))
+                advance(len(batch.input_ids))
                 profiler_step()
             values = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
-            whole[number] = _write(plan, number, values)
-            record_output(plan.output, hashes_by_file(plan, whole))
+            written[number] = _write(plan, number, values)
+    return written
 
 
 def _write(plan: ScorePlan, number: int, values: dict[str, np.ndarray]) -> list[str]:
     """Write the files of a shard and return their hashes."""
-    output, rows, hashes = plan.output, plan.shards[number], []
-    if plan.config.tokens:
-        tokens = {role: values[f"{role}_tokens"] for role in plan.names}
-        positions = plan.corpus.num_tokens[rows] - 1
-        hashes = [write_tokens(output, number, rows, positions, tokens)]
-    return [write_shard(output, number, rows, plan.columns, values), *hashes]
+    output, rows = plan.output, plan.shards[number]
+    with writing_shard(output, number) as hashes:
+        if plan.config.tokens:
+            tokens = {role: values[f"{role}_tokens"] for role in plan.names}
+            positions = plan.corpus.num_tokens[rows] - 1
+            hashes[token_path(output, number).name] = write_tokens(output, number, rows, positions, tokens)
+        name = shard_path(output, number).name
+        hashes[name] = write_shard(output, number, rows, plan.columns, values)
+    return [hashes.pop(name), *hashes.values()]
 
 
 def _batches(plan: ScorePlan, chunks: np.ndarray) -> Iterator[Batch]:

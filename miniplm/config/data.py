@@ -150,10 +150,22 @@ class ScoreConfig:
     """Keep the log-probability of every token too, 2 bytes for each model, for train --tokens.scores."""
     profile: Optional[str] = None
     """Write a Chrome trace of three batches near the start to this file (.json or .json.gz)."""
+    rank: Optional[int] = None
+    """Of several processes with one output the number of this one, from 0: it scores every world-th file. Who
+    is last completes the folder. Default: as torchrun or SLURM (tasks, arrays) have it."""
+    world: Optional[int] = None
+    """How many processes there are; any other number may continue."""
 
     def __post_init__(self) -> None:
         require_texts(self)
         require_output(self.output)
+        require(
+            (self.rank is None) == (self.world is None), "rank and world go together: give both or neither"
+        )
+        require_count(self, "world")
+        require_count(self, "rank", low=0)
+        if self.rank is not None and self.world is not None:
+            require(self.rank < self.world, f"rank must be below world, {self.world}, got {self.rank}")
         require(bool(self.teacher or self.reference), "give --teacher, --reference, or both")
         require(
             self.sample is None or 0 < self.sample < 1,

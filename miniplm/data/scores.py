@@ -4,10 +4,12 @@ A score folder holds parquet files `scores-00000.parquet`, … with the columns 
 corpus), `num_tokens` (int32, the positions that were scored) and, of `teacher_log_prob`, `reference_log_prob`
 (means over those, nats) and `score` (their difference), those that were computed (float32, null where not
 finite); beside them `manifest.json`, which holds the hash of each file under `files` (folders from before
-there were hashes have page checksums alone).
+there were hashes have page checksums alone). Until the folder is complete, the hash of each file that is done
+is in a file of its own, `.scores-00000.json.tmp`: so processes that share the work write nothing in common.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +19,8 @@ from pydantic import Field
 
 from ..runtime.artifacts import read_manifest
 from ..runtime.errors import UserError, reason
-from ..runtime.files import atomic_write, hash_files
+from ..runtime.files import atomic_write, hash_files, read_json, write_json
+from ..runtime.locks import PATIENCE, lock
 from ..runtime.schema import Count, Record, Seed
 
 ROLES = ("teacher", "reference")
@@ -121,6 +124,37 @@ def whole_hash(
         return None
     whole = table.schema.equals(_schema(columns)) and np.array_equal(index, rows)
     return digest if whole else None
+
+
+def _hashes_path(folder: str | PathLike[str], number: int) -> Path:
+    return Path(folder) / f".scores-{number:05d}.json.tmp"
+
+
+@contextlib.contextmanager
+def writing_shard(folder: str | PathLike[str], number: int) -> Iterator[dict[str, str]]:
+    """Yield a dict for {name: hash} of the files of a shard, which the block writes, one process at a time;
+    it is recorded when the block ends."""
+    refusal = f"another process has been writing score file {number} of {folder} for minutes: stop it"
+    with lock(Path(folder) / f".scores-{number:05d}.lock.tmp", refusal, PATIENCE):
+        hashes: dict[str, str] = {}
+        yield hashes
+        write_json(_hashes_path(folder, number), hashes)
+
+
+def shard_hashes(folder: str | PathLike[str], number: int) -> dict[str, str]:
+    """{name: hash} of the files of a shard that is done, in a folder that is not complete; {} of any
+    other."""
+    try:
+        hashes = read_json(_hashes_path(folder, number))
+    except (UserError, OSError):
+        return {}
+    return hashes if isinstance(hashes, dict) else {}
+
+
+def remove_shard_hashes(folder: str | PathLike[str]) -> None:
+    """Remove the files of hashes: the manifest holds them now."""
+    for path in Path(folder).glob(".scores-*.json.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def score_figures(folder: str | PathLike[str], shards: int, column: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from .errors import UserError
 from .files import fingerprint, hash_files, read_json, write_json
-from .locks import lock
+from .locks import Occupied, lock
 from .progress import note
 from .schema import Record, read_record
 
@@ -129,6 +129,16 @@ def exclusive(folder: str | os.PathLike, wait: float = 0.0) -> Iterator[None]:
     refusal = f"another process is writing to {folder}: wait for it, stop it, or choose another --output"
     with lock(Path(folder) / ".lock.tmp", refusal, wait):
         yield
+
+
+def remove_free_locks(folder: str | os.PathLike) -> None:
+    """Remove lock files of parts of an output folder that killed processes have left."""
+    for path in Path(folder).glob(".?*.lock*.tmp"):
+        with (
+            contextlib.suppress(Occupied),
+            lock(path.with_name(path.name.replace(".lock.heartbeat.", ".lock.")), ""),
+        ):
+            pass
 
 
 def _difference(old: Any, new: Any, prefix: str = "") -> str:

@@ -5,27 +5,34 @@ score r(x) = mean log p_teacher(x) − mean log p_reference(x) in nats per token
 
 The chunks of the corpus, or of a sample of it, are cut into files of `shard_chunks`; batches are packed
 within a file only. So a file depends on nothing but its own chunks: a killed run continues at the first file
-that is not there, and ends in the same bytes.
+that is not there, and ends in the same bytes. For the same reason several processes (ranks) share the files
+without waiting for one another: each writes every world-th one and its hash beside it, and who finds that all
+are there completes the manifest.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..analysis.score_plan import ScorePlan, hashes_by_file, make_plan, whole_shards
+from ..analysis.score_plan import ScorePlan, hashes_by_file, make_plan, unfinished, whole_shards
 from ..analysis.score_shards import load, score_shards
 from ..analysis.scoring import Models
 from ..config import ScoreConfig
-from ..data.scores import ROLES, score_figures
+from ..data.scores import ROLES, remove_shard_hashes, score_figures
 from ..runtime.artifacts import (
     MANIFEST,
     complete_output,
     exclusive,
     open_output,
+    remove_free_locks,
     reopen_output,
 )
-from ..runtime.progress import note
+from ..runtime.errors import UserError
+from ..runtime.launchers import place_among_shards
+from ..runtime.locks import PATIENCE, Occupied, lock
+from ..runtime.progress import Progress, note
 from ..runtime.text import printable
 from ..runtime.wall_time import timed
 from ..training.cost import corpus_flops
@@ -38,33 +45,99 @@ def score(config: ScoreConfig) -> None:
         UserError: the corpus or a model is missing, incomplete or damaged; a model has another tokenizer or
             too small a head; the output folder holds another run.
     """
-    plan = make_plan(config)
+    place = place_among_shards(config.rank, config.world)
+    plan = make_plan(config, place)
     complete = (plan.output / MANIFEST).exists() and open_output(plan.output, "score", plan.identity)
-    whole, lost = whole_shards(plan)
+    whole, lost = whole_shards(plan, plan.own)
     if complete and not lost:
         print(printable(f"The scores in {plan.output} are complete, nothing to do."))
         return
+    if place.world > 1:
+        note(f"process {place.rank} of {place.world}: {len(plan.own)} of {len(plan.shards)} score files")
+        if not lost and _left_to_others(plan):
+            return
     plan, models, vocab_size, agreement = load(plan)
     if plan.reason:
         note(f"scoring in float32: {plan.reason}")
-    open_output(plan.output, "score", plan.identity)  # claimed only now: a bad model leaves no folder behind
-    with exclusive(plan.output), timed(plan.output):
+    # Claimed only now: a bad model leaves no folder behind.
+    open_output(plan.output, "score", plan.identity, wait=PATIENCE if place.world > 1 else 0.0)
+    with _at_work(plan), timed(plan.output):
         if damaged := [path for path in lost if path.exists()]:
             note(f"score file {damaged[0]} is damaged: its chunks are scored anew")
         elif complete:
             note(f"score file {lost[0]} is missing: its chunks are scored anew")
-        reopen_output(plan.output, hashes_by_file(plan, whole))
-        score_shards(plan, whole, models, vocab_size)
-        _finish(plan, models, vocab_size, agreement)
+        if place.world == 1:
+            reopen_output(plan.output, hashes_by_file(plan, whole))
+        whole |= _score_lost(plan, whole, models, vocab_size)
+        if place.world == 1:
+            _finish(plan, whole, models, vocab_size, agreement)
+        elif not _left_to_others(plan):
+            _finish_alone(plan, models, vocab_size, agreement)
+
+
+def _at_work(plan: ScorePlan) -> contextlib.AbstractContextManager[None]:
+    """Keep out who would do the same: of a process alone any other alone, of one of several its double."""
+    rank, world, _ = plan.place
+    if world == 1:
+        return exclusive(plan.output)
+    refusal = f"process {rank} of {world} is writing to {plan.output} already: wait for it, or stop it"
+    return lock(plan.output / f".rank-{rank}-of-{world}.lock.tmp", refusal)
+
+
+def _score_lost(
+    plan: ScorePlan, whole: dict[int, list[str]], models: Models, vocab_size: int
+) -> dict[int, list[str]]:
+    """Score the files of this process that are not whole, and return their hashes."""
+    positions = plan.corpus.num_tokens - 1
+    sizes = {number: int(positions[plan.shards[number]].sum()) for number in plan.own}
+    done = sum(sizes[number] for number in whole)
+    with Progress("score", sum(sizes.values()), done=done) as progress:
+        todo = [number for number in plan.own if number not in whole]
+        return score_shards(plan, todo, models, vocab_size, progress.update)
+
+
+def _left_to_others(plan: ScorePlan) -> bool:
+    """Whether files are missing that are other processes'; says so."""
+    if missing := unfinished(plan):
+        print(
+            printable(
+                f"The files of process {plan.place.rank} of {plan.place.world} are done; "
+                f"{len(missing)} of {len(plan.shards)} in {plan.output} are not ({missing[0].name}, …): "
+                f"who is last completes the folder, and any number of processes finishes what is left"
+            )
+        )
+    return bool(missing)
 
 
 # ---- the end ----
 
 
-def _finish(plan: ScorePlan, models: Models, vocab_size: int, agreement: dict[str, Any] | None) -> None:
+def _finish_alone(plan: ScorePlan, models: Models, vocab_size: int, agreement: dict[str, Any] | None) -> None:
+    """Complete the folder, unless another process does, or has done so."""
+    try:
+        with exclusive(plan.output):
+            if not open_output(plan.output, "score", plan.identity):
+                whole, lost = whole_shards(plan, range(len(plan.shards)))
+                if lost:
+                    raise UserError(f"{lost[0]} is not as written: run score again, it writes it anew")
+                reopen_output(plan.output, hashes_by_file(plan, whole))
+                _finish(plan, whole, models, vocab_size, agreement)
+            remove_shard_hashes(plan.output)
+    except Occupied:
+        print(printable(f"All scores are there; another process completes {plan.output}."))
+
+
+def _finish(
+    plan: ScorePlan,
+    whole: dict[int, list[str]],
+    models: Models,
+    vocab_size: int,
+    agreement: dict[str, Any] | None,
+) -> None:
     """Mark the output complete, and print what came out."""
     figures = score_figures(plan.output, len(plan.shards), plan.columns[-1])
-    results: dict[str, Any] = {role: _display_name(plan.names.get(role)) for role in ROLES}
+    results: dict[str, Any] = hashes_by_file(plan, whole)
+    results |= {role: _display_name(plan.names.get(role)) for role in ROLES}
     flops = corpus_flops(models, plan.corpus, plan.config.document_mask, plan.chunks)
     results |= {"vocab_size": vocab_size, **figures, "flops": flops}
     dtype = plan.identity["dtype"]
@@ -72,6 +145,8 @@ def _finish(plan: ScorePlan, models: Models, vocab_size: int, agreement: dict[st
     if agreement:
         results[f"{lower}_agreement"] = agreement
     complete_output(plan.output, {**results, "torch": torch.__version__})
+    remove_shard_hashes(plan.output)
+    remove_free_locks(plan.output)
     _print_summary(figures, plan.columns[-1], plan.output)
     if plan.config.sample is not None:
         print(f"A sample of {len(plan.corpus):,} chunks: miniplm proxy fit learns from it")
