@@ -154,7 +154,8 @@ def _known_hashes(
     files, token_files = (begun.get(key) for key in ("files", "token_files"))
     if files is None and begun.get("complete"):
         return None, token_files
-    return tuple({**(known if isinstance(known, dict) else {}), **own} for known in (files, token_files))
+    both = [{**(known if isinstance(known, dict) else {}), **own} for known in (files, token_files)]
+    return both[0], both[1]
 
 
 def unfinished(plan: ScorePlan) -> list[Path]:

@@ -1,5 +1,7 @@
 """score on several processes: any number writes the same bytes, and continues what another has begun."""
 
+import errno
+import fcntl
 import os
 import signal
 import time
