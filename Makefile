@@ -8,7 +8,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(C
 UV ?= $(shell command -v uv >/dev/null && ! $(PYTHON) -m pip config list 2>/dev/null | grep -Eq 'index|find-links|constraint' && echo uv)
 SOURCES := setup.py pyproject.toml $(CONSTRAINTS) Makefile
 
-.PHONY: demo test test-fast test-oldest test-newest lint typecheck attacks bench peers llama-cpp clean
+.PHONY: demo test test-fast test-oldest test-newest lint typecheck attacks bench peers llama-cpp launch-files clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/miniplm demo
@@ -62,6 +62,11 @@ peers: $(VENV)/installed-test
 llama-cpp: $(VENV)/installed-test
 	$(PIP) llama-cpp-python
 	$(VENV)/bin/python -m pytest tests/stages/test_export_gguf.py tests/models/test_gguf_file.py
+
+# The files of examples/launch, read by the tools that they are for; by SLURM where it is installed.
+launch-files: $(VENV)/installed-test
+	$(PIP) kubernetes-validate 'ray[default]'
+	$(VENV)/bin/python -m pytest tests/test_launch_files.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'

@@ -128,25 +128,28 @@ def test_every_preset_is_tested():
     assert presets == PEAK_LR.keys() == SHAPES.keys() | {"mamba_130m"}
 
 
+QWEN_1_8B = StudentConfig(
+    hidden_size=2048,
+    intermediate_size=5504,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    tie_word_embeddings=False,
+)
+
+
+def decoder(shape: StudentConfig) -> Decoder:
+    """A model with Qwen's vocabulary that takes no memory."""
+    with torch.device("meta"):
+        return Decoder(student_config(shape, vocab_size=QWEN, eos_token_id=0))
+
+
 def test_the_costs_in_reproducing_md_are_the_counted_ones():
     page = (ROOT / "docs" / "reproducing.md").read_text()
 
-    def cost(name: str) -> int:
-        with torch.device("meta"):
-            return Decoder(
-                student_config(settings(name).model, vocab_size=QWEN, eos_token_id=0)
-            ).flops_per_token(1024)
-
-    teacher = StudentConfig(
-        hidden_size=2048,
-        intermediate_size=5504,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        tie_word_embeddings=False,
+    of_teacher = decoder(QWEN_1_8B).flops_per_token(1024)
+    reference, student = (
+        decoder(settings(name).model).flops_per_token(1024) for name in ("qwen_104m_reference", "qwen_200m")
     )
-    with torch.device("meta"):
-        of_teacher = Decoder(student_config(teacher, vocab_size=QWEN, eos_token_id=0)).flops_per_token(1024)
-    reference, student = cost("qwen_104m_reference"), cost("qwen_200m")
     for flops in (3 * reference * 5e9, of_teacher * 1e11, reference * 1e11, 3 * student * 512 * 1024 * 1e5):
         hours = [flops / (share * 989e12) / 3600 for share in (0.4, 0.6)]
         shown = [f"{value:.1f}" if value < 10 else f"{value:.0f}" for value in hours]
@@ -154,3 +157,33 @@ def test_the_costs_in_reproducing_md_are_the_counted_ones():
     assert f"{3 * student + of_teacher:.2e} FLOPs a token".replace("e+0", "e") in page
     assert f"alone costs {3 * student:.2e}".replace("e+0", "e") in page
     assert f"it has {round(1e2 * 3 * student / (3 * student + of_teacher))}k\nsteps" in page
+
+
+def test_the_figures_in_scaling_md_are_the_computed_ones():
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    models = {name: decoder(settings(name).model) for name in ("qwen_200m", "qwen_500m", "qwen_1.2b")}
+    teacher = decoder(QWEN_1_8B).flops_per_token(1024)
+    reference = decoder(settings("qwen_104m_reference").model).flops_per_token(1024)
+    tokens = 512 * 1024 * 1e5
+    flops = [(teacher + reference) * 1e11]
+    flops += [3 * model.flops_per_token(1024) * tokens for model in models.values()]
+    flops.append((3 * models["qwen_200m"].flops_per_token(1024) + teacher) * tokens)
+    for total in flops:
+        cells = [f"{total:.2e}".replace("e+", "e")]
+        for gpus in (1, 8, 64):
+            hours = [total / (share * 989e12) / 3600 / gpus for share in (0.4, 0.6)]
+            cells.append(" to ".join(f"{value:.{1 if value < 10 else 0}f}" for value in hours) + " h")
+        assert f"| {' | '.join(cells)} |" in page
+    for name, model in models.items():
+        moved = 8 * model.num_parameters()
+        step = 3 * model.flops_per_token(1024) * 512 * 1024 / (0.4 * 989e12) * 1e3
+        cells = [f"{moved / 1e9:.1f} GB", f"{step / 8:.0f} ms, {moved / 450e6:.0f} ms"]
+        cells.append(f"{step / 64:.0f} ms, {moved / 50e6:.0f} ms")
+        size = name.removeprefix("qwen_").upper()
+        assert f"| {size} | {' | '.join(cells)} |" in page
+    assert f"{(teacher + reference) * 16_384 * 1024 / (0.4 * 989e12):.0f} s each" in page
+    checkpoints = [12 * model.num_parameters() / 1e9 for model in models.values()]
+    assert f"{checkpoints[0]:.1f}, {checkpoints[1]:.1f}, {checkpoints[2]:.0f} GB" in page
+    words = " ".join(page.split())
+    assert f"{1e11 / 2**25:,.0f} files of 100B" in words
+    assert f"{round(1e11 / 1024 / 16_384, -1):,.0f} files, 143 s" in words
