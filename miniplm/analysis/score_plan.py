@@ -11,7 +11,7 @@ import torch
 from ..config import BATCH_TOKENS, SHARD_CHUNKS, ScoreConfig
 from ..data.corpus import Corpus
 from ..data.sampling import sampled_chunks
-from ..data.scores import ROLES, columns_of, shard_hashes, shard_path, whole_hash
+from ..data.scores import ROLES, columns_of, known_hashes, shard_path, whole_hash
 from ..data.token_scores import token_path, whole_token_hash
 from ..data.tokenizer import check_same_tokens, load_tokenizer
 from ..models.loading import model_hash
@@ -131,7 +131,7 @@ def whole_shards(plan: ScorePlan, numbers: Iterable[int]) -> tuple[dict[int, lis
     tokens, where both are there and undamaged; the files that are not)."""
     begun, whole, lost = recorded(plan.output), {}, []
     for number in numbers:
-        files, token_files = _known_hashes(plan, begun, number)
+        files, token_files = known_hashes(plan.output, begun, number)
         chunks = plan.shards[number]
         hashes = {
             shard_path(plan.output, number): whole_hash(plan.output, number, chunks, plan.columns, files)
@@ -143,31 +143,6 @@ def whole_shards(plan: ScorePlan, numbers: Iterable[int]) -> tuple[dict[int, lis
         else:
             whole[number] = [digest for digest in hashes.values() if digest is not None]
     return whole, lost
-
-
-def _known_hashes(
-    plan: ScorePlan, begun: dict[str, Any], number: int
-) -> tuple[dict[str, str] | None, dict[str, str] | None]:
-    """The hashes by name of the files of a shard and, first of all, of others: of score files, None in a
-    folder from before there were any; of those of tokens."""
-    own = shard_hashes(plan.output, number)
-    files, token_files = (begun.get(key) for key in ("files", "token_files"))
-    if files is None and begun.get("complete"):
-        return None, token_files
-    both = [{**(known if isinstance(known, dict) else {}), **own} for known in (files, token_files)]
-    return both[0], both[1]
-
-
-def unfinished(plan: ScorePlan) -> list[Path]:
-    """The score files that nobody has finished; what is in the others is not looked at."""
-    begun = recorded(plan.output)
-    missing = []
-    for number in range(len(plan.shards)):
-        path = shard_path(plan.output, number)
-        files, _ = _known_hashes(plan, begun, number)
-        if (files is not None and path.name not in files) or not path.exists():
-            missing.append(path)
-    return missing
 
 
 def hashes_by_file(plan: ScorePlan, whole: dict[int, list[str]]) -> dict[str, dict[str, str]]:

@@ -17,7 +17,6 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from ..runtime.artifacts import read_manifest
 from ..runtime.errors import UserError, reason
 from ..runtime.files import atomic_write, hash_files, read_json, write_json
 from ..runtime.locks import PATIENCE, lock
@@ -141,14 +140,29 @@ def writing_shard(folder: str | PathLike[str], number: int) -> Iterator[dict[str
         write_json(_hashes_path(folder, number), hashes)
 
 
-def shard_hashes(folder: str | PathLike[str], number: int) -> dict[str, str]:
-    """{name: hash} of the files of a shard that is done, in a folder that is not complete; {} of any
-    other."""
-    try:
-        hashes = read_json(_hashes_path(folder, number))
-    except (UserError, OSError):
-        return {}
-    return hashes if isinstance(hashes, dict) else {}
+def known_hashes(
+    folder: str | PathLike[str], manifest: Mapping[str, Any], number: int
+) -> tuple[dict[str, str] | None, dict[str, str] | None]:
+    """The hashes by name of the files of a shard that is done, and of others: of score files (None in a
+    complete folder from before there were any), and of those of tokens."""
+    own: Any = {}
+    with contextlib.suppress(UserError, OSError):
+        own = read_json(_hashes_path(folder, number))
+    files, token_files = (manifest.get(key) for key in ("files", "token_files"))
+    if files is None and manifest.get("complete"):
+        return None, token_files
+    both = [{**known, **own} if isinstance(known, dict) else own for known in (files, token_files)]
+    return both[0], both[1]
+
+
+def unfinished_shards(folder: str | PathLike[str], manifest: Mapping[str, Any], shards: int) -> list[Path]:
+    """Of so many score files those that nobody has finished; what is in the others is not looked at."""
+    missing = []
+    for number in range(shards):
+        path, (known, _) = shard_path(folder, number), known_hashes(folder, manifest, number)
+        if not path.exists() or (known is not None and path.name not in known):
+            missing.append(path)
+    return missing
 
 
 def remove_shard_hashes(folder: str | PathLike[str]) -> None:
@@ -180,17 +194,6 @@ def score_figures(folder: str | PathLike[str], shards: int, column: str) -> dict
 
 
 # ---- reading ----
-
-
-def read_score_manifest(folder: str | PathLike[str], corpus: Any) -> dict[str, Any]:
-    """The manifest of a complete score folder, whole or a sample's; UserError unless it is of this Corpus."""
-    manifest = read_manifest(folder, *WRITERS, what="score folder", schema=ScoreManifest)
-    if manifest["identity"]["corpus"] != corpus.fingerprint:
-        raise UserError(
-            f"score folder {folder} holds the scores of another corpus than {corpus.folder}: score this "
-            f"one, or give the other"
-        )
-    return manifest
 
 
 def read_scores(

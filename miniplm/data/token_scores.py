@@ -20,6 +20,7 @@ from ..runtime.files import atomic_write, fingerprint, hash_files
 from ..runtime.schema import Record
 from .corpus import ROWS_PER_RECORD_BATCH, Corpus
 from .list_rows import ListRows
+from .score_folders import check_no_shard_is_missing
 from .scores import REMEDY, ROLES, ScoreIdentity
 
 ROLES_OF_RULE: dict[str, tuple[str, ...]] = {
@@ -107,6 +108,7 @@ class TokenScores:
     """
 
     def __init__(self, folder: str | PathLike[str], corpus: Corpus, rule: str):
+        check_no_shard_is_missing(folder, corpus)
         manifest = read_manifest(folder, "score", what="score folder", schema=TokenManifest)
         scored = manifest["identity"]
         again = f"miniplm score --tokens --data {corpus.folder}, into a new folder"

@@ -19,7 +19,8 @@ from ..config import ProxyFitConfig
 from ..data.batches import split_by_tokens
 from ..data.corpus import Corpus
 from ..data.sampling import sampled_chunks
-from ..data.scores import ROLES, read_score_manifest, read_scores
+from ..data.score_folders import read_score_manifest
+from ..data.scores import ROLES, read_scores
 from ..data.tokenizer import check_same_tokens, load_tokenizer
 from ..models.loading import load_model, model_hash
 from ..models.ngram import Grams, NgramProxy, grams

@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 
-from ..analysis.score_plan import ScorePlan, hashes_by_file, make_plan, unfinished, whole_shards
+from ..analysis.score_plan import ScorePlan, hashes_by_file, make_plan, whole_shards
 from ..analysis.score_shards import load, score_shards
 from ..analysis.scoring import Models
 from ..config import ScoreConfig
-from ..data.scores import ROLES, remove_shard_hashes, score_figures
+from ..data.scores import ROLES, remove_shard_hashes, score_figures, unfinished_shards
 from ..runtime.artifacts import (
     MANIFEST,
     complete_output,
     exclusive,
     open_output,
+    recorded,
     remove_free_locks,
     reopen_output,
 )
@@ -98,7 +99,7 @@ def _score_lost(
 
 def _left_to_others(plan: ScorePlan) -> bool:
     """Whether files are missing that are other processes'; says so."""
-    if missing := unfinished(plan):
+    if missing := unfinished_shards(plan.output, recorded(plan.output), len(plan.shards)):
         print(
             printable(
                 f"The files of process {plan.place.rank} of {plan.place.world} are done; "

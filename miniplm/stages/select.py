@@ -13,7 +13,8 @@ from ..data.aggregation import NEEDED, document_means, summed, token_quantiles
 from ..data.corpus import Corpus, file_hashes, write_dataset_files, write_shard
 from ..data.derived import CARRIED, copy_tokenizer, what_is_lost
 from ..data.repeats import without_repeats
-from ..data.scores import ROLES, SCORE_COLUMNS, read_score_manifest, read_scores
+from ..data.score_folders import read_score_manifest
+from ..data.scores import ROLES, SCORE_COLUMNS, read_scores
 from ..data.selection import choose, compared, why_nothing, written_order
 from ..runtime.artifacts import (
     MANIFEST,

@@ -13,6 +13,8 @@ from scoring_runs import SMALL
 
 from miniplm.cli import main
 from miniplm.config import ScoreConfig
+from miniplm.data.corpus import Corpus
+from miniplm.data.token_scores import TokenScores
 from miniplm.runtime.artifacts import exclusive
 from miniplm.runtime.errors import UserError
 from miniplm.runtime.wall_time import wall_time
@@ -152,6 +154,31 @@ def test_ranks_with_tokens(options, tmp_path):
             )
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert len(list((tmp_path / "two").glob("tokens-*.arrow"))) == 6
+
+
+@pytest.mark.parametrize("sample", [None, 0.5])
+def test_who_reads_an_incomplete_folder_is_told_what_is_missing(options, tmp_path, sample, capsys):
+    score(ScoreConfig(**options, rank=1, world=3, tokens=not sample, sample=sample))
+    folder = tmp_path / "s"
+    (folder / "scores-00000.parquet").write_bytes(b"begun")  # and a kill kept its hash from being written
+    command = "proxy fit" if sample else "select"
+    given = [f"--data={options['data']}", f"--scores={folder}", f"--output={tmp_path / 'r'}"]
+    capsys.readouterr()
+    assert main([*command.split(), *given]) == 2
+    error = capsys.readouterr().err
+    assert f"{folder} is not complete: run its 'score' command again" in error and error.count("\n") == 1
+    whole = (
+        "4 of 6 score files are missing (scores-00000.parquet, scores-00002.parquet, scores-00003.parquet, …)"
+    )
+    sampled = "2 of 3 score files are missing (scores-00000.parquet, scores-00002.parquet)"
+    assert (sampled if sample else whole) in error, error
+    if not sample:
+        with pytest.raises(UserError, match=r"is not complete: .* 4 of 6 score files are missing"):
+            TokenScores(folder, Corpus(options["data"]), "difference")
+    score(ScoreConfig(**options, rank=0, world=1, tokens=not sample, sample=sample))
+    capsys.readouterr()
+    main([*command.split(), *given])
+    assert "not complete" not in capsys.readouterr().err
 
 
 def test_without_locks_in_the_file_system(options, scores, tmp_path, monkeypatch):
