@@ -4,11 +4,15 @@ of what was selected of it."""
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from corpora import write_corpus
+from corpora import write_corpus, write_scores
 from export_runs import make_students
+from hostile import NAMES
 from proxy_runs import EOS, random_chunks
 from scoring_runs import run_score
+from selections import run_select
+from transformers import AutoTokenizer
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +39,21 @@ def work(tiny_corpus, tiny_model, tmp_path_factory) -> Path:
     evaluation."""
     root = tmp_path_factory.mktemp("work")
     make_students(root, tiny_corpus, tiny_model)
+    return root
+
+
+@pytest.fixture(scope="session")
+def hostile_run(tiny_tokenizer, tmp_path_factory) -> Path:
+    """A folder with a corpus, scores and a selection whose texts and names try to be more than text."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    names = [name.encode("utf-8", "replace").decode() for name in NAMES]
+    chunks = [tokenizer(name)["input_ids"][:1_000] + [0, 0] for name in names]
+    root = tmp_path_factory.mktemp("hostile") / "<img src=x onerror=alert(1)>\u202e"
+    source = "<script>alert(1)<\x1b]0;x\x07"
+    corpus = write_corpus(root / "pool", chunks, tiny_tokenizer, names, source=source)
+    teacher, reference = np.random.default_rng(0).normal(-3, 1, (2, len(chunks)))
+    write_scores(root / "scores", corpus, teacher, reference)
+    run_select(corpus, root / "scores", root / "<b>\u202e&", ratio=0.5)
     return root
 
 

@@ -5,8 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from corpora import read_score_files, write_corpus, write_scores
-from hostile import NAMES
+from corpora import read_score_files
 from pages import Page
 from scoring_runs import run_score
 from selections import run_select
@@ -186,21 +185,9 @@ def _scores_shown(page) -> list[str]:
     return re.findall(r"<header><b>([^<]*)</b>", page.source)
 
 
-def test_hostile_text_stays_text(tiny_tokenizer, tmp_path):
+def test_hostile_text_stays_text(hostile_run, tmp_path):
     """Domains, chunks, the source and folders with all kinds of names."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
-    names = [name.encode("utf-8", "replace").decode() for name in NAMES]
-    chunks = [tokenizer(name)["input_ids"][:1_000] + [0, 0] for name in names]
-    root = tmp_path / "<img src=x onerror=alert(1)>\u202e"
-    source = "<script>alert(1)<\x1b]0;x\x07"
-    corpus = write_corpus(root / "pool", chunks, tiny_tokenizer, names, source=source)
-    rng = np.random.default_rng(0)
-    teacher, reference = rng.normal(-3, 1, (2, len(chunks)))
-    write_scores(root / "scores", corpus, teacher, reference)
-    run_select(corpus, root / "scores", root / "<b>\u202e&", ratio=0.5)
-    page = make_report(tmp_path / "report.html", root)
+    page = make_report(tmp_path / "report.html", hostile_run)
     assert len(page.source.encode()) < 400_000
     odd = {letter for letter in page.text if not letter.isprintable()}
     assert odd <= set("\n\t\u200c\u200d\u00a0\u202f\u3000"), odd
