@@ -4,8 +4,10 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow
 import pytest
 from corpora import read_score_files
+from export_runs import rewrite_losses
 from pages import Page
 from scoring_runs import run_score
 from selections import run_select
@@ -14,6 +16,8 @@ import miniplm
 from miniplm.cli import main
 from miniplm.data.corpus import Corpus
 from miniplm.runtime.files import read_json
+
+COLUMNS = ("teacher_log_prob", "reference_log_prob")
 
 
 def make_report(output, *runs) -> Page:
@@ -126,6 +130,7 @@ def test_what_was_selected_by_named_scores_is_found(coloured, tmp_path):
 @pytest.mark.slow
 def test_missing_parts_are_told_in_a_line(work, tmp_path, capsys):
     shutil.copytree(work / "refined-student", tmp_path / "alone")
+    rewrite_losses(work, tmp_path / "of-another.json", lambda losses: losses.update(weights="0" * 16))
     page = make_report(tmp_path / "r.html", tmp_path / "alone")
     said = capsys.readouterr().out
     for what in (
@@ -165,6 +170,20 @@ def test_tokens_are_coloured_by_their_difference(coloured, tmp_path):
         )
     corpus, tokenizer = Corpus(coloured / "pool"), _tokenizer(coloured)
     score = read_score_files(coloured / "scores")["score"]
+    row = int(np.nanargmax(score))
+    ids = corpus.rows([row])[0].tolist()
+    with pyarrow.ipc.open_stream(coloured / "scores" / f"tokens-{row // 7:05d}.arrow") as reader:
+        table = reader.read_all()
+    teacher, reference = (table[name][row % 7].as_py() for name in COLUMNS)
+    differences = [float(one) - float(other) for one, other in zip(teacher, reference, strict=True)]
+    found = iter(title for _, title, _ in page.coloured)  # those of the best chunk come first
+    whole = [tokenizer.decode(id_) for id_ in ids[1:]]
+    expected = [
+        f"{value:+.2f}"
+        for text, value in zip(whole, differences, strict=True)
+        if abs(value) >= 0.25 and "\ufffd" not in text  # not a part of a letter
+    ]
+    assert len(expected) > 3 and all(title in found for title in expected)
     best = tokenizer.decode(corpus.rows([int(np.nanargmax(score))])[0].tolist())
     worst = tokenizer.decode(corpus.rows([int(np.nanargmin(score))])[0].tolist())
     assert page.chunks[0] == best and page.chunks[9] == worst
