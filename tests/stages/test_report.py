@@ -176,14 +176,14 @@ def test_tokens_are_coloured_by_their_difference(coloured, tmp_path):
         table = reader.read_all()
     teacher, reference = (table[name][row % 7].as_py() for name in COLUMNS)
     differences = [float(one) - float(other) for one, other in zip(teacher, reference, strict=True)]
-    found = iter(title for _, title, _ in page.coloured)  # those of the best chunk come first
+    found = iter((title, text) for _, title, text in page.coloured)  # those of the best chunk come first
     whole = [tokenizer.decode(id_) for id_ in ids[1:]]
     expected = [
-        f"{value:+.2f}"
+        (f"{value:+.2f}", text)
         for text, value in zip(whole, differences, strict=True)
         if abs(value) >= 0.25 and "\ufffd" not in text  # not a part of a letter
     ]
-    assert len(expected) > 3 and all(title in found for title in expected)
+    assert len(expected) > 3 and all(each in found for each in expected)
     best = tokenizer.decode(corpus.rows([int(np.nanargmax(score))])[0].tolist())
     worst = tokenizer.decode(corpus.rows([int(np.nanargmin(score))])[0].tolist())
     assert page.chunks[0] == best and page.chunks[9] == worst
