@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from contrasts import Contrast, Evidence, bootstrap, contrast, decision, holm
 from pack import read_packed
-from report import report
+from result_text import report
 
 from miniplm.analysis.evaluation import read_evaluation
 from miniplm.runtime.errors import UserError
