@@ -18,7 +18,7 @@ def note(text: str) -> None:
 
 class Progress:
     """Counts `unit`s up to `total`: a tqdm bar on a terminal, else a line on stderr every 30 s and one at the
-    end.
+    end, also on a terminal where TQDM_DISABLE is set.
 
     Use as a context manager; `update(n)` counts n more, `note(text)` shows the latest figures beside the bar.
     `done` is what an earlier run had finished (it does not count for the rate).
@@ -30,9 +30,10 @@ class Progress:
         self.logged = self.start
         self.bar: tqdm | None = None
         if sys.stderr.isatty():
-            self.bar = tqdm(
+            bar = tqdm(
                 total=total, initial=done, desc=label, unit=f" {unit}", unit_scale=True, dynamic_ncols=True
             )
+            self.bar = None if bar.disable else bar
 
     def __enter__(self) -> "Progress":
         return self

@@ -159,7 +159,8 @@ class TrainingRun:
             self.state.trained_tokens += batch.targets
         self.step_times.append((time.perf_counter() - start, batch.tokens))
         self.count(batch.tokens, loss, grad_norm, loss_components)
-        self.progress.note(f"loss {loss:.4f}, lr {lr:.2e}")
+        mfu = self.metrics.last.get("mfu")  # of the latest line
+        self.progress.note(f"loss {loss:.4f}, lr {lr:.2e}" + (f", MFU {mfu:.1%}" if mfu else ""))
         return True
 
     def count(self, tokens: int, loss: float, grad_norm: float, loss_components: list[float]) -> None:
