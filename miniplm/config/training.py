@@ -282,6 +282,8 @@ class TrainConfig:
     """Compute dtype; auto: bfloat16 on a GPU, float32 on the CPU. Master weights are float32."""
     peak_tflops: Optional[float] = None
     """The machine's peak for the MFU figure; default: a matrix product measured at the start."""
+    track: Optional[Literal["wandb", "trackio"]] = None
+    """Send the figures there too, beside TensorBoard; the package must be installed."""
     profile: Optional[str] = None
     """Write a Chrome trace of three steps near the start to this file (.json or .json.gz)."""
 

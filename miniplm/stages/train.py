@@ -55,6 +55,7 @@ from ..training.setup import Setup
 from ..training.starting import Sources, initial_model, load_teacher, set_checkpointing
 from ..training.state import TrainState
 from ..training.step import learning_rate, make_optimizer, num_targets
+from ..training.tracking import Tracker, check_tracker
 
 NOT_OF_THE_CONTENT = ("stage", "complete", "identity", "files", "checksum")  # of a corpus's manifest
 
@@ -117,7 +118,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
         optimizer = make_optimizer(model, config.optimizer)
         if checkpoint:
             load_optimizer(optimizer, model, checkpoint.folder, state.optimizer_steps)
-        metrics = held.enter_context(contextlib.closing(_metrics(output, state, ranks)))
+        metrics = held.enter_context(contextlib.closing(_metrics(config, setup, state, ranks)))
         with _memory_errors(config):
             run = TrainingRun(
                 config, setup, model, teacher, optimizer, state, metrics, raise_if_interrupted, ranks
@@ -150,9 +151,12 @@ def _find_checkpoint(
         return checkpoint if ranks.is_first or step < 0 else read_checkpoint(checkpoint_folder(output, step))
 
 
-def _metrics(output: Path, state: TrainState, ranks: Ranks) -> Metrics | NoMetrics:
+def _metrics(config: TrainConfig, setup: Setup, state: TrainState, ranks: Ranks) -> Metrics | NoMetrics:
+    metrics = None
     with ranks.together():
-        metrics = Metrics(output, state) if ranks.is_first else None
+        if ranks.is_first:
+            tracker = Tracker(config.track, config.output, setup.identity) if config.track else None
+            metrics = Metrics(config.output, state, tracker)
     last_step = ranks.of_first(metrics.last["step"] if metrics else 0)
     return metrics or NoMetrics(last_step)
 
@@ -176,6 +180,7 @@ def _memory_errors(config: TrainConfig) -> Iterator[None]:
 def _set_up(config: TrainConfig, ranks: Ranks = ALONE) -> tuple[Setup, Sources]:
     """Read and check all that the run is made of, but for the models' weights."""
     check_trace(config.profile)
+    check_tracker(config.track)
     check_replicas(config.parallel.replicate, ranks.world)
     device = device_of_rank(choose_device(config.device), ranks.place)
     dtype = choose_dtype(config.dtype, device)

@@ -17,6 +17,7 @@ from ..runtime.files import atomic_write, fingerprint
 from ..runtime.progress import note
 from .checkpoints import metrics_file, tensorboard_folder
 from .state import TrainState
+from .tracking import Tracker
 
 
 def read_metrics(output: str | Path) -> list[dict]:
@@ -124,7 +125,8 @@ class Metrics:
     of one run. `last` is the latest line, {"step": 0} before the first.
     """
 
-    def __init__(self, output: str | Path, state: TrainState):
+    def __init__(self, output: str | Path, state: TrainState, tracker: Tracker | None = None):
+        self.tracker = tracker
         path = metrics_file(output)
         lines, damaged = read_lines(output)
         kept = [(text, line) for text, line in lines if line["step"] <= state.step]
@@ -160,6 +162,9 @@ class Metrics:
                 if isinstance(value, float):
                     self.tensorboard.add_scalar(name, value, line["step"])
 
+        if self.tracker:
+            self.tracker.log(line)
+
     def sync(self) -> None:
         """Make what was written survive a power failure."""
         os.fsync(self.file.fileno())
@@ -168,3 +173,5 @@ class Metrics:
         self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
+        if self.tracker:
+            self.tracker.close()
