@@ -27,6 +27,7 @@ def report(result: dict[str, Any]) -> str:
             ends = interval(nats["low"], nats["high"])
             lines += [f"M − C in nats per token: {nats['mean']:+.4f} ({ends}).", ""]
         lines += arms(figures["arms"]) + contrasts(figures["contrasts"]) + costs(figures["costs"])
+        lines += asked(figures["tasks"])
         if saved := figures["saving"]:
             factor = saved["factor"]
             factor = factor if isinstance(factor, str) else f"{factor:.2f}"
@@ -89,6 +90,21 @@ def costs(found: dict[str, Any]) -> list[str]:
     ]
     head = ["arm", "tokens", "FLOPs, training", "FLOPs, all-in"]
     return ["Cost of one student; all-in has the scores and the reference model:", "", *table(head, rows)]
+
+
+def asked(found: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            arm,
+            name,
+            f"{each['accuracy']:.3f} ({each['low']:.3f} … {each['high']:.3f})" if "accuracy" in each else "–",
+            shown(each["gold_bits_per_byte"]),
+        ]
+        for arm, tasks in found.items()
+        for name, each in tasks.items()
+    ]
+    head = ["arm", "task", "accuracy, 95% over questions", "gold answers, bits per byte"]
+    return ["Tasks:", "", *table(head, rows)] if rows else []
 
 
 def kept(found: dict[str, Any]) -> list[str]:

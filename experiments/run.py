@@ -68,6 +68,7 @@ class Experiment:
             "longest": 2 * version.settings["length"],
         }
         self.call_ends = time.monotonic() + 60 * minutes
+        self.tasks: list[str] = []  # .yaml files of tasks, asked of each student
 
     # ---- time ----
 
@@ -168,6 +169,10 @@ class Experiment:
         values = {**self.of_steps(steps), "rate": rate, "seed": job.seed, "run": job.name}
         student = self.version.students[job.student]
         self.run(job.name, self.stages(job.arm, **student, **values, run_of_C=str(run_of_c)))
+        if self.tasks:
+            model = str(self.output / "runs" / job.name)
+            asked = {"stage": "evaluate", "model": model, "tasks": self.tasks}
+            self.run(f"{job.name}-tasks", {f"{job.name}-tasks": asked})
 
 
 def queue(version: Version, student: str) -> list[Job]:
@@ -269,6 +274,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--teacher", required=True, type=Path, help="a model with its tokenizer")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="of this call")
+    parser.add_argument(
+        "--tasks", nargs="+", type=Path, default=[], help="files of benchmarks/fetch_tasks.py"
+    )
     parser.add_argument("--results", type=Path, help="a folder for a copy of the results")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _stop)
@@ -279,6 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"{options.pack} is a pack of version {packed}: make one of {options.version}")
         places = [path.resolve() for path in (options.pack, options.teacher, options.output)]
         experiment = Experiment(VERSIONS[options.version], *places, options.minutes)
+        experiment.tasks = [str(path.resolve()) for path in options.tasks]
         try:
             failed = carry_out(experiment)
             print(f"all runs stand, after {experiment.spent / 60:.0f} minutes" if not failed else "")

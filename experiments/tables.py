@@ -225,6 +225,28 @@ def by_arm(runs: Sequence[Run]) -> dict[str, Any]:
     return result
 
 
+def tasks_of(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
+    """By arm and task, means over seeds: accuracy by the paper's rule, its 95% interval (of the questions as
+    a sample: seeds share them), and the bits per byte of the gold answers. Arms that were asked nothing are
+    left out."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for run in runs:
+        if (path := folder / f"{run.arm}-{run.student}-{run.seed}-tasks.json").exists():
+            for name, figures in read_json(path)["tasks"].items():
+                found.setdefault(run.arm, {}).setdefault(name, []).append(figures)
+    result: dict[str, Any] = {}
+    for arm, tasks in found.items():
+        for name, each in tasks.items():
+            gold = [figures["gold_bits_per_byte"] for figures in each]
+            entry: dict[str, Any] = {"gold_bits_per_byte": None if None in gold else mean(gold)}
+            if all(figures["metric"] for figures in each):
+                value = mean(figures["value"] for figures in each)
+                half = 1.96 * mean(figures["standard_error"] for figures in each)
+                entry |= {"accuracy": value, "low": value - half, "high": value + half}
+            result.setdefault(arm, {})[name] = entry
+    return result
+
+
 def result_of(folder: Path, pack: Path) -> dict[str, Any]:
     """All figures, by student; folder: run.py's output."""
     documents = read_documents(pack)
@@ -241,6 +263,7 @@ def result_of(folder: Path, pack: Path) -> dict[str, Any]:
             "contrasts": contrasts,
             "saving": saving(these),
             "costs": costs(these, folder / "runs"),
+            "tasks": tasks_of(these, folder / "runs"),
         }
         if (path := folder / f"rate-{student}.json").exists():
             students[student]["rate"] = read_json(path)

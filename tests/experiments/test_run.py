@@ -161,6 +161,9 @@ def test_a_run_that_fails_is_left_out_and_named(experiment, tmp_path, monkeypatc
     monkeypatch.setattr(made, "rate", lambda student: 1e-3)
     monkeypatch.setattr(made, "run", fails)
     assert run.carry_out(made) == ["M-S-11"] and names == ["C-S-11", "M-S-11", "O-S-11"]
+    made.tasks = ["piqa.yaml"]
+    run.carry_out(made)
+    assert names[3:] == ["C-S-11", "C-S-11-tasks", "M-S-11", "O-S-11", "O-S-11-tasks"]
 
 
 def test_time_is_counted_over_all_calls(experiment, tmp_path, monkeypatch):

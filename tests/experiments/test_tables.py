@@ -167,6 +167,25 @@ def test_the_saving_factor(experiment, results):
         assert saved() == factor
 
 
+def test_tasks(experiment, results):
+    tables = experiment("tables")
+    figures = {"metric": "acc", "value": 0.5, "standard_error": 0.01, "gold_bits_per_byte": 1.5}
+    for seed, value in ((11, 0.5), (12, 0.6)):
+        results.add("C", seed, 2.0)
+        tasks = {
+            "a": {**figures, "value": value},
+            "b": {**figures, "metric": None, "gold_bits_per_byte": None},
+        }
+        (results.folder / "runs" / f"C-S-{seed}-tasks.json").write_text(json.dumps({"tasks": tasks}))
+    result = tables.result_of(results.folder, results.pack)
+    found = result["students"]["S"]["tasks"]["C"]
+    assert found["a"] == pytest.approx(
+        {"gold_bits_per_byte": 1.5, "accuracy": 0.55, "low": 0.5304, "high": 0.5696}
+    )
+    assert found["b"] == {"gold_bits_per_byte": None}
+    assert "| C | a | 0.550 (0.530 … 0.570) | 1.5000 |" in tables.report(result)
+
+
 def test_what_does_not_fit_is_one_line(experiment, results, capsys):
     tables = experiment("tables")
     command = ["--runs", str(results.folder), "--pack", str(results.pack)]
