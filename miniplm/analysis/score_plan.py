@@ -63,8 +63,12 @@ class ScorePlan:
         return np.concatenate([np.zeros(0, np.int64), *self.shards])
 
 
-def make_plan(config: ScoreConfig, place: Place) -> ScorePlan:
-    """Read and check all that the run is made of, but for the models' weights."""
+def make_plan(config: ScoreConfig, place: Place, device: torch.device | None = None) -> ScorePlan:
+    """Read and check all that the run is made of, but for the models' weights.
+
+    Args:
+        device: of another machine that is to score; that of this one if it is not given.
+    """
     check_trace(config.profile)
     corpus = Corpus(config.data)
     names = {role: name for role in ROLES if (name := getattr(config, role))}
@@ -72,7 +76,7 @@ def make_plan(config: ScoreConfig, place: Place) -> ScorePlan:
     tokenizer = load_tokenizer(corpus.tokenizer)
     for role, name in names.items():
         check_same_tokens(tokenizer, load_tokenizer(folders[role], config.trust_remote_code), name)
-    device = device_among_shards(config.device, place)
+    device = device or device_among_shards(config.device, place)
     dtype, reason = _choose_dtype(config, device)
     batch_tokens = config.batch_tokens or BATCH_TOKENS.on(device.type)
     shard_chunks = config.shard_chunks or SHARD_CHUNKS.on(device.type)

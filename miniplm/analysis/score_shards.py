@@ -1,6 +1,6 @@
 """The models of score, and the files that they write."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
@@ -18,6 +18,7 @@ from ..models.loading import load_model
 from ..runtime.artifacts import recorded
 from ..runtime.errors import UserError
 from ..runtime.profiling import trace
+from ..training.cost import corpus_flops
 from .score_plan import ScorePlan
 from .scoring import Models, score_batch, score_batches
 
@@ -25,6 +26,23 @@ AGREEMENT_CHUNKS = 1024  # on which a lower precision is compared
 # On the CPU at most an eighth of the corpus, so that comparing costs less than bfloat16 saves; 64 at least.
 MIN_AGREEMENT_CHUNKS, MAX_AGREEMENT_SHARE = 64, 1 / 8
 MIN_EQUAL_SELECTIONS = 0.995  # beyond which bfloat16 is taken for float32
+
+
+class Scorer:
+    """Scores files of a plan in this process. `plan`, `vocab_size` (the ids that the softmax covers) and
+    `agreement` (how well a lower precision agrees with the higher one) are known once the models are
+    loaded."""
+
+    def __init__(self, plan: ScorePlan):
+        self.plan, self._models, self.vocab_size, self.agreement = load(plan)
+
+    def flops(self) -> dict[str, int]:
+        """What scoring all files takes, by role."""
+        return corpus_flops(self._models, self.plan.corpus, self.plan.config.document_mask, self.plan.chunks)
+
+    def score(self, numbers: Sequence[int], advance: Callable[[int], None]) -> dict[int, list[str]]:
+        """As score_shards."""
+        return score_shards(self.plan, numbers, self._models, self.vocab_size, advance)
 
 
 def load(plan: ScorePlan) -> tuple[ScorePlan, Models, int, dict[str, Any] | None]:

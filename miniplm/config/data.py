@@ -113,6 +113,8 @@ class ScoreConfig:
 
     ALIASES: ClassVar[dict[str, str]] = {"shard_rows": "shard_chunks"}
     """Old names."""
+    STANDS_ALONE: ClassVar[dict[str, str]] = {"ray": "auto"}
+    """What a flag without a value means."""
 
     data: str
     """The corpus folder that prepare wrote."""
@@ -155,6 +157,9 @@ class ScoreConfig:
     is last completes the folder. Default: as torchrun or SLURM (tasks, arrays) have it."""
     world: Optional[int] = None
     """How many processes there are; any other number may continue."""
+    ray: Optional[str] = None
+    """Score in the workers of the cluster of Ray at this address; alone, or auto: of the one that runs here,
+    or of a new one on this machine. One worker per GPU, without GPUs per core."""
 
     def __post_init__(self) -> None:
         require_texts(self)
@@ -166,6 +171,10 @@ class ScoreConfig:
         require_count(self, "rank", low=0)
         if self.rank is not None and self.world is not None:
             require(self.rank < self.world, f"rank must be below world, {self.world}, got {self.rank}")
+        require(
+            self.ray is None or (self.rank is None and self.profile is None),
+            "ray shares the files out by itself, in other processes: leave out rank, world and profile",
+        )
         require(bool(self.teacher or self.reference), "give --teacher, --reference, or both")
         require(
             self.sample is None or 0 < self.sample < 1,

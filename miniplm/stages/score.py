@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from ..analysis.score_plan import ScorePlan, hashes_by_file, make_plan, whole_shards
-from ..analysis.score_shards import load, score_shards
-from ..analysis.scoring import Models
+from ..analysis.score_ray import RayScorer, joined, ray_device
+from ..analysis.score_shards import Scorer
 from ..config import ScoreConfig
 from ..data.scores import ROLES, remove_shard_hashes, score_figures, unfinished_shards
 from ..runtime.artifacts import (
@@ -30,13 +30,13 @@ from ..runtime.artifacts import (
     remove_free_locks,
     reopen_output,
 )
+from ..runtime.distributed import Place
 from ..runtime.errors import UserError
 from ..runtime.launchers import place_among_shards
 from ..runtime.locks import PATIENCE, Occupied, lock
 from ..runtime.progress import Progress, note
 from ..runtime.text import printable
 from ..runtime.wall_time import timed
-from ..training.cost import corpus_flops
 
 
 def score(config: ScoreConfig) -> None:
@@ -46,8 +46,13 @@ def score(config: ScoreConfig) -> None:
         UserError: the corpus or a model is missing, incomplete or damaged; a model has another tokenizer or
             too small a head; the output folder holds another run.
     """
-    place = place_among_shards(config.rank, config.world)
-    plan = make_plan(config, place)
+    with joined(config.ray) as ray:
+        _score(config, ray)
+
+
+def _score(config: ScoreConfig, ray: Any) -> None:
+    place = Place() if ray else place_among_shards(config.rank, config.world)
+    plan = make_plan(config, place, ray_device(ray, config.device) if ray else None)
     complete = (plan.output / MANIFEST).exists() and open_output(plan.output, "score", plan.identity)
     whole, lost = whole_shards(plan, plan.own)
     if complete and not lost:
@@ -57,7 +62,8 @@ def score(config: ScoreConfig) -> None:
         note(f"process {place.rank} of {place.world}: {len(plan.own)} of {len(plan.shards)} score files")
         if not lost and _left_to_others(plan):
             return
-    plan, models, vocab_size, agreement = load(plan)
+    scorer = RayScorer(ray, plan) if ray else Scorer(plan)
+    plan = scorer.plan
     if plan.reason:
         note(f"scoring in float32: {plan.reason}")
     # Claimed only now: a bad model leaves no folder behind.
@@ -69,11 +75,11 @@ def score(config: ScoreConfig) -> None:
             note(f"score file {lost[0]} is missing: its chunks are scored anew")
         if place.world == 1:
             reopen_output(plan.output, hashes_by_file(plan, whole))
-        whole |= _score_lost(plan, whole, models, vocab_size)
+        whole |= _score_lost(scorer, whole)
         if place.world == 1:
-            _finish(plan, whole, models, vocab_size, agreement)
+            _finish(scorer, whole)
         elif not _left_to_others(plan):
-            _finish_alone(plan, models, vocab_size, agreement)
+            _finish_alone(scorer)
 
 
 def _at_work(plan: ScorePlan) -> contextlib.AbstractContextManager[None]:
@@ -85,16 +91,15 @@ def _at_work(plan: ScorePlan) -> contextlib.AbstractContextManager[None]:
     return lock(plan.output / f".rank-{rank}-of-{world}.lock.tmp", refusal)
 
 
-def _score_lost(
-    plan: ScorePlan, whole: dict[int, list[str]], models: Models, vocab_size: int
-) -> dict[int, list[str]]:
+def _score_lost(scorer: Scorer | RayScorer, whole: dict[int, list[str]]) -> dict[int, list[str]]:
     """Score the files of this process that are not whole, and return their hashes."""
+    plan = scorer.plan
     positions = plan.corpus.num_tokens - 1
     sizes = {number: int(positions[plan.shards[number]].sum()) for number in plan.own}
     done = sum(sizes[number] for number in whole)
     with Progress("score", sum(sizes.values()), done=done) as progress:
         todo = [number for number in plan.own if number not in whole]
-        return score_shards(plan, todo, models, vocab_size, progress.update)
+        return scorer.score(todo, progress.update)
 
 
 def _left_to_others(plan: ScorePlan) -> bool:
@@ -113,8 +118,9 @@ def _left_to_others(plan: ScorePlan) -> bool:
 # ---- the end ----
 
 
-def _finish_alone(plan: ScorePlan, models: Models, vocab_size: int, agreement: dict[str, Any] | None) -> None:
+def _finish_alone(scorer: Scorer | RayScorer) -> None:
     """Complete the folder, unless another process does, or has done so."""
+    plan = scorer.plan
     try:
         with exclusive(plan.output):
             if not open_output(plan.output, "score", plan.identity):
@@ -122,25 +128,19 @@ def _finish_alone(plan: ScorePlan, models: Models, vocab_size: int, agreement: d
                 if lost:
                     raise UserError(f"{lost[0]} is not as written: run score again, it writes it anew")
                 reopen_output(plan.output, hashes_by_file(plan, whole))
-                _finish(plan, whole, models, vocab_size, agreement)
+                _finish(scorer, whole)
             remove_shard_hashes(plan.output)
     except Occupied:
         print(printable(f"All scores are there; another process completes {plan.output}."))
 
 
-def _finish(
-    plan: ScorePlan,
-    whole: dict[int, list[str]],
-    models: Models,
-    vocab_size: int,
-    agreement: dict[str, Any] | None,
-) -> None:
+def _finish(scorer: Scorer | RayScorer, whole: dict[int, list[str]]) -> None:
     """Mark the output complete, and print what came out."""
+    plan, agreement = scorer.plan, scorer.agreement
     figures = score_figures(plan.output, len(plan.shards), plan.columns[-1])
     results: dict[str, Any] = hashes_by_file(plan, whole)
     results |= {role: _display_name(plan.names.get(role)) for role in ROLES}
-    flops = corpus_flops(models, plan.corpus, plan.config.document_mask, plan.chunks)
-    results |= {"vocab_size": vocab_size, **figures, "flops": flops}
+    results |= {"vocab_size": scorer.vocab_size, **figures, "flops": scorer.flops()}
     dtype = plan.identity["dtype"]
     lower, higher = (plan.config.precision, dtype) if plan.config.precision else (dtype, "float32")
     if agreement:
