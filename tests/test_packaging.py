@@ -11,7 +11,7 @@ import pytest
 from source_tree import PACKAGE, ROOT, imports, room
 
 # import name → name on the package index: imported where it is used, with a message where it is missing
-OPTIONAL = {"accelerate": "accelerate", "gguf": "gguf", "lm_eval": "lm-eval"}
+OPTIONAL = {"accelerate": "accelerate", "gguf": "gguf", "lm_eval": "lm-eval", "ray": "ray"}
 HEAVY = {"torch", "transformers", "datasets", "pyarrow", "pandas", "triton"}
 
 

@@ -66,7 +66,8 @@ def joined(address: str | None) -> Iterator[Any]:
     if ray.is_initialized():  # by who calls: it stays so
         yield ray
         return
-    where, quiet = None if address == "auto" else address, {"logging_level": "ERROR", "log_to_driver": False}
+    where = None if address == "auto" else address
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     try:
         ray.init(address=where, include_dashboard=False, **quiet)
     except (ConnectionError, ValueError, RuntimeError):
@@ -85,12 +86,10 @@ class RayScorer:
     def __init__(self, ray: Any, plan: ScorePlan):
         self._ray, config = ray, plan.config
         on_gpu = plan.device.type == "cuda"
-        self._config = replace(
-            config,
-            ray=None,
-            device=plan.device.type,
-            **{name: _absolute(getattr(config, name)) for name in ("data", "output", "teacher", "reference")},
-        )
+        paths: dict[str, Any] = {
+            name: _absolute(getattr(config, name)) for name in ("data", "output", "teacher", "reference")
+        }
+        self._config = replace(config, ray=None, device=plan.device.type, **paths)
         self._needs = {"num_cpus": 1, "num_gpus": 1} if on_gpu else {"num_cpus": 1}
         self._workers = max(1, int(ray.cluster_resources().get("GPU" if on_gpu else "CPU", 1)))
         self._first: Any = self._start()

@@ -85,8 +85,8 @@ def _set(schema: Schema, flag: str, values: list[str], result: dict, spelled: di
         result[name] = False
     elif is_list(kind) and values and not values[0].startswith("["):
         result[name] = (result[name] if again and isinstance(result[name], list) else []) + values
-    elif not values and name in getattr(schema.config_class, "STANDS_ALONE", {}):
-        result[name] = schema.config_class.STANDS_ALONE[name]
+    elif not values and name in (alone := getattr(schema.config_class, "STANDS_ALONE", {})):
+        result[name] = alone[name]
     elif kind is bool and not values:
         result[name] = True
     else:
