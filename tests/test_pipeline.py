@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from miniplm.pipeline import _resolve, plan_stages, read_stages, run_stages
+from miniplm.pipeline import _resolve, add_report, plan_stages, read_stages, run_stages
 from miniplm.runtime.errors import UserError
 
 
@@ -156,6 +156,7 @@ def test_text_to_model_then_skipped_when_complete(tiny_tokenizer, tmp_path, caps
     settings = RunConfig(config=str(pipeline), output=str(tmp_path / "out"))
     run(settings)
     first = contents(tmp_path / "out")
+    assert "Selection: refined" in first["report.html"].decode()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert (
         model.config.hidden_size == 16
@@ -174,3 +175,13 @@ def test_text_to_model_then_skipped_when_complete(tiny_tokenizer, tmp_path, caps
     with pytest.raises(UserError, match="holds another select run"):
         run(settings)
     assert contents(tmp_path / "out") == first
+
+
+def test_a_report_that_fails_is_a_line(tmp_path, capsys):
+    """A run whose work is done has succeeded."""
+    (tmp_path / "report.html").write_text("<p>mine")
+    add_report(tmp_path)
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    assert said.err.startswith(f"no report {tmp_path / 'report.html'}: output ")
+    assert (tmp_path / "report.html").read_text() == "<p>mine"
