@@ -75,7 +75,7 @@ class Scored:
     def is_kept(self, refined: Mapping[str, np.ndarray]) -> np.ndarray:
         """bool [chunks]: whether a refined corpus has a chunk with these scores. (Its rows do not say which
         they were; a chunk that was dropped with the very scores of a kept one counts as kept.)"""
-        wanted = np.unique(_keys(refined, slice(None)))
+        wanted = np.sort(_keys(refined, slice(None)))
         result = np.zeros(len(self.score), bool)
         for part in _slices(len(result)):
             keys = _keys(self.columns, part)
