@@ -8,7 +8,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(C
 UV ?= $(shell command -v uv >/dev/null && ! $(PYTHON) -m pip config list 2>/dev/null | grep -Eq 'index|find-links|constraint' && echo uv)
 SOURCES := setup.py pyproject.toml $(CONSTRAINTS) Makefile
 
-.PHONY: demo test test-fast test-oldest test-newest lint typecheck attacks bench peers llama-cpp launch-files clean
+.PHONY: demo test test-fast test-oldest test-newest lint typecheck attacks soak bench peers llama-cpp launch-files clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/miniplm demo
@@ -44,6 +44,10 @@ typecheck: $(VENV)/installed-test
 # Other damage with SEED=2.
 attacks: $(VENV)/installed-test
 	$(VENV)/bin/python tests/attacks/attack.py --seed $(or $(SEED),1) --attacks 420
+
+# 20,000 steps of a tiny model: memory, handles and threads stay what they are. Minutes on an idle machine.
+soak: $(VENV)/installed-test
+	SOAK_STEPS=20000 $(VENV)/bin/python -m pytest -s -k soak tests/stages/test_train_memory.py
 
 # What the benchmarks on the CPU show of this machine. With a GPU: benchmarks/run_all.sh.
 bench: $(VENV)/installed

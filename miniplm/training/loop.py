@@ -79,8 +79,7 @@ class TrainingRun:
         peak = 1e12 * config.peak_tflops if config.peak_tflops else peak_flops(setup.device)
         self.peak_flops = ranks.world * peak
         self.last_saved_step = state.step
-        self.step_times: list[tuple[float, int]] = []  # (seconds, tokens) of each step
-        self.logged_step_times = 0  # how many of them are in a line of the metrics
+        self.spent = self.spent_at_line = (0.0, 0)  # (seconds, tokens) of this process's steps
         self.batches: Generator[GlobalBatch, None, None]
         if metrics.last["step"] == state.step:  # this step's line was written after its checkpoint
             self.start_new_line()
@@ -113,7 +112,7 @@ class TrainingRun:
                     self.save_and_log()
                     if self.state.step == steps:
                         self.wait_for_checkpoint()
-                        return self.tokens_per_second(0)
+                        return self.tokens_per_second()
                     self.raise_if_interrupted()
                     if self.step():
                         self.progress.update(tokens_per_step)
@@ -157,7 +156,8 @@ class TrainingRun:
             return False
         if self.setup.token_scores:
             self.state.trained_tokens += batch.targets
-        self.step_times.append((time.perf_counter() - start, batch.tokens))
+        seconds, tokens = self.spent
+        self.spent = seconds + time.perf_counter() - start, tokens + batch.tokens
         self.count(batch.tokens, loss, grad_norm, loss_components)
         mfu = self.metrics.last.get("mfu")  # of the latest line
         self.progress.note(f"loss {loss:.4f}, lr {lr:.2e}" + (f", MFU {mfu:.1%}" if mfu else ""))
@@ -264,7 +264,7 @@ class TrainingRun:
     def log(self) -> None:
         """Write a line of metrics, with an evaluation if it is due."""
         state = self.state
-        rate = self.tokens_per_second(self.logged_step_times)
+        rate = self.tokens_per_second(self.spent_at_line)
         line: dict = {"step": state.step, "loss": _mean(state.losses)}
         if self.teacher:
             for index, name in enumerate(LOSS_COMPONENTS):
@@ -290,13 +290,12 @@ class TrainingRun:
     def start_new_line(self) -> None:
         state = self.state
         state.losses, state.loss_components, state.last_logged_step = [], [], state.step
-        self.logged_step_times = len(self.step_times)
+        self.spent_at_line = self.spent
 
-    def tokens_per_second(self, first: int) -> float | None:
-        """Of the steps of this process from its step `first` (0, 1, …) on; None if there was none."""
-        seconds = sum(seconds for seconds, _ in self.step_times[first:])
-        tokens = sum(tokens for _, tokens in self.step_times[first:])
-        return tokens / seconds if seconds else None
+    def tokens_per_second(self, before: tuple[float, int] = (0.0, 0)) -> float | None:
+        """Of the steps of this process since self.spent was `before`; None if there was none."""
+        seconds, tokens = (now - then for now, then in zip(self.spent, before, strict=True))
+        return tokens / seconds if tokens else None
 
     def describe_teacher(self, teacher: Teacher) -> None:
         """Say what the loss is, and what the teacher costs."""
