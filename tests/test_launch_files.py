@@ -15,6 +15,7 @@ from miniplm.cli import main
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "launch"
 JOBS, SCRIPTS = sorted(FOLDER.glob("*_job.yaml")), sorted(FOLDER.glob("*.sbatch"))
+RAY = FOLDER / "ray_cluster.yaml"
 
 
 def command_of(path: Path) -> list[str]:
@@ -27,7 +28,7 @@ def command_of(path: Path) -> list[str]:
     return shlex.split(re.search(r"miniplm (score|train)\b[^\n\"]*", text)[0])
 
 
-@pytest.mark.parametrize("path", [*JOBS, *SCRIPTS], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*JOBS, *SCRIPTS, RAY], ids=lambda path: path.name)
 def test_miniplm_knows_the_options(path, capsys):
     words = command_of(path)
     words = words[words.index("miniplm") + 1 :]
@@ -82,7 +83,13 @@ def test_slurm_reads_the_options(path, tmp_path):
     """Up to where it would ask the cluster, which is not there."""
     if not shutil.which("sbatch"):
         pytest.skip("SLURM is not installed")
-    settings = ["ClusterName=some", "SlurmctldHost=localhost", "MessageTimeout=2", "GresTypes=gpu"]
+    settings = [
+        "ClusterName=some",
+        "SlurmctldHost=localhost",
+        "SlurmctldPort=1",
+        "MessageTimeout=2",
+        "GresTypes=gpu",
+    ]
     settings.append("SelectType=select/cons_tres")
     (tmp_path / "slurm.conf").write_text("\n".join(settings) + "\n")
     environment = os.environ | {"SLURM_CONF": str(tmp_path / "slurm.conf")}
@@ -94,3 +101,14 @@ def test_slurm_reads_the_options(path, tmp_path):
     assert answer(path).endswith("Unable to contact slurm controller (connect failure)\n")
     (tmp_path / "bad.sbatch").write_text(path.read_text().replace("--requeue", "--requeues"))
     assert "unrecognized option '--requeues'" in answer(tmp_path / "bad.sbatch")
+
+
+def test_ray_knows_the_cluster():
+    pytest.importorskip("ray", reason="make launch-files")
+    from jsonschema import ValidationError
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(yaml.safe_load(RAY.read_text()))
+    validate_config(config)
+    with pytest.raises(ValidationError):
+        validate_config(config | {"workers": 2})
