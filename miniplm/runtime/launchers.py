@@ -10,6 +10,7 @@ from .distributed import Place, device_of_rank, place_of
 from .errors import UserError
 
 PAIRS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+STEP = "SLURM_STEP_ID"
 ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP")
 
 
@@ -17,7 +18,8 @@ def place_among_shards(
     rank: int | None, world: int | None, environment: Mapping[str, str] = os.environ
 ) -> Place:
     """The place that is given; else torchrun's; else that in a step, an array, or an array of steps of SLURM;
-    else that of a process alone.
+    else that of a process alone. A batch script of SLURM has the variables of a step's first task, but is in
+    none: what it starts without srun is alone.
 
     Raises:
         UserError: the environment gives half of a place, or one that makes no sense.
@@ -30,7 +32,7 @@ def place_among_shards(
         _both(environment, PAIRS[0])
         return place_of(environment, *PAIRS[0], "LOCAL_RANK")
     step = Place()
-    if _number(environment, "SLURM_NTASKS", 1) != 1:
+    if STEP in environment and _number(environment, "SLURM_NTASKS", 1) != 1:
         _both(environment, PAIRS[1])
         step = place_of(environment, *PAIRS[1], "SLURM_LOCALID")
     task, tasks = _place_in_array(environment)

@@ -14,6 +14,10 @@ def array(task, count, lowest=None, step=None, **more):
 
 
 def step(rank, tasks, local=0):
+    return batch(rank, tasks, local) | {"SLURM_STEP_ID": "0"}
+
+
+def batch(rank, tasks, local=0):
     return {"SLURM_PROCID": str(rank), "SLURM_NTASKS": str(tasks), "SLURM_LOCALID": str(local)}
 
 
@@ -22,7 +26,9 @@ PLACES = [
     ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Place(5, 8, 1)),
     ({"RANK": "5", "WORLD_SIZE": "8", **step(1, 2)}, Place(5, 8, 0)),
     (step(0, 1), Place(0, 1, 0)),
-    ({"SLURM_NTASKS": "1"}, Place(0, 1, 0)),
+    (batch(0, 8), Place(0, 1, 0)),  # a batch script without srun
+    ({"SLURM_NTASKS": "8"}, Place(0, 1, 0)),  # a shell of salloc
+    (array(2, 4, **batch(0, 8)), Place(2, 4, 0)),
     (step(2, 3, 2), Place(2, 3, 2)),
     (array(2, 4), Place(2, 4, 0)),
     (array(3, 4, lowest=1, step=1), Place(2, 4, 0)),
@@ -47,8 +53,8 @@ NONSENSE = [
     ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK 2 is not below WORLD_SIZE 2"),
     ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK 0 is not below WORLD_SIZE 0"),
     ({"RANK": "-1", "WORLD_SIZE": "2"}, "must be whole numbers"),
-    ({"SLURM_NTASKS": "4"}, "SLURM_NTASKS is set, but SLURM_PROCID is not"),
-    ({"SLURM_NTASKS": "many"}, "SLURM_NTASKS must be a whole number, got many"),
+    ({"SLURM_STEP_ID": "1", "SLURM_NTASKS": "4"}, "SLURM_NTASKS is set, but SLURM_PROCID is not"),
+    ({"SLURM_STEP_ID": "1", "SLURM_NTASKS": "many"}, "SLURM_NTASKS must be a whole number, got many"),
     (step(4, 4), "SLURM_PROCID 4 is not below SLURM_NTASKS 4"),
     (array(1, None), "SLURM_ARRAY_TASK_ID is set, but SLURM_ARRAY_TASK_COUNT is not"),
     (array(5, 2, lowest=2), r"SLURM_ARRAY_TASK_ID 5 is none of 2 tasks from 2 in steps of 1: .*--rank"),
