@@ -55,6 +55,7 @@ def test_every_command_has_help(command, capsys):
         (["prepare", "--data", "nowhere.jsonl", "--tokenizer", "t", "--output", "o"], "nowhere.jsonl"),
         (["generate", "--model", "./nowhere", "--prompt", "x"], "nowhere"),
         (["export", "--checkpoint", "nowhere", "--output", "o"], "nowhere"),
+        (["export", "data", "--data", "nowhere", "--output", "o"], "nowhere"),
         (["run", "--config", "nowhere.yaml", "--output", "o"], "nowhere.yaml"),
         (["ledger", "nowhere"], "run nowhere does not exist"),
         (["ledger", "--json", "a", "b"], "json takes one value, got 2"),
@@ -84,7 +85,7 @@ def test_a_users_mistake_is_exit_2_and_one_line_and_writes_nothing(
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
-    assert re.match(rf"miniplm {arguments[0]}( fit| score)?: ", said)
+    assert re.match(rf"miniplm {arguments[0]}( fit| score| data)?: ", said)
     assert list(tmp_path.iterdir()) == []
 
 

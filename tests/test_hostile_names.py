@@ -48,17 +48,19 @@ def test_nothing_that_a_terminal_obeys_is_printed(place, capfd, monkeypatch):
         f"--steps 1 --batch_tokens 256 --output run-{NAME}",
         "evaluate": f"--data corpus-{NAME} --model run-{NAME} --output loss-{NAME}.json",
         "export": f"--checkpoint run-{NAME} --evaluation loss-{NAME}.json --output model-{NAME}",
+        "export data": f"--data refined-{NAME} --name {NAME} --output data-{NAME}",
         "generate": f"--model model-{NAME} --max_new_tokens 3 --prompt {NAME}",
     }
     capfd.readouterr()
     for command, arguments in commands.items():
         for _ in range(2):  # the second one finds it complete
-            assert main([command, *arguments.split()]) == 0
+            assert main([*command.split(), *arguments.split()]) == 0
             printed = "".join(capfd.readouterr())
             assert printed.replace("\n", "").replace("\r", "").isprintable()
             assert SHOWN in printed
-    card = (place / f"model-{NAME}" / "README.md").read_text()
-    assert card.replace("\n", "").isprintable()
+    for folder in ("model", "data"):
+        card = (place / f"{folder}-{NAME}" / "README.md").read_text()
+        assert card.replace("\n", "").isprintable()
 
 
 def test_what_of_a_folder_is_left_out_is_named(place, capfd):

@@ -134,7 +134,7 @@ def _training_rows(facts: CardFacts) -> list[Row]:
     if run.corpus is None:
         rows.append(("Corpus", f"fingerprint {escape(run.identity.corpus)}"))
     else:
-        rows += _corpus_rows(run.corpus)
+        rows += corpus_rows(run.corpus)
     if run.identity.teacher:
         rows.append(("Loss", _distillation_loss(run)))
     if tokens := run.identity.tokens:
@@ -159,7 +159,8 @@ def _is_size(value: object) -> bool:
     return type(value) is int and value > 0
 
 
-def _corpus_rows(corpus: TrainingCorpus) -> list[Row]:
+def corpus_rows(corpus: TrainingCorpus) -> list[Row]:
+    """What the chunks of a corpus are, and how they were chosen."""
     noun = "domain" if len(corpus.domains) == 1 else "domains"
     size = (
         f"{corpus.rows:,} chunks of at most {corpus.max_length + 1:,} tokens, {corpus.tokens:,} tokens in "

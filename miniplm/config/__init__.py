@@ -13,6 +13,7 @@ from .publishing import (
     DemoConfig,
     EvaluateConfig,
     ExportConfig,
+    ExportDataConfig,
     GenerateConfig,
     LedgerConfig,
     ReportConfig,
@@ -45,6 +46,7 @@ STAGES = {
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
     "export": ExportConfig,
+    "export_data": ExportDataConfig,
 }
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "EvalConfig",
     "EvaluateConfig",
     "ExportConfig",
+    "ExportDataConfig",
     "GenerateConfig",
     "LedgerConfig",
     "NgramConfig",

@@ -1,4 +1,5 @@
-"""Settings of evaluate, generate, export, ledger and report, and of run and demo, which chain the stages."""
+"""Settings of what follows training: evaluate, generate, export, export data, ledger, report; and of run and
+demo, which chain the stages."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, List, Literal, Optional, Tuple
@@ -106,6 +107,30 @@ class ExportConfig:
     """A JSON file that evaluate wrote, for the card's table of losses."""
     push_to_hub: Optional[str] = None
     """Upload the folder to this Hugging Face repository (log in first)."""
+    private: bool = False
+    """Make that repository private."""
+
+    def __post_init__(self) -> None:
+        require_texts(self)
+        require_output(self.output)
+
+
+@dataclass(frozen=True)
+class ExportDataConfig:
+    """Publish a corpus, refined or not, as a Hugging Face dataset with a card."""
+
+    data: str
+    """The corpus folder."""
+    output: str
+    """The folder to write."""
+    name: Optional[str] = None
+    """The dataset's name on the card; default: the output folder's."""
+    license: Optional[str] = None
+    """The licence on the card, which is yours to name: that of the text."""
+    language: Tuple[str, ...] = ("en",)
+    """The languages on the card."""
+    push_to_hub: Optional[str] = None
+    """Upload the folder to this Hugging Face dataset repository (log in first)."""
     private: bool = False
     """Make that repository private."""
 

@@ -4,13 +4,13 @@ The folder is what `AutoModelForCausalLM`, `AutoTokenizer`, text-generation serv
 and a manifest that holds a hash of every other file in it. With `gguf` there is a file for llama.cpp too.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..analysis.evaluation import Evaluation, read_evaluation
+from ..analysis.hub_folders import CARD, is_complete, upload, write_manifest
 from ..analysis.model_card import CardFacts, model_card
 from ..analysis.provenance import Provenance, read_provenance
 from ..config import ExportConfig
@@ -18,15 +18,14 @@ from ..data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_errors
 from ..models.decoder import Decoder
 from ..models.gguf_file import Encoding, write_gguf
 from ..models.loading import load_model, model_hash
-from ..runtime.artifacts import MANIFEST, damaged_file, open_output
-from ..runtime.errors import UserError, reason, system_error
-from ..runtime.files import atomic_folder, atomic_write, fingerprint, hash_files, read_json, write_json
+from ..runtime.artifacts import MANIFEST
+from ..runtime.errors import UserError, system_error
+from ..runtime.files import atomic_folder, fingerprint, read_json, write_json
 from ..runtime.progress import note
 from ..runtime.text import printable
 from ..training.checkpoints import metrics_file, read_training_output, training_output
 from ..training.metrics import latest_figures
 
-CARD = "README.md"
 # What is in every export, whatever its weights are written as.
 ALWAYS_THERE = (CARD, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
@@ -67,7 +66,7 @@ def export(config: ExportConfig) -> None:
         facts = CardFacts(name, architecture, provenance, step, tokens, losses, evaluation)
         return model_card(config, facts, location)
 
-    if _is_complete(output, identity):
+    if is_complete(output, "export", identity, ALWAYS_THERE, _visible_damage):
         print(printable(f"export {output} is complete, nothing to do"))
     else:
         with atomic_folder(output) as folder:
@@ -75,10 +74,10 @@ def export(config: ExportConfig) -> None:
             if config.gguf:
                 _write_gguf(checkpoint.folder, folder, config.gguf, name)
             (folder / CARD).write_text(card(folder, output.resolve().name), encoding="utf-8")
-            _write_manifest(folder, identity)
+            write_manifest(folder, "export", identity)
         print(printable(f"exported {checkpoint.folder} to {output} ({config.dtype})"))
     if config.push_to_hub:
-        _push(config, output, lambda repository: card(output, repository))
+        upload(config.push_to_hub, config.private, output, lambda repository: card(output, repository))
 
 
 def _evaluation_of(checkpoint: Path, path: str) -> Evaluation:
@@ -118,44 +117,6 @@ def _losses(run: Path, provenance: Provenance, step: int, logged: int) -> dict[s
 
 
 # ---- the folder as a whole ----
-
-
-def _write_manifest(folder: Path, identity: dict) -> None:
-    files = {path.name: hash_files([path]) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
-    write_json(folder / MANIFEST, {"stage": "export", "complete": True, "identity": identity, "files": files})
-
-
-def _is_complete(output: Path, identity: dict) -> bool:
-    """True where an equal export has completed and its files are as they were written, False where there is
-    nothing. All else is refused."""
-    if output.is_dir():
-        if not any(output.iterdir()):
-            return False
-        if not (output / MANIFEST).exists():
-            raise UserError(
-                f"output folder {output} is not empty and holds no {MANIFEST}: choose another --output"
-            )
-    if not output.exists():
-        return False
-    if not open_output(output, "export", identity):
-        raise UserError(
-            f"output folder {output} is not a complete export: delete it or choose another --output"
-        )
-    manifest = read_json(output / MANIFEST)
-    damage = _damage(output, manifest["files"]) if "files" in manifest else _visible_damage(output)
-    if damage:
-        raise UserError(
-            f"export {output} was complete, but {damage}: restore that file, or delete {output} to export "
-            f"again"
-        )
-    return True
-
-
-def _damage(folder: Path, files: object) -> str | None:
-    """What is lost or changed of these files ({name: hash}), None where all are as they were written."""
-    if not isinstance(files, dict) or not files.keys() >= set(ALWAYS_THERE):
-        return f"the list of files in its {MANIFEST} is not as it was written"
-    return damaged_file(folder, files)
 
 
 def _visible_damage(folder: Path) -> str | None:
@@ -304,36 +265,3 @@ def _as_llama(model: Decoder) -> Decoder:
     missing, unexpected = llama.load_state_dict(weights, strict=False)
     assert not unexpected and all(name.endswith("o_proj.bias") for name in missing)  # which start at 0
     return llama.to(model.head_weight.dtype)
-
-
-# ---- the Hub ----
-
-
-def _push(config: ExportConfig, folder: Path, card: Callable[[str], str]) -> None:
-    """Upload the folder; the card, a function of the repository's id, then says how to load the model from
-    there."""
-    from huggingface_hub import HfApi
-
-    def ask(method: Callable, *args: Any, **settings: Any) -> Any:
-        try:
-            return method(*args, **settings)
-        except Exception as error:  # the HTTP library's too, which is another one from version to version
-            raise UserError(
-                f"{folder} is complete, but could not be uploaded to {config.push_to_hub} "
-                f"({reason(error)}): look at the name and the network, log in with "
-                f"`hf auth login`, and run the command again"
-            ) from error
-
-    api = HfApi()
-    repository = ask(api.create_repo, config.push_to_hub, private=config.private, exist_ok=True).repo_id
-    with atomic_write(folder / CARD) as temporary:
-        temporary.write_text(card(repository), encoding="utf-8")
-    _write_manifest(folder, read_json(folder / MANIFEST)["identity"])
-    ask(
-        api.upload_folder,
-        repo_id=repository,
-        folder_path=folder,
-        ignore_patterns=[MANIFEST],
-        commit_message="Upload model",
-    )
-    print(printable(f"uploaded to {api.endpoint}/{repository}"))

@@ -33,6 +33,7 @@ RETOKENIZE = (
 )
 FIT = "proxy fit --data {t}/corpus --scores {t}/sample --held-out 0.3 --ngram.buckets 2000 --output {t}/"
 PREDICT = "proxy score --data {t}/corpus --proxy {t}/proxy --shard-chunks 60 --output {t}/"
+EXPORT_DATA = "export data --data {t}/refined --name data --output {t}/"
 EVALUATE = "evaluate --data {t}/refined --model "
 BUILD = [
     PREPARE + "corpus",
@@ -51,6 +52,7 @@ BUILD = [
     SCORE + "{t}/sample --sample 0.4",
     FIT + "proxy",
     PREDICT + "predicted",
+    EXPORT_DATA + "data",
 ]
 # Stopped: the command, the module and its function that ends the process at the call with this number.
 STOPPED = [
@@ -119,6 +121,8 @@ COMMANDS = {
     "generate": ("generate --model {t}/student --prompt a --max-new-tokens 8", None, "student"),
     "generate exported": ("generate --model {t}/model --prompt a --max-new-tokens 8", None, "model"),
     "export": (BUILD[9].replace("/model", "/new"), "new", "student loss.json"),
+    "export data": (EXPORT_DATA + "new", "new", "refined"),
+    "export data again": (EXPORT_DATA + "data", "data", "data"),
     "export halfway": ("export --checkpoint {t}/student-half --output {t}/new", "new", "student-half"),
     "export again": (BUILD[9], "model", "model"),
 }  # fmt: skip
