@@ -11,6 +11,7 @@ from rendered import RENDERERS, read
 from selections import DOMAINS, REFERENCE, SCORES, TEACHER, kept_chunks, make_corpus, run_select
 
 from miniplm.config import ExportDataConfig
+from miniplm.data import parquet_files
 from miniplm.data.tokenizer import load_tokenizer
 from miniplm.runtime.errors import UserError
 from miniplm.stages import export_data as stage
@@ -38,7 +39,7 @@ def load(folder, cache):
 
 
 def test_datasets_opens_it(refined, tmp_path, monkeypatch, tiny_tokenizer):
-    monkeypatch.setattr(stage, "FILE_BYTES", 1)  # a file for each table
+    monkeypatch.setattr(parquet_files, "FILE_BYTES", 1)  # a file for each table
     folder = publish(refined, tmp_path / "data set")
     kept = kept_chunks(refined)
     data = load(folder, tmp_path / "cache")
