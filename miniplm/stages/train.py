@@ -114,7 +114,9 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
             else:
                 state, model = TrainState(), first_model or initial_model(config, setup, sources)
             model.eval()  # no dropout, as published; so a step depends on no random numbers
-        spread(model, ranks, config.parallel.replicate, setup.dtype)
+        spread(
+            model, ranks, config.parallel.replicate, setup.dtype, teacher=teacher.model if teacher else None
+        )
         optimizer = make_optimizer(model, config.optimizer)
         if checkpoint:
             load_optimizer(optimizer, model, checkpoint.folder, state.optimizer_steps)

@@ -4,6 +4,7 @@ Each rank holds a slice of every parameter, of its gradient and of AdamW's state
 gathered where it is computed, its matrices in the compute dtype; what is outside the layers, and all norms,
 are gathered in float32 once per step: the residual stream starts in it, norm weights lose by rounding, and
 the loss takes the head's weight after the forward pass. Gradients are summed in float32, once per step.
+A teacher lies in slices of its own dtype, and is gathered likewise.
 """
 
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from ..models.base import LanguageModel
 from ..models.decoder import Decoder, RMSNorm
 from ..runtime.distributed import Ranks
 from ..runtime.errors import UserError
+from ..runtime.progress import note
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -30,13 +32,21 @@ def check_replicas(replicas: int, world: int) -> None:
         )
 
 
-def spread(model: LanguageModel, ranks: Ranks, replicas: int, dtype: torch.dtype) -> None:
-    """Spread a model that each rank has whole, on its device. A process alone keeps it as it is.
+def spread(
+    model: LanguageModel,
+    ranks: Ranks,
+    replicas: int,
+    dtype: torch.dtype,
+    teacher: LanguageModel | None = None,
+) -> None:
+    """Spread a model that each rank has whole, on its device, and its teacher. A process alone keeps both as
+    they are.
 
     Args:
         replicas: copies of the model; each lies in slices on world / replicas ranks. As many as ranks: each
             has the whole model, and the gradients are summed.
         dtype: in which the layers' matrices are computed with.
+        teacher: frozen. It stays whole where each rank has a copy of the model, or where it is no Decoder.
     """
     if ranks.world == 1:
         return
@@ -56,6 +66,21 @@ def spread(model: LanguageModel, ranks: Ranks, replicas: int, dtype: torch.dtype
         # A sum: the loss is divided by the targets of all ranks. Gloo has no other product of both.
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
+    if teacher is not None and replicas < ranks.world:
+        _spread_teacher(teacher, mesh)
+
+
+def _spread_teacher(teacher: LanguageModel, mesh: "DeviceMesh") -> None:
+    """On the model's mesh, so that the ranks gather both in one order."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if not isinstance(teacher, Decoder):
+        note(f"each rank holds the whole teacher: layers of {teacher.config.model_type} are not spread")
+        return
+    own = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for layer in teacher.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=own)
+    fully_shard(teacher, mesh=mesh, mp_policy=own, reshard_after_forward=False)
 
 
 def _mesh(device: str, world: int, replicas: int) -> "DeviceMesh":
@@ -85,6 +110,15 @@ def only_slices(model: LanguageModel) -> None:
     """Let go of what a forward pass without a backward pass has gathered."""
     for part in _parts(model):
         part.reshard()
+
+
+def end_teacher_step(teacher: LanguageModel) -> None:
+    """After a step of a spread model: let go of what the teacher's forward passes have gathered, its head, and
+    of what FSDP keeps of each pass for a backward pass that does not come."""
+    only_slices(teacher)
+    root: Any = teacher
+    if _parts(teacher) and hasattr(root, "reset_iter_state"):  # newer than the oldest torch
+        root.reset_iter_state()
 
 
 def whole(tensor: Tensor) -> Tensor:

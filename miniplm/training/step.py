@@ -21,7 +21,7 @@ from ..kernels import linear_cross_entropy, linear_distillation_loss
 from ..models.base import LanguageModel
 from ..runtime.distributed import ALONE, Ranks
 from .memory import head_logits_bytes
-from .parallel import sum_gradients_after, whole
+from .parallel import end_teacher_step, sum_gradients_after, whole
 
 LOSS_COMPONENTS = ("cross_entropy", "kl_divergence")  # of the loss with a teacher
 
@@ -30,7 +30,7 @@ class Teacher(NamedTuple):
     """Whom a student learns from, beside the corpus: its full distribution, at the temperature, is the share
     alpha of the loss."""
 
-    model: LanguageModel  # frozen, in the compute dtype
+    model: LanguageModel  # frozen, in the compute dtype; on several ranks in slices
     alpha: float
     temperature: float
 
@@ -131,7 +131,7 @@ def train_step(
     is not finite.
 
     Args:
-        model: on several ranks one of parallel.spread.
+        model: on several ranks one of parallel.spread, as the teacher.
         optimizer: that of make_optimizer.
         micro_batches: of this rank; each has as many.
         dtype: of forward and backward; the parameters are float32.
@@ -159,6 +159,8 @@ def train_step(
             losses = summed_loss(model, batch, dtype)[None] / count
         losses[0].backward()
         total += losses.detach()
+    if teacher and ranks.world > 1:
+        end_teacher_step(teacher.model)
     ranks.add_up(total)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     if ranks.world > 1:
