@@ -103,6 +103,12 @@ def wait_until(condition, ranks: list[Rank] = (), seconds: float = DEADLINE) -> 
         time.sleep(0.01)
 
 
+def local_share(model) -> float:
+    """Of a model's parameters, what lies on this rank."""
+    local = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in model.parameters()]
+    return sum(part.numel() for part in local) / model.num_parameters()
+
+
 def _rank(variables: dict[str, str], log: Path, function, *arguments) -> None:
     """In the process: as the command line ends, in the text of the error and an exit code."""
     os.environ.update(variables)

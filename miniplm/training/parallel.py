@@ -113,8 +113,8 @@ def only_slices(model: LanguageModel) -> None:
 
 
 def end_teacher_step(teacher: LanguageModel) -> None:
-    """After a step of a spread model: let go of what the teacher's forward passes have gathered, its head, and
-    of what FSDP keeps of each pass for a backward pass that does not come."""
+    """After a step of a spread model: let go of the teacher's head, which stays from pass to pass, and of what
+    FSDP keeps of each pass for a backward pass that does not come."""
     only_slices(teacher)
     root: Any = teacher
     if _parts(teacher) and hasattr(root, "reset_iter_state"):  # newer than the oldest torch
