@@ -113,11 +113,11 @@ def only_slices(model: LanguageModel) -> None:
 
 
 def end_teacher_step(teacher: LanguageModel) -> None:
-    """After a step of a spread model: let go of the teacher's head, which stays from pass to pass, and of what
-    FSDP keeps of each pass for a backward pass that does not come."""
+    """After a step of a spread model: let go of the teacher's head, which stays from pass to pass, and of
+    what FSDP keeps of each pass for a backward pass that does not come."""
     only_slices(teacher)
     root: Any = teacher
-    if _parts(teacher) and hasattr(root, "reset_iter_state"):  # newer than the oldest torch
+    if _parts(teacher) and hasattr(root, "reset_iter_state"):  # not every torch has it
         root.reset_iter_state()
 
 
