@@ -269,14 +269,19 @@ def ranks_of_run(device: torch.device, timeout: float) -> Iterator[Ranks]:
     if on_gpu:
         torch.cuda.set_device(device_of_rank(device, place))
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=all_have))
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=all_have)))
+        if attempt := _attempt(place):
+            store = dist.PrefixStore(attempt, store)
+        dist.init_process_group(
+            backend, store=store, rank=place.rank, world_size=place.world, timeout=timedelta(seconds=all_have)
+        )
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     except RuntimeError as error:
         raise RankLost(
             f"not all {place.world} ranks came within {timeout:,.0f} seconds: look at what the others say"
         ) from error
-    store: Any = dist.distributed_c10d._get_default_store()
-    heartbeat = _Heartbeat(place, store.clone())  # a connection of its own: the other may be waiting
+    default: Any = dist.distributed_c10d._get_default_store()
+    heartbeat = _Heartbeat(place, default.clone())  # a connection of its own: the other may be waiting
     ranks = Ranks(place, heartbeat, group)
     try:
         yield ranks
@@ -290,6 +295,16 @@ def ranks_of_run(device: torch.device, timeout: float) -> Iterator[Ranks]:
         heartbeat.stop()
         ranks.any(False)
     dist.destroy_process_group()
+
+
+def _attempt(place: Place) -> str:
+    """What keeps the keys of this start of the ranks apart from those of the starts before: where torchrun on
+    one machine starts them anew, they find the same store, with the addresses of those that are gone.
+
+    On several machines it makes a new store, and counts the starts on each machine by itself.
+    """
+    is_all = os.environ.get("LOCAL_WORLD_SIZE") == str(place.world)
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if is_all else ""
 
 
 def launched() -> Place:

@@ -282,25 +282,52 @@ def test_more_copies_than_ranks_divide_into_are_refused(config, context, tmp_pat
     assert not Path(config.output).exists()
 
 
-@pytest.mark.slow
-def test_torchrun(alone, config, tmp_path):
-    settings = tmp_path / "settings.yaml"
-    settings.write_text(SETTINGS.format(data=config.data, output=config.output))
+def under_torchrun(config, folder, *words):
+    """Two ranks of words that end in the program, which trains 26 steps; its output."""
+    (folder / "settings.yaml").write_text(SETTINGS.format(data=config.data, output=config.output))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     address = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     done = subprocess.run(
-        [*launcher, *address, "-m", "miniplm", "train", "--config", str(settings)],
+        [*launcher, *address, *words, "train", "--config", "settings.yaml"],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
+        cwd=folder,
         env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained 26 steps") == 1
+    return done
+
+
+@pytest.mark.slow
+def test_torchrun(alone, config, tmp_path):
+    under_torchrun(config, tmp_path, "-m", "miniplm")
     check_equal_losses(config.output, alone.output)
 
 
+@pytest.mark.slow
+def test_torchrun_starts_anew_what_a_signal_to_one_rank_has_stopped(alone, config, tmp_path):
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    said = under_torchrun(config, tmp_path, "--max-restarts", "1", "signalled.py").stderr
+    assert "stopped at step 7: the same command continues" in said
+    assert "continuing after step 7 of 26" in said
+    check_equal_losses(config.output, alone.output)
+
+
+SIGNALLED = """
+import os, signal, sys
+from miniplm.cli import main
+from miniplm.training import loop
+original, calls = loop.train_step, []
+def train_step(*arguments, **settings):
+    calls.append(1)
+    if (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"], len(calls)) == ("0", "1", 8):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(*arguments, **settings)
+loop.train_step = train_step
+sys.exit(main(sys.argv[1:]))
+"""
 SETTINGS = """
 data: {data}
 output: {output}
