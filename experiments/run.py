@@ -279,7 +279,6 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--results", type=Path, help="a folder for a copy of the results")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, _stop)
     failed: list[str] = []
     try:
         packed = read_json(options.pack / "pack.json")["version"]
@@ -305,4 +304,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)  # of a process of its own only: main leaves a caller's as they are
     main()
