@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from miniplm.runtime.text import printable
+
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table, with an empty one after it."""
@@ -117,7 +119,7 @@ def kept(found: dict[str, Any]) -> list[str]:
     for which, chunks in found["chunks"].items():
         lines += [f"### {which}", ""]
         for chunk in chunks:
-            text = " ".join(chunk["text"].split())[:200].replace("|", r"\|").replace("`", "'")
+            text = printable(" ".join(chunk["text"].split())[:200]).replace("|", r"\|").replace("`", "'")
             lines.append(f"- {chunk['score']:+.3f}, {chunk['domain']}: `{text}`")
         lines.append("")
     return lines

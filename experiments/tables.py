@@ -211,10 +211,10 @@ def by_arm(runs: Sequence[Run]) -> dict[str, Any]:
     result = {}
     for arm in dict.fromkeys(run.arm for run in runs):
         these = [run for run in runs if run.arm == arm]
-        domains = {
-            name: mean(run.in_pool_by_domain[name] or math.nan for run in these)
-            for name in these[0].in_pool_by_domain
-        }
+        domains = {}
+        for name in these[0].in_pool_by_domain:
+            losses = [run.in_pool_by_domain[name] for run in these]
+            domains[name] = None if None in losses else mean(losses)  # None: no token of it was predicted
         result[arm] = {
             "seeds": {run.seed: run.primary for run in these},
             "primary": mean(run.primary for run in these),
