@@ -185,5 +185,6 @@ def test_the_figures_in_scaling_md_are_the_computed_ones():
     checkpoints = [12 * model.num_parameters() / 1e9 for model in models.values()]
     assert f"{checkpoints[0]:.1f}, {checkpoints[1]:.1f}, {checkpoints[2]:.0f} GB" in page
     words = " ".join(page.split())
+    assert f"{2 * decoder(QWEN_1_8B).num_parameters() / 1e9:.1f} GB of Qwen1.5-1.8B" in words
     assert f"{1e11 / 2**25:,.0f} files of 100B" in words
     assert f"{round(1e11 / 1024 / 16_384, -1):,.0f} files, 143 s" in words
