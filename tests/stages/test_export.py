@@ -207,7 +207,7 @@ def test_tokenizer_that_auto_tokenizer_reads_otherwise(work, tiny_tokenizer, tmp
 
     from miniplm.stages.train import train
 
-    run, qwen2 = work / "qwen2-student", dataclasses.replace(TINY, model_type="qwen2")
+    run, qwen2 = tmp_path / "qwen2-student", dataclasses.replace(TINY, model_type="qwen2")
     train(dataclasses.replace(PLAN, data=str(work / "refined"), output=str(run), steps=1, model=qwen2))
     checkpoint = run / "checkpoints" / "step-00000001"
     with torch.no_grad():
