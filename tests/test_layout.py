@@ -1,5 +1,5 @@
 """The house stays in order: imports go downwards only, a format has one owner, files and functions are short,
-and the README's tree is the disk's."""
+and the tree of docs/tree.md is the disk's."""
 
 import ast
 import re
@@ -156,11 +156,11 @@ def test_no_test_imports_another():
                 assert not last.startswith(("test_", "conftest")), f"{path.relative_to(ROOT)} imports {name}"
 
 
-def readme_tree() -> dict[str, list[str]]:
-    """Folder → its entries in the README's tree, "" for the repository itself; by indentation."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def tree() -> dict[str, list[str]]:
+    """Folder → its entries in docs/tree.md, "" for the repository itself; by indentation."""
+    page = (ROOT / "docs/tree.md").read_text(encoding="utf-8")
     entries, folders = {"": []}, [(-1, "")]
-    for line in re.search(r"```\n(kernels/.*?)```", readme, re.S)[1].splitlines():
+    for line in re.search(r"```\n(kernels/.*?)```", page, re.S)[1].splitlines():
         indent, entry = re.match(r"(\s*)(\S+)", line).groups()
         while folders[-1][0] >= len(indent):
             folders.pop()
@@ -184,8 +184,8 @@ def on_disk(folder: str) -> set[str]:
     return found
 
 
-def test_readme_tree_is_the_disk():
-    entries = readme_tree()
+def test_tree_is_the_disk():
+    entries = tree()
     for folder, listed in entries.items():
         assert len(listed) == len(set(listed)), f"{folder} lists something twice"
         for entry in listed:
@@ -194,14 +194,14 @@ def test_readme_tree_is_the_disk():
     for top in ("kernels/", "miniplm/", "benchmarks/", "experiments/", "tests/"):
         for folder in [top, *(f"{top}{entry}" for entry in on_disk(top) if entry.endswith("/"))]:
             missing = on_disk(folder) - set(entries.get(folder, []))
-            assert not missing, f"the README's tree lacks {sorted(folder + name for name in missing)}"
+            assert not missing, f"docs/tree.md lacks {sorted(folder + name for name in missing)}"
 
 
-def test_readme_tree_has_the_whole_repository():
+def test_tree_has_the_whole_repository():
     """Its folders and files, but for hidden ones and what every repository has."""
     result = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if result.returncode:
         pytest.skip("not a git repository")
     names = [Path(line).parts for line in result.stdout.splitlines()]
     top = {parts[0] + "/" * (len(parts) > 1) for parts in names if not parts[0].startswith(".")}
-    assert top - {"README.md", "LICENSE"} == set(readme_tree()[""])
+    assert top - {"README.md", "LICENSE"} == set(tree()[""])
