@@ -8,7 +8,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(C
 UV ?= $(shell command -v uv >/dev/null && ! $(PYTHON) -m pip config list 2>/dev/null | grep -Eq 'index|find-links|constraint' && echo uv)
 SOURCES := setup.py pyproject.toml $(CONSTRAINTS) Makefile
 
-.PHONY: demo test test-fast test-oldest test-newest lint typecheck attacks soak bench peers llama-cpp launch-files clean
+.PHONY: demo test test-fast test-oldest test-newest lint typecheck attacks soak bench peers llama-cpp launch-files hub-kernels clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/miniplm demo
@@ -71,6 +71,11 @@ llama-cpp: $(VENV)/installed-test
 launch-files: $(VENV)/installed-test
 	$(PIP) kubernetes-validate 'ray[default]'
 	$(VENV)/bin/python -m pytest tests/test_launch_files.py
+
+# The ops laid out for the Hugging Face Hub, opened and checked by its `kernels` library.
+hub-kernels: $(VENV)/installed-test
+	$(PIP) 'kernels>=0.17'
+	$(VENV)/bin/python -m pytest tests/kernels/test_hub.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'

@@ -49,6 +49,7 @@ else:
         ):
             import_module(f".{name}", __name__)
 
+    from . import layers as layers  # no op, so not in __all__
     from .ops_attention import flash_attention
     from .ops_elementwise import add_rms_norm, apply_rotary, quantize_rows, rms_norm, swiglu
     from .ops_head import (

@@ -1,6 +1,6 @@
 """The one place that registers ops with torch.library and picks the implementation that runs.
 
-Every op has one schema `miniplm::<name>`, a fake for tracing and an autograd formula; its kernel asks
+Every op has one schema `<NAMESPACE>::<name>`, a fake for tracing and an autograd formula; its kernel asks
 `implementation`, at each call, which function to run. `MINIPLM_KERNELS` decides:
 
     auto        the default: CUDA tensors take Triton where the op has it, all others the reference
@@ -28,7 +28,11 @@ from .checks import autocast_dtype
 Function = TypeVar("Function", bound=Callable[..., Any])
 Examples = Callable[..., Iterable[tuple]]  # of make(*shape, dtype=...), see triton()
 
-LIBRARY = torch.library.Library("miniplm", "DEF")
+# "miniplm", or the unique name under which the Hub's `kernels` library imports this package (hub.py), so that
+# copies of it stand side by side.
+NAMESPACE = __name__.partition(".")[0]
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+OPS = getattr(torch.ops, NAMESPACE)
 TRITON: dict[str, Callable[..., Any]] = {}  # op name → launcher
 EXAMPLES: dict[str, Examples] = {}  # op name → its examples
 
@@ -116,15 +120,15 @@ def register(
 
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"miniplm::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     torch.library.register_autograd(
-        f"miniplm::{name}", backward or _no_formula(name), setup_context=setup_context, lib=LIBRARY
+        f"{NAMESPACE}::{name}", backward or _no_formula(name), setup_context=setup_context, lib=LIBRARY
     )
-    return getattr(torch.ops.miniplm, name).default
+    return getattr(OPS, name).default
 
 
 def _no_formula(name: str) -> Callable[..., Any]:
     def backward(ctx: Context, *grads: Any) -> NoReturn:
-        raise NotImplementedError(f"miniplm::{name} has no derivative")
+        raise NotImplementedError(f"{NAMESPACE}::{name} has no derivative")
 
     return backward

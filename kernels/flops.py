@@ -11,13 +11,12 @@ T tokens, V vocabulary, d hidden width, H heads, D head dimension.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils.flop_counter import register_flop_formula
 
-ops = torch.ops.miniplm
+from .dispatch import OPS
 
 
 def visible_pairs(tokens: int, cu_seqlens: Tensor) -> int:
@@ -32,14 +31,14 @@ def visible_pairs(tokens: int, cu_seqlens: Tensor) -> int:
     return sum(length * (length + 1) // 2 for length in cu_seqlens.diff().tolist())
 
 
-@register_flop_formula(ops.flash_attention, get_raw=True)
+@register_flop_formula(OPS.flash_attention, get_raw=True)
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *_: Any, **__: Any) -> int:
     """Two products: q kᵀ and p v."""
     tokens, heads, dim = q.shape
     return 2 * 2 * heads * dim * visible_pairs(tokens, cu_seqlens)
 
 
-@register_flop_formula(ops.flash_attention_backward, get_raw=True)
+@register_flop_formula(OPS.flash_attention_backward, get_raw=True)
 def flash_attention_backward(
     grad: Tensor,
     q: Tensor,
@@ -56,13 +55,13 @@ def flash_attention_backward(
     return 5 * 2 * heads * dim * visible_pairs(tokens, cu_seqlens)
 
 
-@register_flop_formula(ops.linear_log_prob, get_raw=True)
+@register_flop_formula(OPS.linear_log_prob, get_raw=True)
 def linear_log_prob(hidden: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     """The logits; its backward pass is a linear_cross_entropy, which computes them again."""
     return _logits(hidden, len(weight))
 
 
-@register_flop_formula(ops.difference_score, get_raw=True)
+@register_flop_formula(OPS.difference_score, get_raw=True)
 def difference_score(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
@@ -76,7 +75,7 @@ def difference_score(
     return _logits(teacher_hidden, vocabulary) + _logits(reference_hidden, vocabulary)
 
 
-@register_flop_formula(ops.linear_cross_entropy, get_raw=True)
+@register_flop_formula(OPS.linear_cross_entropy, get_raw=True)
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -92,7 +91,7 @@ def linear_cross_entropy(
     return (1 + need_hidden + need_weight) * _logits(hidden, len(weight))
 
 
-@register_flop_formula(ops.linear_distillation_loss, get_raw=True)
+@register_flop_formula(OPS.linear_distillation_loss, get_raw=True)
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,

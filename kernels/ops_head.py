@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import reference_head
 from .checks import FLOATS, autocast, check_tensor, contiguous_like, empty_statistic
-from .dispatch import Context, register
+from .dispatch import OPS, Context, register
 from .reference import accumulate_dtype
 from .reference_head import IGNORE_INDEX
 
@@ -88,7 +88,7 @@ def _loss_backward(name: str) -> Callable[..., tuple[Optional[Tensor], ...]]:
         # computes them anew.
         gradients = ctx.gradients
         if gradients is None:
-            gradients = getattr(torch.ops.miniplm, name)(*ctx.saved_tensors, *ctx.others)[-2:]
+            gradients = getattr(OPS, name)(*ctx.saved_tensors, *ctx.others)[-2:]
         ctx.gradients = None
         for i, gradient in enumerate(gradients):
             if ctx.needs_input_grad[i]:

@@ -157,9 +157,9 @@ def test_front_matter_holds_any_text_as_a_value(text):
 @pytest.mark.parametrize(
     "location", ["it's", 'a "b" \\', "```", "\n# x\n", "\udcff", "{{ x }}", "'); exit()#"]
 )
-def test_the_snippet_names_the_very_folder(location):
+def test_the_snippets_name_the_very_folder(location):
     card = make_card("name", location=location)
-    (snippet,) = re.findall(r"^```python\n(.*?)^```$", card, re.S | re.M)
+    snippets = re.findall(r"^```python\n(.*?)^```$", card, re.S | re.M)
     opened = []
 
     class Opened:
@@ -167,9 +167,11 @@ def test_the_snippet_names_the_very_folder(location):
         def from_pretrained(name):
             opened.append(name)
 
-    code = "\n".join(line for line in snippet.splitlines() if "from_pretrained" in line)
-    exec(code, {"AutoModelForCausalLM": Opened, "AutoTokenizer": Opened})
-    assert opened == [location] * 2
+    lines = [line for snippet in snippets for line in snippet.splitlines()]
+    code = "\n".join(line for line in lines if "from_pretrained" in line or " = pipeline(" in line)
+    names = {"AutoModelForCausalLM": Opened, "AutoTokenizer": Opened}
+    exec(code, {**names, "pipeline": lambda task, model: opened.append(model)})
+    assert opened == [location] * 3
     for renderer in RENDERERS:
         assert read(split(card)[1], renderer)[0] == read(split(ORDINARY)[1], renderer)[0]
 

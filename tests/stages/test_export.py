@@ -86,21 +86,30 @@ def test_one_checkpoint_and_its_own_figures(work, tmp_path):
 
 
 def test_a_pipeline_of_transformers_generates_from_it(work, tmp_path):
-    from transformers import pipeline
+    """From the folder alone, offline, and what generate of the model gives."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
     folder = publish(work / "refined-student", tmp_path / "model")
     generate = pipeline("text-generation", model=str(folder), device="cpu")
-    (said,) = generate("the teacher", max_new_tokens=5, do_sample=False)
-    assert said["generated_text"].startswith("the teacher") and generate.model.config.vocab_size == 500
+    prompts = ["the teacher", "a"]
+    said = generate(prompts, max_new_tokens=8, do_sample=False)
+    model, tokenizer = (each.from_pretrained(folder) for each in (AutoModelForCausalLM, AutoTokenizer))
+    for prompt, (result,) in zip(prompts, said, strict=True):
+        ids = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=8, do_sample=False)
+        assert result["generated_text"] == tokenizer.decode(ids[0], skip_special_tokens=True)
+        assert result["generated_text"].startswith(prompt) and len(result["generated_text"]) > len(prompt)
 
 
-def test_snippet_on_the_card_runs(work, tmp_path, monkeypatch, capsys):
+def test_snippets_on_the_card_run(work, tmp_path, monkeypatch, capsys):
     folder = publish(work / "refined-student", tmp_path / 'it\'s "a" `model`')
-    (snippet,) = re.findall(r"^```python\n(.*?)^```$", card(folder).text, re.S | re.M)
+    snippets = re.findall(r"^```python\n(.*?)^```$", card(folder).text, re.S | re.M)
     monkeypatch.chdir(tmp_path)
-    capsys.readouterr()
-    exec(snippet, {})
-    assert capsys.readouterr().out.startswith("The")
+    said = []
+    for snippet in snippets:
+        capsys.readouterr()
+        exec(snippet, {})
+        said.append(capsys.readouterr().out)
+    assert len(said) == 2 and all(text.startswith("The") for text in said)
 
 
 def test_equal_export_is_left_alone_and_another_refused(work, tmp_path, capsys):
