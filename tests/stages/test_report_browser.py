@@ -1,28 +1,14 @@
 """report in a real browser, where there is one: Chromium, driven by its own flags."""
 
-import contextlib
 import html
 import json
 import re
-import shutil
-import subprocess
-import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from browser import Browser
 
 import miniplm
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",  # a container's root
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--disable-background-networking",
-    "--hide-scrollbars",
-    "--enable-logging=stderr",
-)
 # What is seen of a page, as an attribute of the root of the one around it.
 LOOK = """<script>addEventListener("load", () => {
   const root = document.documentElement, body = document.body;
@@ -41,40 +27,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """browser(page, *flags): what Chromium writes to stdout and stderr, and what it asks a server for."""
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no Chromium here (looked for {', '.join(BROWSERS)})")
-    profile = tmp_path_factory.mktemp("profile")
-
-    def run(page, *flags):
-        asked: list[str] = []
-        with serving(page.parent, asked) as address:
-            command = [path, *FLAGS, f"--user-data-dir={profile}", *flags, f"{address}/{page.name}"]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert result.returncode == 0, result.stderr
-        return result.stdout, result.stderr, asked
-
-    return run
-
-
-@contextlib.contextmanager
-def serving(folder, asked):
-    """A server of a folder on this machine, which notes what it is asked for; its address."""
-
-    class Handler(SimpleHTTPRequestHandler):
-        def __init__(self, *arguments):
-            super().__init__(*arguments, directory=str(folder))
-
-        def log_message(self, form, *values):
-            asked.append(self.path)
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
+    return Browser(tmp_path_factory.mktemp("profile"))
 
 
 @pytest.fixture(scope="module", params=["work", "hostile_run"])

@@ -1,0 +1,118 @@
+"""What the documentation site has beside the files of docs/: a page per command, made of its settings, the pages
+of a folder in the navigation, and names in place of links that lead out of docs/. mkdocs calls the functions
+`on_…`."""
+
+import re
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from miniplm.cli import COMMANDS
+from miniplm.config.fields import Schema, expected, shown
+
+LINK_OUT = re.compile(r"\[([^\]]+)\]\((\.\./[^)#\s]+)[^)]*\)")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    config.nav = [_with_folders(entry, Path(config.docs_dir)) for entry in config.nav or []]
+    return config
+
+
+def _with_folders(entry: Any, docs: Path) -> Any:
+    """An entry of the navigation in which `folder/` has become the pages of that folder, the index first, then
+    the newest by name."""
+    if not isinstance(entry, dict):
+        return entry
+    [(title, inner)] = entry.items()
+    pages: list[str] = []
+    for name in inner:
+        found = sorted(docs.glob(f"{name}*.md"), reverse=True) if name.endswith("/") else []
+        found.sort(key=lambda path: path.name != "README.md")
+        pages += [path.relative_to(docs).as_posix() for path in found]
+        pages += [_page_of(command) for command in COMMANDS] if name == "commands/" else []
+        pages += [] if name.endswith("/") else [name]
+    return {title: pages}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for command in COMMANDS:
+        files.append(File.generated(config, _page_of(command), content=command_page(command)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    if page.file.src_uri == "commands.md":
+        markdown += "\n## Settings of each command\n\n" + "".join(
+            f"- [`miniplm {_words(command)}`]({_page_of(command)}): {settings.__doc__}\n"
+            for command, (settings, _) in COMMANDS.items()
+        )
+    return without_links_out(markdown, page.file.src_uri, Path(config.docs_dir))
+
+
+def without_links_out(markdown: str, page: str, docs: Path) -> str:
+    """Links to files of the repository outside docs/, which are no part of the site, as the files' names."""
+
+    def named(match: re.Match) -> str:
+        path = (docs / page).parent.joinpath(match[2]).resolve()
+        if path.is_relative_to(docs) or not path.exists():
+            return match[0]  # of a file that is not there mkdocs says so
+        name = path.relative_to(docs.parent).as_posix()
+        return f"`{name}`" if name.endswith(match[1].strip("`")) else f"{match[1]} (`{name}`)"
+
+    return LINK_OUT.sub(named, markdown)
+
+
+def _page_of(command: str) -> str:
+    return f"commands/{command.replace('_', '-')}.md"
+
+
+def _words(command: str) -> str:
+    return command.replace("_", " ")
+
+
+def command_page(command: str) -> str:
+    """What `miniplm COMMAND --help` says, as a page; the lists of settings are HTML, in which Markdown reads
+    nothing."""
+    schema = Schema(COMMANDS[command][0])
+    words = _words(command)
+    required = " ".join(f"{_flag(name)} …" for name in schema.kinds if name not in schema.defaults)
+    lines = [f"# {words}", "", escape(schema.config_class.__doc__ or ""), ""]
+    lines += ["```", f"miniplm {words} {required}".rstrip(), "```", ""]
+    for group in ("", *schema.groups):
+        names = [name for name in schema.kinds if name.rpartition(".")[0] == group]
+        lines += [f"## {group or 'Settings'}", "", f"<p>{escape(schema.docs.get(group, ''))}</p>", ""]
+        lines += ["<dl>", *(_setting(schema, name) for name in names), "</dl>", ""]
+    if schema.aliases:
+        old = (
+            f"<code>{_flag(old)}</code> (now <code>{_flag(new)}</code>)"
+            for old, new in schema.aliases.items()
+        )
+        lines += ["## Old names that still work", "", f"<p>{', '.join(old)}</p>", ""]
+    return "\n".join(lines)
+
+
+def _setting(schema: Schema, name: str) -> str:
+    facts = [expected(schema.kinds[name])]
+    if name not in schema.defaults:
+        facts.append("required")
+    elif (value := _typed(schema.defaults[name])) != "":
+        facts.append(f"default <code>{escape(value)}</code>")
+    term = f'<dt id="{escape(name)}"><code>{escape(_flag(name))}</code> {", ".join(facts)}</dt>'
+    return f"{term}\n<dd>{escape(schema.docs[name])}</dd>"
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _typed(value: Any) -> str:
+    """A default as it would be typed after its flag; "" where it is nothing."""
+    if value is None:
+        return ""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_typed, value))
+    return value if isinstance(value, str) else shown(value)
