@@ -1,6 +1,6 @@
-"""What the documentation site has beside the files of docs/: a page per command, made of its settings, the pages
-of a folder in the navigation, and names in place of links that lead out of docs/. mkdocs calls the functions
-`on_…`."""
+"""What the documentation site has beside the files of docs/: a page per command, made of its settings; the
+pages of a folder in the navigation; names in place of links that lead out of docs/. mkdocs calls what begins
+with `on_`."""
 
 import re
 from html import escape
@@ -23,13 +23,16 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def _with_folders(entry: Any, docs: Path) -> Any:
-    """An entry of the navigation in which `folder/` has become the pages of that folder, the index first, then
-    the newest by name."""
-    if not isinstance(entry, dict):
+    """An entry of the navigation in which `folder/` has become the pages of that folder: the index, then the
+    newest by name."""
+    [(title, inner)] = entry.items() if isinstance(entry, dict) else [("", entry)]
+    if not isinstance(inner, list):
         return entry
-    [(title, inner)] = entry.items()
-    pages: list[str] = []
+    pages: list[Any] = []
     for name in inner:
+        if isinstance(name, dict):
+            pages.append(name)
+            continue
         found = sorted(docs.glob(f"{name}*.md"), reverse=True) if name.endswith("/") else []
         found.sort(key=lambda path: path.name != "README.md")
         pages += [path.relative_to(docs).as_posix() for path in found]
@@ -84,14 +87,12 @@ def command_page(command: str) -> str:
     lines += ["```", f"miniplm {words} {required}".rstrip(), "```", ""]
     for group in ("", *schema.groups):
         names = [name for name in schema.kinds if name.rpartition(".")[0] == group]
-        lines += [f"## {group or 'Settings'}", "", f"<p>{escape(schema.docs.get(group, ''))}</p>", ""]
+        lines += [f"## {group or 'Settings'}", ""]
+        lines += [f"<p>{escape(schema.docs[group])}</p>", ""] if group else []
         lines += ["<dl>", *(_setting(schema, name) for name in names), "</dl>", ""]
     if schema.aliases:
-        old = (
-            f"<code>{_flag(old)}</code> (now <code>{_flag(new)}</code>)"
-            for old, new in schema.aliases.items()
-        )
-        lines += ["## Old names that still work", "", f"<p>{', '.join(old)}</p>", ""]
+        names = [f"{_code(_flag(old))} (now {_code(_flag(new))})" for old, new in schema.aliases.items()]
+        lines += ["## Old names that still work", "", f"<p>{', '.join(names)}</p>", ""]
     return "\n".join(lines)
 
 
@@ -100,9 +101,13 @@ def _setting(schema: Schema, name: str) -> str:
     if name not in schema.defaults:
         facts.append("required")
     elif (value := _typed(schema.defaults[name])) != "":
-        facts.append(f"default <code>{escape(value)}</code>")
-    term = f'<dt id="{escape(name)}"><code>{escape(_flag(name))}</code> {", ".join(facts)}</dt>'
+        facts.append(f"default {_code(value)}")
+    term = f'<dt id="{escape(name)}">{_code(_flag(name))} {", ".join(facts)}</dt>'
     return f"{term}\n<dd>{escape(schema.docs[name])}</dd>"
+
+
+def _code(text: str) -> str:
+    return f"<code>{escape(text)}</code>"
 
 
 def _flag(name: str) -> str:

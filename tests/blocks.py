@@ -35,15 +35,13 @@ class Block(NamedTuple):
 
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
-    return [
-        Block(page, text.count("\n", 0, match.start()) + 1, match[1], match[2])
-        for match in FENCE.finditer(text)
-    ]
+    found = FENCE.finditer(text)
+    return [Block(page, text.count("\n", 0, each.start()) + 1, each[1], each[2]) for each in found]
 
 
 def lines(block: Block) -> Iterator[list[str]]:
-    """The words of each line that calls miniplm, torchrun, make or Python; what is optional (`[--flag VALUE]`,
-    `[RUN …]`) is there."""
+    """The words of each line that calls miniplm, torchrun, make or Python; what is optional there
+    (`[--flag VALUE]`, `[RUN …]`) is taken."""
     text = re.sub(r"\[([-A-Z][^\]]*)\]", r"\1", block.text.replace("\\\n", " ").replace("…", ""))
     for line in text.splitlines():
         if re.match(r"(\S*/)?(miniplm|torchrun|make|python) ", line):

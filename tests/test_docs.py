@@ -12,11 +12,13 @@ from miniplm import config
 from miniplm.cli import COMMANDS, main
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-HISTORY = ROOT / "docs/decisions"  # pages that stay as they were when their flags had other names
-BLOCKS = [block for page in PAGES for block in blocks(page)]
-SHELL = [block for block in BLOCKS if block.language in ("", "sh", "bash") and block.page.parent != HISTORY]
+HISTORY = ROOT / "docs/decisions"  # pages that stay as they were when flags had other names
+PRESENT = [page for page in PAGES if page.parent != HISTORY]
+BLOCKS = [block for page in PRESENT for block in blocks(page)]
+SHELL = [block for block in BLOCKS if block.language in ("", "sh", "bash")]
 PYTHON = [block for block in BLOCKS if block.language == "python"]
 QUICKSTART = ROOT / "docs/quickstart.md"
+ALONE = [block for block in PYTHON if block.run and block.page not in (QUICKSTART, ROOT / "README.md")]
 MODEL = "HuggingFaceTB/SmolLM2-135M"  # what the pages take from the Hub; here a folder of that name
 
 pytestmark = pytest.mark.slow
@@ -32,9 +34,7 @@ def test_commands_are_understood(block, monkeypatch):
         config.from_arguments(COMMANDS[name][0], rest, prog="miniplm")
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.parent != HISTORY], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", PRESENT, ids=lambda page: page.name)
 def test_flags_in_sentences_exist(page):
     wrong = {code: flags for code in code_in_sentences(page) if (flags := unknown_flags(code))}
     assert not wrong
@@ -59,8 +59,8 @@ def test_scripts_and_targets_exist():
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory, tiny_model):
-    """A folder in which all of docs/quickstart.md was done, with a tiny model for the one from the Hub, and two
-    steps of each training."""
+    """A folder in which all of docs/quickstart.md was done, with a tiny model for the one from the Hub, and
+    two steps of each training."""
     folder = tmp_path_factory.mktemp("quickstart")
     tiny_model(folder / MODEL)
     with pytest.MonkeyPatch.context() as patch:
@@ -83,11 +83,7 @@ def test_quickstart(quickstart):
     assert made == named and (quickstart / "runs/model/model.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "block",
-    [block for block in PYTHON if block.run and block.page not in (QUICKSTART, ROOT / "README.md")],
-    ids=str,
-)
+@pytest.mark.parametrize("block", ALONE, ids=str)
 def test_python_runs(block, quickstart, tmp_path, monkeypatch):
     """Each by itself, where the quickstart's folders lie."""
     monkeypatch.chdir(shutil.copytree(quickstart, tmp_path / "here", copy_function=os.link))
@@ -95,12 +91,8 @@ def test_python_runs(block, quickstart, tmp_path, monkeypatch):
 
 
 def test_pages_have_what_is_to_be_run():
-    assert {block.page.name for block in PYTHON} >= {
-        "quickstart.md",
-        "kernels.md",
-        "commands.md",
-        "transformers.md",
-    }
+    pages = {"quickstart.md", "kernels.md", "commands.md", "transformers.md"}
+    assert {block.page.name for block in PYTHON} >= pages
     assert sum(len(list(commands(block))) for block in SHELL) > 50
     assert all(compile(block.text, str(block), "exec") for block in PYTHON)
 

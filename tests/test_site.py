@@ -1,5 +1,5 @@
-"""The documentation site: it builds strictly, says what the commands say, asks for nothing, and its pages read
-the same on GitHub."""
+"""The documentation site: it builds strictly, says what the commands say, asks for nothing, and its pages
+read the same on GitHub."""
 
 import html
 import importlib.util
@@ -41,10 +41,11 @@ def site(tmp_path_factory):
     return build_site(tmp_path_factory.mktemp("site"))
 
 
-class Reader(HTMLParser):
-    """What is read of a page (without white space), its lists, tables, headings and code, and what it fetches."""
+BLOCKS = frozenset("h1 h2 h3 h4 ul ol li table tr th td pre blockquote img hr dl dt dd".split())
 
-    BLOCKS = set("h1 h2 h3 h4 ul ol li table tr th td pre blockquote img hr dl dt dd".split())
+
+class Reader(HTMLParser):
+    """`seen`: what is read of a page, without white space, and its BLOCKS; `fetched`: what it loads."""
 
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
@@ -59,7 +60,7 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         named = dict(attributes)
-        if tag in self.BLOCKS:
+        if tag in BLOCKS:
             self.seen.append(f"<{tag}>")
         if tag != "a":
             self.fetched += [named[name] for name in ("src", "href", "srcset") if named.get(name)]
@@ -97,11 +98,8 @@ def test_faults_stop_the_build(tmp_path, caplog):
     good = "# Good\n\n[a](other.md) [b](other.md#part) [c](#good) [there](../there.txt) ![d](d.png)\n"
     (docs / "index.md").write_text(good, encoding="utf-8")
     (docs / "d.png").touch()
-    settings = {
-        "docs_dir": str(docs),
-        "theme": "mkdocs",
-        "nav": ["index.md", "other.md", {"Commands": ["commands/"]}],
-    }
+    nav = ["index.md", "other.md", {"Commands": ["commands/"]}]
+    settings = {"docs_dir": str(docs), "theme": "mkdocs", "nav": nav}
     page = Reader((build_site(tmp_path / "good", **settings) / "index.html").read_text(encoding="utf-8"))
     assert "there(there.txt)" in page.text
 
@@ -122,7 +120,7 @@ def test_faults_stop_the_build(tmp_path, caplog):
 
     (docs / "index.md").write_text(good, encoding="utf-8")
     with pytest.raises(Abort):
-        build_site(tmp_path / "bad", **settings | {"nav": settings["nav"][1:]})
+        build_site(tmp_path / "bad", **settings | {"nav": nav[1:]})
 
 
 @dataclass(frozen=True)
@@ -163,6 +161,7 @@ def test_reads_the_same_on_github(page):
     assert Reader(markdown.markdown(text, extensions=extensions)).seen == Reader(read_on_github(text)).seen
 
 
+LOOKED_AT = ["index", "kernels", "commands", "commands/train", "facts", "decisions/index"]
 # What is seen of a page in a frame: how wide it is, and what it has fetched.
 FRAME = """<!DOCTYPE html><meta charset="utf-8"><script>function look(frame) {{
   const page = frame.contentWindow, root = page.document.documentElement;
@@ -170,13 +169,12 @@ FRAME = """<!DOCTYPE html><meta charset="utf-8"><script>function look(frame) {{
     width: page.innerWidth, scroll: root.scrollWidth, height: root.scrollHeight,
     requests: page.performance.getEntriesByType("resource").map((each) => each.name),
   }}));
-}}</script><iframe src="{page}" style="width: {width}px; height: 900px; border: 0" onload="look(this)"></iframe>"""
+}}</script>
+<iframe src="{page}" style="width: {width}px; height: 900px; border: 0" onload="look(this)"></iframe>"""
 
 
 @pytest.mark.parametrize("width", [390, 1400])
-@pytest.mark.parametrize(
-    "page", ["index", "kernels", "commands", "commands/train", "facts", "decisions/index"]
-)
+@pytest.mark.parametrize("page", LOOKED_AT)
 def test_fits_a_phone_and_a_desk(site, page, width, tmp_path):
     browser = Browser(tmp_path)
     frame = site / "frame.html"
