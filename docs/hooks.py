@@ -18,27 +18,23 @@ LINK_OUT = re.compile(r"\[([^\]]+)\]\((\.\./[^)#\s]+)[^)]*\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    config.nav = [_with_folders(entry, Path(config.docs_dir)) for entry in config.nav or []]
+    for entry in config.nav or []:
+        for title, inner in entry.items() if isinstance(entry, dict) else ():
+            if isinstance(inner, list):
+                entry[title] = [page for name in inner for page in _pages(name, Path(config.docs_dir))]
     return config
 
 
-def _with_folders(entry: Any, docs: Path) -> Any:
-    """An entry of the navigation in which `folder/` has become the pages of that folder: the index, then the
-    newest by name."""
-    [(title, inner)] = entry.items() if isinstance(entry, dict) else [("", entry)]
-    if not isinstance(inner, list):
-        return entry
-    pages: list[Any] = []
-    for name in inner:
-        if isinstance(name, dict):
-            pages.append(name)
-            continue
-        found = sorted(docs.glob(f"{name}*.md"), reverse=True) if name.endswith("/") else []
-        found.sort(key=lambda path: path.name != "README.md")
-        pages += [path.relative_to(docs).as_posix() for path in found]
-        pages += [_page_of(command) for command in COMMANDS] if name == "commands/" else []
-        pages += [] if name.endswith("/") else [name]
-    return {title: pages}
+def _pages(name: Any, docs: Path) -> list[Any]:
+    """What an entry of a section stands for: `folder/` for its pages, the index first, then the newest."""
+    if name == "commands/":
+        return [_page_of(command) for command in COMMANDS]
+    if not isinstance(name, str) or not name.endswith("/"):
+        return [name]
+    found = sorted(
+        docs.glob(f"{name}*.md"), key=lambda path: (path.name == "README.md", path.name), reverse=True
+    )
+    return [path.relative_to(docs).as_posix() for path in found]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

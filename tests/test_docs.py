@@ -12,8 +12,10 @@ from miniplm import config
 from miniplm.cli import COMMANDS, main
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-HISTORY = ROOT / "docs/decisions"  # pages that stay as they were when flags had other names
-PRESENT = [page for page in PAGES if page.parent != HISTORY]
+OTHERS = {"comparison.md"}  # has flags of other programs
+PRESENT = [  # pages of docs/decisions stay as they were when flags had other names
+    page for page in PAGES if page.parent.name != "decisions" and page.name not in OTHERS
+]
 BLOCKS = [block for page in PRESENT for block in blocks(page)]
 SHELL = [block for block in BLOCKS if block.language in ("", "sh", "bash")]
 PYTHON = [block for block in BLOCKS if block.language == "python"]
