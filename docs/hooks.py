@@ -11,6 +11,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from miniplm.analysis.markdown import escape as as_markdown
 from miniplm.cli import COMMANDS
 from miniplm.config.fields import Schema, expected, shown
 
@@ -46,7 +47,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     if page.file.src_uri == "commands.md":
         markdown += "\n## Settings of each command\n\n" + "".join(
-            f"- [`miniplm {_words(command)}`]({_page_of(command)}): {settings.__doc__}\n"
+            f"- [`miniplm {_words(command)}`]({_page_of(command)}): {as_markdown(settings.__doc__)}\n"
             for command, (settings, _) in COMMANDS.items()
         )
     return without_links_out(markdown, page.file.src_uri, Path(config.docs_dir))
@@ -79,7 +80,7 @@ def command_page(command: str) -> str:
     schema = Schema(COMMANDS[command][0])
     words = _words(command)
     required = " ".join(f"{_flag(name)} …" for name in schema.kinds if name not in schema.defaults)
-    lines = [f"# {words}", "", escape(schema.config_class.__doc__ or ""), ""]
+    lines = [f"# {words}", "", f"<p>{escape(schema.config_class.__doc__ or '')}</p>", ""]
     lines += ["```", f"miniplm {words} {required}".rstrip(), "```", ""]
     for group in ("", *schema.groups):
         names = [name for name in schema.kinds if name.rpartition(".")[0] == group]

@@ -56,7 +56,7 @@ class Reader(HTMLParser):
 
     @property
     def text(self) -> str:
-        return "".join(each for each in self.seen if not each.startswith("<"))
+        return "".join(each for each in self.seen if len(each) == 1)
 
     def handle_starttag(self, tag, attributes):
         named = dict(attributes)
