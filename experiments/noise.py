@@ -15,13 +15,11 @@ docs/experiments/noise.md.
 """
 
 import argparse
-import base64
 import json
 import random
-import re
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,79 +30,12 @@ from miniplm.data.corpus import Corpus
 from miniplm.data.repeats import without_repeats
 from miniplm.data.scores import read_scores
 from miniplm.data.selection import choose
+from miniplm.demo.noise import CLEAN, COPIES, KINDS
 from miniplm.runtime.errors import UserError
 from miniplm.runtime.files import read_json, write_json
 
 MIN_LETTERS, MAX_LETTERS = 300, 1_200  # of a document
 MAX_LENGTH = 4_096  # predictions: no document is cut
-WINDOW = 5  # words, of a local shuffle
-TYPO_RATE = 0.12  # of the letters
-COPIES = 10  # of each text that is repeated as boilerplate
-LETTERS = "abcdefghijklmnopqrstuvwxyz "
-
-# ---- the noise: each kind makes a text of about the same length from (text, all clean texts, rng) ----
-
-
-def _shuffled(words: Sequence[str], rng: random.Random) -> list[str]:
-    return rng.sample(words, len(words))
-
-
-def shuffled_words(text: str, texts: Sequence[str], rng: random.Random) -> str:
-    """The words of the text in random order."""
-    return " ".join(_shuffled(text.split(), rng))
-
-
-def shuffled_locally(text: str, texts: Sequence[str], rng: random.Random) -> str:
-    """The words in random order within each window of five."""
-    words = text.split()
-    windows = [words[start : start + WINDOW] for start in range(0, len(words), WINDOW)]
-    return " ".join(word for window in windows for word in _shuffled(window, rng))
-
-
-def unigram(text: str, texts: Sequence[str], rng: random.Random) -> str:
-    """As many words, each one of a random clean text, by frequency but for the texts' lengths."""
-    return " ".join(rng.choice(rng.choice(texts).split()) for _ in text.split())
-
-
-def base64_(text: str, texts: Sequence[str], rng: random.Random) -> str:
-    """Random bytes in base64, in lines of 76 letters as in mail (RFC 2045)."""
-    encoded = base64.b64encode(rng.randbytes(len(text) * 3 // 4)).decode()
-    return "\n".join(encoded[start : start + 76] for start in range(0, len(encoded), 76))
-
-
-def hexdump(text: str, texts: Sequence[str], rng: random.Random) -> str:
-    """Random bytes as `hexdump` shows them: an offset and 16 bytes a line."""
-    lines = range(max(len(text) // 58, 1))
-    return "\n".join(f"{16 * line:08x}  {rng.randbytes(16).hex(' ')}" for line in lines)
-
-
-def repeated_line(text: str, texts: Sequence[str], rng: random.Random) -> str:
-    """The first sentence of the text, at most 120 letters, over and over."""
-    line = re.split(r"(?<=[.!?])\s", text)[0][:120]
-    return "\n".join([line] * max(len(text) // (len(line) + 1), 2))
-
-
-def boilerplate(text: str, texts: Sequence[str], rng: random.Random) -> str:
-    """One of a few clean texts, as it is; `add` gives it those few as `texts`."""
-    return rng.choice(texts)
-
-
-def typos(text: str, texts: Sequence[str], rng: random.Random) -> str:
-    """The text with 12% of its letters replaced by random ones."""
-    return "".join(rng.choice(LETTERS) if rng.random() < TYPO_RATE else letter for letter in text)
-
-
-KINDS: dict[str, Callable[[str, Sequence[str], random.Random], str]] = {
-    "shuffled_words": shuffled_words,
-    "shuffled_locally": shuffled_locally,
-    "unigram": unigram,
-    "base64": base64_,
-    "hexdump": hexdump,
-    "repeated_line": repeated_line,
-    "boilerplate": boilerplate,
-    "typos": typos,
-}
-CLEAN = "clean"
 
 
 def add_noise(texts: Sequence[str], per_kind: int, seed: int) -> list[dict[str, str]]:

@@ -79,10 +79,10 @@ def test_shipped_pipelines_are_right():
             plan_stages(
                 read_stages(root / "miniplm" / "demo" / "demo.yaml"),
                 "out",
-                {"text": "t.jsonl", "tokenizer": "t"},
+                {"text": "t", "tokenizer": "t", "seed": "1"},
             )
         )
-        == 16
+        == 19
     )
 
 

@@ -196,8 +196,12 @@ class DemoConfig:
     """The whole story on this machine in minutes, without a network."""
 
     output: str = "miniplm-demo"
-    """The folder to write."""
+    """The folder to write. The same command continues a stopped run."""
+    seed: int = 10
+    """Seed of the noise, of the models' first weights and data order, and of the random selection; the text
+    and what of it is held out stay."""
 
     def __post_init__(self) -> None:
         require_texts(self)
         require_output(self.output)
+        require_count(self, "seed", low=0, high=MAX_SEED)

@@ -115,14 +115,16 @@ class Encoder:
             except ValueError as error:
                 bad.append(f"{block.where(index)}: {error}")
             else:
-                if self._taken(text):
+                if is_taken(text, self.settings.take):
                     texts.append(text)
                     domains.append(domain)
         return texts, domains, bad, records
 
-    def _taken(self, text: str) -> bool:
-        start, stop = self.settings.take
-        if (start, stop) == (0.0, 1.0):
-            return True
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        return start <= (int.from_bytes(digest, "big") >> 11) / (1 << 53) < stop
+
+def is_taken(text: str, take: tuple[float, float]) -> bool:
+    """Whether a document is in this share of all, a range of a hash of its text."""
+    start, stop = take
+    if (start, stop) == (0.0, 1.0):
+        return True
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return start <= (int.from_bytes(digest, "big") >> 11) / (1 << 53) < stop

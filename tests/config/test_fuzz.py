@@ -138,7 +138,7 @@ def test_pipeline_files(tmp_path, text, known):
     path = tmp_path / "pipeline.yaml"
     path.write_text(text, encoding="utf-8", errors="replace")
     try:
-        plan_stages(read_stages(path), "out", {"text": "t", "tokenizer": "t"} if known else None)
+        plan_stages(read_stages(path), "out", {"text": "t", "tokenizer": "t", "seed": "1"} if known else None)
     except UserError as error:
         one_line(error)
 
