@@ -61,7 +61,7 @@ bench: $(VENV)/installed
 # What stands in docs/transformers.md: every causal language model of transformers on our attention, trainers, and
 # transformers' own tests (with SOURCE=DIR, a checkout of it, those of each model). Minutes, and longer for its tests.
 peers: $(VENV)/installed-test
-	$(PIP) parameterized peft trl
+	$(PIP) parameterized peft
 	$(VENV)/bin/python tests/peers/walk.py --markdown build/transformers.md
 	$(VENV)/bin/python tests/peers/trainers.py
 	$(VENV)/bin/python tests/peers/transformers_suite.py $(SOURCE:%=--source %)

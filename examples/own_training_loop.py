@@ -1,11 +1,12 @@
-"""MiniPLM's kernels in a training loop of one's own: the loss without logits, RMSNorm and attention on packed text.
+"""MiniPLM's kernels in a training loop of one's own: the loss without logits, RMSNorm, packed attention.
 
     pip install -e .          # in this repository: torch, and Triton on Linux
     python examples/own_training_loop.py
 
-A small transformer is trained twice, from equal weights on equal batches: with PyTorch's own operations, and with
-`linear_cross_entropy`, `rms_norm` and `flash_attention` in their place. It prints both loss curves and what the
-logits, which the second run never makes, take in memory. Seconds on a CPU; on a CUDA GPU if there is one.
+A small transformer is trained twice, from equal weights on equal batches: with PyTorch's own operations, and
+with `linear_cross_entropy`, `rms_norm` and `flash_attention` in their place. It prints both loss curves and
+the memory that the logits need, which the second run makes in parts. Seconds on a CPU; on a GPU if there
+is one.
 """
 
 import re
@@ -13,17 +14,17 @@ from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from miniplm.kernels import flash_attention, linear_cross_entropy, rms_norm
+from torch import Tensor, nn
 
 WIDTH, HEADS, LAYERS = 64, 4, 2
 DOCUMENT, TOKENS, STEPS = 128, 512, 12  # tokens of a document at most and of a batch; steps of a run
+LOGITS_BYTES = 2**20  # of logits at a time; the default is 256 MiB on a CPU, 1 GiB on a GPU
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class PyTorch:
-    """PyTorch's own operations: a mask [T, T] keeps the documents of a batch apart, and the loss needs logits [T, V]."""
+    """PyTorch's own: a mask [T, T] keeps the documents of a batch apart, and the loss needs logits [T, V]."""
 
     @staticmethod
     def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ class MiniPLM:
 
     @staticmethod
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, weight, targets)
+        return linear_cross_entropy(hidden, weight, targets, max_logits_bytes=LOGITS_BYTES)
 
 
 class Block(nn.Module):
@@ -82,7 +83,7 @@ class Model(nn.Module):
         self.norm = nn.Parameter(torch.ones(WIDTH))
 
     def forward(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, targets: Tensor) -> Tensor:
-        """The loss. ids, positions, targets [T]; cu_seqlens [documents + 1] int32: where each document begins."""
+        """The loss. ids, positions, targets [T]; cu_seqlens [documents + 1] int32: where each begins."""
         x = self.embedding(ids) + self.position(positions)
         for block in self.blocks:
             x = block(x, cu_seqlens)
@@ -131,8 +132,9 @@ def main() -> None:
         print(f"{step:>4}  {pair[0]:>8.4f}  {pair[1]:>8.4f}")
     print(f"largest difference {max(abs(a - b) for a, b in zip(plain, ours, strict=True)):.1e}")
     tokens = max(len(batch[0]) for batch in data)
-    print(f"logits of {tokens:,} tokens and {vocabulary:,} words: {tokens * vocabulary * 4 / 2**20:.1f} MiB")
-    print(f"the same for 8,192 tokens and Qwen2's 151,936 ids: {8192 * 151_936 * 4 / 2**30:.1f} GiB")
+    whole, part = tokens * vocabulary * 4 / 2**20, LOGITS_BYTES / 2**20
+    print(f"logits of {tokens:,} tokens and {vocabulary:,} words: {whole:.1f} MiB, here {part:.1f} at a time")
+    print(f"the same for 8,192 tokens and Qwen2's 151,936 ids: {8_192 * 151_936 * 4 / 2**30:.1f} GiB")
 
 
 if __name__ == "__main__":

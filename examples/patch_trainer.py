@@ -3,9 +3,9 @@
     pip install -e '.[gguf]'          # in this repository: the package, and accelerate for the Trainer
     python examples/patch_trainer.py
 
-A tiny Qwen2 model is trained twice on packed documents (DataCollatorWithFlattening: one row, position_ids that
-restart, no padding), as it is and patched. The losses are equal up to rounding, the patched model never makes the
-logits. No network; seconds on a CPU.
+A tiny Qwen2 model is trained twice on packed documents (DataCollatorWithFlattening: one row, position_ids
+that restart, no padding), as it is and patched. The losses are equal up to rounding; the patched model's loss
+comes without whole logits. No network; seconds on a CPU.
 """
 
 import tempfile
@@ -27,7 +27,7 @@ STEPS, ROWS, LONGEST = 10, 4, 200
 
 
 def tiny_model() -> torch.nn.Module:
-    """A random model whose ids are bytes. Yours: AutoModelForCausalLM.from_pretrained(...), Qwen2, Llama or Qwen3."""
+    """Random; its ids are bytes. Yours: AutoModelForCausalLM.from_pretrained(...), Qwen2, Llama or Qwen3."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=256,
@@ -60,9 +60,7 @@ def train(model: torch.nn.Module, folder: str) -> list[float]:
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    trainer = Trainer(
-        model, arguments, train_dataset=documents(), data_collator=DataCollatorWithFlattening()
-    )
+    trainer = Trainer(model, arguments, train_dataset=documents(), data_collator=DataCollatorWithFlattening())
     trainer.remove_callback(PrinterCallback)  # the losses are printed below, side by side
     trainer.train()
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]

@@ -1,11 +1,12 @@
-"""MiniPLM's kernels in TRL's SFTTrainer, with packing: `patch(model)` before training, `unpatch(model)` after it.
+"""MiniPLM's kernels in TRL's SFTTrainer, with packing: `patch(model)` before training, `unpatch` after it.
 
     pip install -e . trl          # in this repository
     python examples/patch_trl.py
 
-A tiny Qwen2 model is trained twice on packed texts, as it is and patched. RMSNorm, SwiGLU, rotary embedding and
-attention run on MiniPLM's kernels, attention within each of the packed texts; the loss is TRL's own, which makes no
-logits either. The losses are equal up to rounding. No network; seconds on a CPU.
+A tiny Qwen2 model is trained twice on packed texts, as it is and patched. RMSNorm, SwiGLU, rotary embedding
+and attention run on MiniPLM's kernels, attention within each of the packed texts. The loss is TRL's own: its
+trainers compute it from the hidden states, without whole logits too. The losses are equal up to rounding. No
+network; seconds on a CPU.
 """
 
 import tempfile
@@ -66,6 +67,7 @@ def train(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: st
         save_strategy="no",
         report_to="none",
         bf16=False,  # so that rounding is small
+        gradient_checkpointing=None,  # TRL turns it on by its old name, of which transformers warns
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )

@@ -128,7 +128,7 @@ def long_functions(path: Path) -> dict[str, int]:
     return {name: count for name, count in lines.items() if count > MAX_FUNCTION_LINES}
 
 
-@pytest.mark.parametrize("folder", ["miniplm", "kernels", "tests", "benchmarks", "experiments"])
+@pytest.mark.parametrize("folder", ["miniplm", "kernels", "tests", "benchmarks", "experiments", "examples"])
 def test_files_and_functions_are_short(folder):
     for path in python_files(folder):
         name = path.relative_to(ROOT).as_posix()
@@ -191,7 +191,7 @@ def test_tree_is_the_disk():
         for entry in listed:
             path = ROOT / folder / entry
             assert path.is_dir() if entry.endswith("/") else path.is_file(), f"there is no {folder}{entry}"
-    for top in ("kernels/", "miniplm/", "benchmarks/", "experiments/", "tests/"):
+    for top in ("kernels/", "miniplm/", "benchmarks/", "experiments/", "examples/", "tests/"):
         for folder in [top, *(f"{top}{entry}" for entry in on_disk(top) if entry.endswith("/"))]:
             missing = on_disk(folder) - set(entries.get(folder, []))
             assert not missing, f"docs/tree.md lacks {sorted(folder + name for name in missing)}"
