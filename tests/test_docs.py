@@ -86,9 +86,13 @@ def test_quickstart(quickstart):
 
 
 @pytest.mark.parametrize("block", ALONE, ids=str)
-def test_python_runs(block, quickstart, tmp_path, monkeypatch):
-    """Each by itself, where the quickstart's folders lie."""
-    monkeypatch.chdir(shutil.copytree(quickstart, tmp_path / "here", copy_function=os.link))
+def test_python_runs(block, request, tmp_path, monkeypatch):
+    """Each by itself, and where it names them with the quickstart's folders."""
+    if "runs/" in block.text:
+        made = request.getfixturevalue("quickstart") / "runs"
+        shutil.copytree(made, tmp_path / "runs", copy_function=os.link)
+        shutil.copytree(made.parent / MODEL, tmp_path / MODEL, copy_function=os.link)
+    monkeypatch.chdir(tmp_path)
     run_python(block)
 
 
