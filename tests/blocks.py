@@ -41,11 +41,11 @@ def blocks(page: Path) -> list[Block]:
 
 def lines(block: Block) -> Iterator[list[str]]:
     """The words of each line that calls miniplm, torchrun, make or Python; what is optional there
-    (`[--flag VALUE]`, `[RUN …]`) is taken."""
+    (`[--flag VALUE]`, `[RUN …]`) is taken, and the number N is 1."""
     text = re.sub(r"\[([-A-Z][^\]]*)\]", r"\1", block.text.replace("\\\n", " ").replace("…", ""))
     for line in text.splitlines():
         if re.match(r"(\S*/)?(miniplm|torchrun|make|python) ", line):
-            yield shlex.split(line, comments=True)
+            yield ["1" if word == "N" else word for word in shlex.split(line, comments=True)]
 
 
 def commands(block: Block) -> Iterator[list[str]]:
