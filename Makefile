@@ -8,7 +8,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(C
 UV ?= $(shell command -v uv >/dev/null && ! $(PYTHON) -m pip config list 2>/dev/null | grep -Eq 'index|find-links|constraint' && echo uv)
 SOURCES := setup.py pyproject.toml $(CONSTRAINTS) Makefile
 
-.PHONY: demo test test-fast test-oldest test-newest lint typecheck docs attacks soak bench peers llama-cpp launch-files hub-kernels clean
+.PHONY: demo test test-fast test-oldest test-newest lint typecheck docs attacks soak bench peers llama-cpp notebook launch-files hub-kernels clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/miniplm demo
@@ -70,6 +70,11 @@ peers: $(VENV)/installed-test
 llama-cpp: $(VENV)/installed-test
 	$(PIP) llama-cpp-python
 	$(VENV)/bin/python -m pytest tests/stages/test_export_gguf.py tests/models/test_gguf_file.py
+
+# The notebook of examples/ once more, with its outputs. Minutes.
+notebook: $(VENV)/installed-test
+	rm -rf examples/smollm2-run
+	cd examples && $(abspath $(VENV))/bin/jupyter execute --inplace select_with_smollm2.ipynb
 
 # The files of examples/launch, read by the tools that they are for; by SLURM where it is installed.
 launch-files: $(VENV)/installed-test
