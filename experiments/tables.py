@@ -287,21 +287,30 @@ def plot(result: dict[str, Any], folder: Path, output: Path) -> None:
         import matplotlib.figure
     except ImportError:
         return
+    arms = list(dict.fromkeys(arm for each in result["students"].values() for arm in each["arms"]))
+    colors = {arm: f"C{place}" for place, arm in enumerate(arms)}
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     for name, tokens, losses in curves(folder / "runs"):
-        if not name.startswith(("tune-", "reference")):
-            color = f"C{list(dict.fromkeys('CMOK')).index(name[0]) if name[0] in 'CMOK' else 9}"
-            axis.plot(tokens, losses, color=color, linewidth=0.7, label=name)
+        found = NAME.fullmatch(f"{name}-clean")
+        if found and found["arm"] in arms and (folder / "runs" / f"{name}-clean.json").exists():
+            axis.plot(tokens, losses, color=colors[found["arm"]], linewidth=0.7)
+    for arm in arms:
+        axis.plot([], color=colors[arm], label=arm)
     axis.set(xlabel="tokens", ylabel="training loss, nats per token")
-    axis.legend(fontsize=5, ncols=3)
+    axis.legend(title="a line per seed")
     figure.savefig(output / "losses.png", dpi=150)
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     for student, figures in result["students"].items():
-        for arm, each in figures["arms"].items():
-            axis.plot([f"{arm}-{student}"] * len(each["seeds"]), list(each["seeds"].values()), "o")
+        seeds = sorted({seed for each in figures["arms"].values() for seed in each["seeds"]})
+        for seed in seeds:
+            has = {arm: each["seeds"][seed] for arm, each in figures["arms"].items() if seed in each["seeds"]}
+            axis.plot(
+                [f"{arm}-{student}" for arm in has], list(has.values()), "o-", linewidth=0.7, label=seed
+            )
     axis.set(ylabel="bits per byte, mean of the clean sets")
+    axis.legend(title="seed")
     figure.savefig(output / "endpoint.png", dpi=150)
 
 
