@@ -71,6 +71,7 @@ run on a GPU yet: hence version 0.
 import torch
 from kernels import get_kernel  # of a folder on this machine: get_local_kernel(Path(folder))
 
+# The library runs a repository's code only where told so, outside the few that it trusts.
 ops = get_kernel("NAME/miniplm-kernels", version=0, trust_remote_code=True)
 hidden, head = torch.randn(6, 32), torch.randn(100, 32)
 print(ops.linear_cross_entropy(hidden, head, torch.arange(6)))
