@@ -28,7 +28,7 @@ MODELS = {"teacher": "teacher", "reference": "reference"} | {
 ALL = "all"
 CAVEATS = (
     "What these figures do not show: one seed and minutes of training, so small differences are chance "
-    "(two seeds disagree: docs/experiments/demo.md). The teacher learnt from the pool itself, noise "
+    "(three seeds disagree: docs/experiments/demo.md). The teacher learnt from the pool itself, noise "
     "included; a real one comes from better text. The noise was made, a quarter of the text and in whole "
     "documents: how much of a real crawl is noise, and of what kinds, is another matter."
 )
